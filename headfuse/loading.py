@@ -1,0 +1,84 @@
+"""Whole models and tokenizers, through transformers, with headfuse's errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, read_config, resolve_model
+from headfuse.errors import CheckpointError, ConfigError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of an option `--device auto|cpu|cuda|mps`.
+
+    Raises:
+        ConfigError: when this machine does not have it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{name!r} is not available ({reason})", where="--device", fix="use auto or cpu") from None
+
+
+def load_model(
+    folder: str | Path, *, device: str = "auto", dtype: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model, fused or not, for evaluation.
+
+    Args:
+        folder: model folder or hub id.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        dtype: `float32`, `float16` or `bfloat16`; by default float32 on a CPU, the stored dtype elsewhere.
+        trust_remote_code: allow a source's own code; decoupled folders of headfuse do not need it.
+
+    Raises:
+        CheckpointError: for a folder that is missing, damaged, or does not match its config.
+    """
+    import headfuse.modeling  # noqa: F401  registers decoupled models
+
+    path = resolve_model(str(folder))
+    config = read_config(path, trust_remote_code)
+    Checkpoint(path)
+    target = pick_device(device)
+    wanted: Any = DTYPE_NAMES[dtype] if dtype else torch.float32 if target.type == "cpu" else "auto"
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=wanted, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"cannot be loaded: {reason}", where=folder, fix="the files do not belong together"
+        ) from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"tensor {missing[0]} is missing ({len(missing)} in all)",
+            where=folder,
+            fix="the weights do not match config.json",
+        )
+    return model.to(target).eval()
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        CheckpointError: when there is none that loads.
+    """
+    path = resolve_model(str(folder))
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizer backends raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the tokenizer cannot be loaded: {reason}", where=folder, fix="copy the tokenizer files of the model"
+        ) from None

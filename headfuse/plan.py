@@ -1,0 +1,187 @@
+"""What is fused with what: the data that budget, grouping, conversion and plan.json share. No torch, no I/O."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from headfuse.errors import ConfigError
+
+Groups = tuple[tuple[int, ...], ...]
+"""A partition of a layer's source heads: one tuple of source head indices per fused head."""
+
+Layout = Literal["decoupled", "gqa"]
+PLAN_FORMAT = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class HeadLayout(_Frozen):
+    """The attention heads of a source model, equal in all its layers."""
+
+    model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+    @property
+    def queries_per_head(self) -> int:
+        """Query heads that read one source KV head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def total_heads(self) -> int:
+        """Key heads plus value heads over all layers."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads
+
+    def source_head(self, query_head: int) -> int:
+        """The source KV head `kv(h)` that query head `h` reads."""
+        return query_head // self.queries_per_head
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Cache bytes that one token takes over all layers, at `itemsize` bytes a number."""
+        return self.total_heads * self.head_dim * itemsize
+
+
+class HeadBudget(_Frozen):
+    """How many key heads and value heads each layer keeps."""
+
+    key_heads: tuple[int, ...]
+    value_heads: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Key heads plus value heads over all layers."""
+        return sum(self.key_heads) + sum(self.value_heads)
+
+
+class LayerPlan(_Frozen):
+    """The key groups and value groups of one layer; each group becomes one fused head."""
+
+    layer_idx: int
+    key_groups: Groups
+    value_groups: Groups
+
+    @property
+    def untouched(self) -> bool:
+        """True when every group holds one head, so the layer is copied bit for bit."""
+        return all(len(group) == 1 for group in self.key_groups + self.value_groups)
+
+
+class SourceModel(_Frozen):
+    """A source by name, revision and content, never by path."""
+
+    name: str
+    revision: str | None = None
+    fingerprint: str
+
+
+class FusionPlan(_Frozen):
+    """Everything that decides the fused model's shape; `plan.json`."""
+
+    plan_format: Literal[1] = PLAN_FORMAT
+    headfuse_version: str
+    source: SourceModel
+    heads: HeadLayout
+    layout: Layout
+    method: str
+    allocator: str
+    budget: float | str | dict[str, Any]
+    layers: tuple[LayerPlan, ...]
+    files: dict[str, str] = {}
+    """SHA-256 of every written file but plan.json itself."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FusionPlan:
+        heads = self.heads
+        if [layer.layer_idx for layer in self.layers] != list(range(heads.num_hidden_layers)):
+            raise ValueError(f"layers must be numbered 0 to {heads.num_hidden_layers - 1} in order")
+        for layer in self.layers:
+            for side, groups in (("key", layer.key_groups), ("value", layer.value_groups)):
+                check_partition(groups, heads.num_key_value_heads, f"layer {layer.layer_idx}, {side}_groups")
+            if self.layout == "gqa":
+                if layer.key_groups != layer.value_groups:
+                    raise ValueError(f"layer {layer.layer_idx}: layout gqa needs key_groups equal to value_groups")
+                if len({len(group) for group in layer.key_groups}) > 1:
+                    raise ValueError(f"layer {layer.layer_idx}: layout gqa needs groups of one size")
+        if self.layout == "gqa" and len({len(layer.key_groups) for layer in self.layers}) > 1:
+            raise ValueError("layout gqa needs the same number of heads in every layer")
+        return self
+
+    @property
+    def head_budget(self) -> HeadBudget:
+        """The head counts of this plan."""
+        return HeadBudget(
+            key_heads=tuple(len(layer.key_groups) for layer in self.layers),
+            value_heads=tuple(len(layer.value_groups) for layer in self.layers),
+        )
+
+    @property
+    def kv_ratio(self) -> float:
+        """Kept KV cache bytes over the source's."""
+        return self.head_budget.total / self.heads.total_heads
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Cache bytes that one token takes after fusion, at `itemsize` bytes a number."""
+        return self.head_budget.total * self.heads.head_dim * itemsize
+
+    def to_json(self) -> str:
+        """The text of plan.json."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan.json") -> FusionPlan:
+        """Parse and check the text of a plan.json.
+
+        Raises:
+            ConfigError: naming every problem at once.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ConfigError(
+                validation_summary(error), where=where, fix="write a new plan with `headfuse analyze`"
+            ) from None
+
+
+def check_partition(groups: Sequence[Sequence[int]], num_heads: int, where: str) -> None:
+    """Raise ValueError unless `groups` holds each of `num_heads` heads exactly once."""
+    if not all(groups):
+        raise ValueError(f"{where}: a group is empty")
+    if sorted(head for group in groups for head in group) != list(range(num_heads)):
+        raise ValueError(f"{where}: each source head 0 to {num_heads - 1} must occur in exactly one group")
+
+
+def head_of_source(groups: Groups) -> list[int]:
+    """The fused head of each source head."""
+    owner = {head: index for index, group in enumerate(groups) for head in group}
+    return [owner[head] for head in range(len(owner))]
+
+
+def head_of_query(groups: Groups, heads: HeadLayout) -> list[int]:
+    """The fused head that each query head reads."""
+    owner = head_of_source(groups)
+    return [owner[heads.source_head(query)] for query in range(heads.num_attention_heads)]
+
+
+def query_order(groups: Groups, heads: HeadLayout) -> list[int]:
+    """The order of query heads that makes every group contiguous, as stock GQA reads them."""
+    per_head = heads.queries_per_head
+    return [head * per_head + i for group in groups for head in group for i in range(per_head)]
+
+
+def validation_summary(error: ValidationError) -> str:
+    """All problems of a pydantic error in one message, each with its place."""
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{place}: {message}" if place else message)
+    return "; ".join(lines)

@@ -1,0 +1,328 @@
+"""Text: documents, and the token windows that calibration, uptraining and evaluation read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headfuse.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DATA = "default"
+"""The text that ships inside the package: generic prose."""
+
+_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+_FIELD = 'each record needs its text in a field "text", like {"text": "..."}'
+
+_SHUFFLED_DOCUMENTS = 10_000
+_SHUFFLED_CHARACTERS = 2**26
+_TOKENISED_CHARACTERS = 2**21
+
+_SECTION_CHARACTERS = 16
+"""Characters of a section for each token of a window."""
+_HELD_OUT = 16
+"""One in so many sections is held out, until they fill the validation windows."""
+_VALIDATION_WINDOWS = 16
+
+
+# ---------------------------------------------------------------- documents
+
+
+def read_documents(data: str, *, seed: int | None = None) -> Iterator[str]:
+    """Read documents one by one; empty ones are left out.
+
+    Args:
+        data: `default` (the packaged text), a .txt file (one document, nothing stripped), a .jsonl, .json or .parquet
+            file whose records have a field `text` (JSON: one record a line), a folder of such files, or a dataset of
+            the Hugging Face hub as `org/name`, `org/name:split` or `org/name/config:split` (split `train` by default).
+        seed: shuffle the documents (through a buffer, see `shuffled`); None keeps their order.
+
+    Raises:
+        DataError: at once when there is no such data, while reading when it cannot be understood or holds no text.
+    """
+    documents = _not_empty(_open(data), data)
+    return documents if seed is None else shuffled(documents, seed)
+
+
+def data_name(data: str) -> str:
+    """How an output may name the data: a hub id, or a file's name without its folders."""
+    return Path(data).name if Path(data).exists() else data
+
+
+def shuffled(documents: Iterable[str], seed: int | str) -> Iterator[str]:
+    """Shuffle a stream through a buffer of 10,000 documents or 64 M characters."""
+    generator, buffer, characters = random.Random(seed), list[str](), 0
+    for document in documents:
+        buffer.append(document)
+        characters += len(document)
+        while len(buffer) > _SHUFFLED_DOCUMENTS or characters > _SHUFFLED_CHARACTERS:
+            place = generator.randrange(len(buffer))
+            buffer[place], buffer[-1] = buffer[-1], buffer[place]
+            characters -= len(buffer[-1])
+            yield buffer.pop()
+    generator.shuffle(buffer)
+    yield from buffer
+
+
+def cut(text: str, limit: int) -> Iterator[str]:
+    """Cut a text into pieces of at most `limit` characters, after a line end or a space where there is one."""
+    start = 0
+    while len(text) - start > limit:
+        end = text.rfind("\n", start, start + limit) + 1 or text.rfind(" ", start, start + limit) + 1 or start + limit
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _open(data: str) -> Iterator[str]:
+    path = Path(data)
+    if data == DEFAULT_DATA:
+        return _packaged()
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.suffix in _SUFFIXES and file.is_file()]
+        if not files:
+            raise DataError(
+                f"the folder holds no {_listed(_SUFFIXES)} file", where=data, fix="give a folder with text in it"
+            )
+        return (document for file in files for document in _read_file(file))
+    if path.exists():
+        if path.suffix not in _SUFFIXES:
+            raise DataError(f"is not a {_listed(_SUFFIXES)} file", where=data, fix="rename or convert it")
+        return _read_file(path)
+    match = _HUB_ID.fullmatch(data)
+    if match is None or path.suffix in _SUFFIXES:
+        raise DataError(
+            "no such file", where=data, fix="give a text file, a folder, a hub dataset like org/name, or `default`"
+        )
+    return _read_hub(data, match["name"], match["config"], match["split"] or "train")
+
+
+def _listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}"
+
+
+def _not_empty(documents: Iterable[str], data: str) -> Iterator[str]:
+    empty = True
+    for document in documents:
+        if document:
+            empty = False
+            yield document
+    if empty:
+        raise DataError("holds no text", where=data, fix="give data with text in it")
+
+
+def _packaged() -> Iterator[str]:
+    text = (resources.files("headfuse") / "data" / "default.txt").read_text(encoding="utf-8")
+    yield from text.split("\f")
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    try:
+        with path.open("rb") as stream:
+            if path.suffix == ".txt":
+                yield _decoded(stream.read(), str(path))
+                return
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield _json_text(line, f"{path}, line {number}")
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=path) from None
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"is not UTF-8 text (byte {error.start})", where=where, fix="convert the file to UTF-8"
+        ) from None
+
+
+def _json_text(line: bytes, where: str) -> str:
+    try:
+        record = json.loads(_decoded(line, where).removeprefix("\ufeff"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        fix = "write one JSON object a line, not an array or an object over several lines"
+        raise DataError(f"is not valid JSON: {error}", where=where, fix=fix) from None
+    return _text_field(record, where)
+
+
+def _text_field(record: Any, where: str) -> str:
+    if not isinstance(record, dict):
+        raise DataError("is not a JSON object", where=where, fix=_FIELD)
+    if "text" not in record:
+        found = ", ".join(sorted(record)) or "none"
+        raise DataError(f'has no field "text"; its fields are: {found}', where=where, fix=_FIELD)
+    if not isinstance(record["text"], str):
+        raise DataError(
+            f'the field "text" holds {type(record["text"]).__name__}, not a string', where=where, fix=_FIELD
+        )
+    return record["text"].encode("utf-8", "replace").decode("utf-8")  # a lone surrogate escape becomes "?"
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield _text_field(row, f"{path}, row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise many kinds
+        raise DataError(
+            f"is not a readable parquet file ({_reason(error)})", where=path, fix="write the file again"
+        ) from None
+
+
+def _read_hub(data: str, name: str, config: str | None, split: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield _text_field(row, f"{data}, row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # the hub, the network, and datasets raise many kinds
+        raise DataError(
+            f"neither a local file nor a dataset that the hub gives ({_reason(error)})",
+            where=data,
+            fix="check the path, or the id as org/name/config:split; HF_HUB_OFFLINE=1 forbids downloads",
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+# ---------------------------------------------------------------- token windows
+
+
+def iter_windows(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
+) -> Iterator[torch.Tensor]:
+    """Pack documents, joined by EOS, into windows `[sequence_length]`, in order.
+
+    An incomplete last window is dropped. No BOS and no other special token is added. A single document needs no EOS.
+    """
+    rest: list[int] = []
+    for ids in _token_lists(documents, tokenizer):
+        rest += ids
+        full = len(rest) // sequence_length * sequence_length
+        yield from torch.tensor(rest[:full], dtype=torch.long).view(-1, sequence_length)
+        del rest[:full]
+
+
+def token_windows(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    num_windows: int | None = None,
+    *,
+    required: int = 1,
+    where: str | None = None,
+) -> torch.Tensor:
+    """The first windows of `iter_windows` as one tensor `[windows, sequence_length]`; reads no further than it must.
+
+    Args:
+        documents: the text.
+        tokenizer: a transformers tokenizer.
+        sequence_length: tokens in a window.
+        num_windows: how many windows; None takes all.
+        required: with fewer windows than this it is an error.
+        where: how the error names the data.
+
+    Raises:
+        DataError: for too little text, naming how many tokens there are and how many it takes.
+    """
+    ids: list[int] = []
+    wanted = None if num_windows is None else num_windows * sequence_length
+    for more in _token_lists(documents, tokenizer):
+        ids += more
+        if wanted is not None and len(ids) >= wanted:
+            break
+    found = len(ids) // sequence_length if num_windows is None else min(len(ids) // sequence_length, num_windows)
+    if found < required:
+        raise DataError(
+            f"holds {len(ids):,} tokens; {required * sequence_length:,} are needed"
+            f" for {required} window{'s' * (required > 1)} of {sequence_length} tokens",
+            where=where,
+            fix="give more text, or a smaller --sequence-length",
+        )
+    return torch.tensor(ids[: found * sequence_length], dtype=torch.long).view(found, sequence_length)
+
+
+def _token_lists(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids, document by document, EOS between two; a long one is tokenised in pieces cut at line ends."""
+    for number, document in enumerate(documents):
+        if number:
+            if tokenizer.eos_token_id is None:
+                fix = "give one .txt file, or set eos_token in tokenizer_config.json"
+                raise DataError("the tokenizer has no EOS token to join documents with", fix=fix)
+            yield [tokenizer.eos_token_id]
+        for piece in cut(document, _TOKENISED_CHARACTERS):
+            yield tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+
+
+class TrainingText:
+    """Training windows without end, and the validation windows of the sections that are held out from them.
+
+    A section is a document, or a piece of a long one (some four windows), so that a step sees several texts and a
+    single book can be divided.
+
+    Args:
+        data: what `read_documents` takes.
+        tokenizer: a transformers tokenizer.
+        sequence_length: tokens in a window.
+        seed: of the shuffling and of the choice of the held-out sections.
+    """
+
+    def __init__(self, data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int) -> None:
+        self.data, self.tokenizer, self.sequence_length, self.seed = data, tokenizer, sequence_length, seed
+        self.epochs = 0
+        self.held_out: set[str] = set()
+        self.validation = token_windows(self._hold_out(), tokenizer, sequence_length, _VALIDATION_WINDOWS, required=0)
+        if not len(self.validation):
+            logger.warning("%s is too short to hold some of it out: no figures before and after", data_name(data))
+
+    def windows(self) -> Iterator[torch.Tensor]:
+        """The windows of one epoch after the other, each shuffled anew."""
+        for epoch in count():
+            self.epochs = epoch + 1
+            sections = (section for section in self._sections(epoch) if section not in self.held_out)
+            windows = iter_windows(sections, self.tokenizer, self.sequence_length)
+            first = next(windows, None)
+            if first is None:
+                fix = "give more text, or a smaller --sequence-length"
+                raise DataError(f"does not fill one window of {self.sequence_length} tokens", where=self.data, fix=fix)
+            yield first
+            yield from windows
+
+    def _hold_out(self) -> Iterator[str]:
+        for section in islice(self._sections("held out"), _HELD_OUT // 2, None, _HELD_OUT):
+            self.held_out.add(section)
+            yield section
+
+    def _sections(self, epoch: int | str) -> Iterator[str]:
+        limit = _SECTION_CHARACTERS * self.sequence_length
+        sections = (section for document in read_documents(self.data) for section in cut(document, limit))
+        return shuffled(sections, f"{self.seed} {epoch}")

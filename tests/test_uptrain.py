@@ -1,0 +1,537 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from headfuse.checkpoint import file_sha256, fingerprint, read_plan, write_plan
+from headfuse.commands import uptrain as command
+from headfuse.errors import ConfigError, DataError, HeadfuseError, OutputError, UnsupportedModelError
+from headfuse.loading import load_model
+from headfuse.modeling import HeadfuseConfig, HeadfuseForCausalLM
+from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, SourceModel
+from headfuse.uptrain import (
+    Objective,
+    Progress,
+    Recipe,
+    UptrainResult,
+    default_batch_size,
+    default_learning_rate,
+    default_output,
+    kl_divergence,
+    learning_rate_at,
+    uptrain,
+)
+
+WORDS = [f"w{i}" for i in range(40)]
+GROUPS = ((0, 1), (2, 3))
+
+
+def write_tokenizer(folder: Path, words: list[str]) -> None:
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+
+
+def write_source(folder: Path, words: list[str] = WORDS, **options: Any) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words) + 2, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
+        bos_token_id=None, eos_token_id=1, attention_dropout=0.1, **options,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
+    write_tokenizer(folder, words)
+    return folder
+
+
+def write_fused(source: Path, folder: Path) -> Path:
+    """The source with neighbouring heads averaged, and its plan."""
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    for name, weight in tensors.items():
+        if "k_proj" in name or "v_proj" in name:
+            tensors[name] = weight.view(2, 2, 8, -1).float().mean(1).flatten(0, 1).half()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 2}))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# A card\n\nMade by fusion.\n")
+    (folder / "headfuse.yaml").write_text("budget: {total: 0.5}\n")
+    plan = FusionPlan(
+        headfuse_version="0", source=SourceModel(name=source.name, fingerprint=fingerprint(source)), layout="gqa",
+        heads=HeadLayout(model_type="llama", num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+                         num_key_value_heads=4, head_dim=8),
+        method="mean", allocator="uniform", budget=0.5,
+        layers=tuple(LayerPlan(layer_idx=i, key_groups=GROUPS, value_groups=GROUPS) for i in range(2)),
+    )  # fmt: skip
+    write_plan(folder, plan)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(tmp_path / "source")
+
+
+@pytest.fixture
+def fused(source: Path, tmp_path: Path) -> Path:
+    return write_fused(source, tmp_path / "fused")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / "text.jsonl"
+    with path.open("w") as stream:
+        for _ in range(60):
+            words = torch.randint(0, len(WORDS), (40,), generator=generator).tolist()
+            stream.write(json.dumps({"text": " ".join(WORDS[i] for i in words)}) + "\n")
+    return str(path)
+
+
+def train(model: Path, data: str, **options: Any) -> UptrainResult:
+    """Twelve steps of two windows of 16 tokens, checkpoints after 5 and 10."""
+    defaults: dict[str, Any] = {
+        "tokens": 12 * 32, "batch_size": 2, "sequence_length": 16, "checkpoint_every": 5, "learning_rate": 1e-2,
+        "device": "cpu", "threads": 1,
+    }  # fmt: skip
+    return uptrain(str(model), data=data, **{**defaults, **options})
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in records(folder) if record["event"] == "step"]
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int) -> Callable[[Progress], None]:
+    def on_progress(progress: Progress) -> None:
+        if progress.step == step:
+            raise Stop
+
+    return on_progress
+
+
+# ---------------------------------------------------------------- the mathematics
+
+
+def test_kl_of_identical_models_and_its_gradient_are_zero(source: Path) -> None:
+    student, teacher = load_model(source, device="cpu"), load_model(source, device="cpu")
+    loss = Objective(student)(torch.randint(0, 42, (2, 16)), teacher)
+    loss.backward()
+    assert abs(loss.item()) < 1e-6
+    assert max(p.grad.abs().max().item() for p in student.parameters() if p.grad is not None) < 1e-6
+
+
+def test_kl_is_the_forward_divergence() -> None:
+    logits, teacher = torch.randn(5, 7), torch.randn(5, 7)
+    p, q = teacher.softmax(-1), logits.softmax(-1)
+    assert torch.allclose(kl_divergence(logits, teacher), (p * (p / q).log()).sum())
+    assert not torch.allclose(kl_divergence(logits, teacher), (q * (q / p).log()).sum())
+
+
+def test_losses_equal_those_of_the_whole_logits(source: Path, fused: Path) -> None:
+    student, teacher, batch = (
+        load_model(fused, device="cpu"),
+        load_model(source, device="cpu"),
+        torch.randint(0, 42, (2, 16)),
+    )
+    logits, targets = student(batch).logits, teacher(batch).logits.softmax(-1)
+    kl = (targets * (targets.log() - logits.log_softmax(-1))).sum(-1).mean()
+    assert torch.allclose(Objective(student)(batch, teacher), kl, rtol=1e-4)
+    assert torch.allclose(Objective(student)(batch), student(batch, labels=batch).loss)
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+@pytest.mark.parametrize("kept_logits", [0, 10**9])
+def test_chunks_change_neither_loss_nor_gradient(
+    source: Path, fused: Path, with_teacher: bool, kept_logits: int
+) -> None:
+    student, batch = load_model(fused, device="cpu"), torch.randint(0, 42, (2, 16))
+    teacher = load_model(source, device="cpu") if with_teacher else None
+    results = []
+    for objective in (Objective(student, 1000), Objective(student, 5, kept_logits)):
+        student.zero_grad()
+        loss = objective(batch, teacher)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in student.parameters() if p.grad is not None)])
+    for whole, chunked in zip(*results, strict=True):
+        assert torch.allclose(whole, chunked, atol=1e-6)
+
+
+def test_schedule_warms_up_and_falls_along_a_cosine_to_a_tenth() -> None:
+    recipe = Recipe(tokens=100 * 4096)
+    rates = [learning_rate_at(step, recipe) for step in range(recipe.steps)]
+    assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[3 + 48] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert [learning_rate_at(0, Recipe(tokens=1)), Recipe(tokens=1).steps] == [1.0, 1]
+
+
+def test_steps_come_nearest_to_the_tokens() -> None:
+    assert [Recipe(tokens=tokens).steps for tokens in (1, 82_000, 246_000, 6143, 6145)] == [1, 20, 60, 1, 2]
+
+
+def test_default_learning_rate_goes_by_size() -> None:
+    assert [default_learning_rate(size) for size in (6e6, 135e6, 7e9)] == [5e-4, 1e-4, 2e-5]
+
+
+def test_default_batch_is_small_where_tokens_are_few() -> None:
+    assert [default_batch_size(tokens, 512) for tokens in (1, 82_000, 1_100_000, 50_000_000)] == [1, 1, 4, 8]
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+def test_writes_the_format_that_it_read(fused: Path, data: str, tmp_path: Path) -> None:
+    before = {file.name: file_sha256(file) for file in fused.iterdir()}
+    result = train(fused, data)
+    output = tmp_path / "fused-uptrained"
+    assert result.output == output
+    assert {file.name for file in output.iterdir()} == {file.name for file in fused.iterdir()} | {"train_log.jsonl"}
+    assert {file.name: file_sha256(file) for file in fused.iterdir()} == before
+    assert not list(tmp_path.glob("*.partial"))
+
+    old, new = load_file(fused / "model.safetensors"), load_file(output / "model.safetensors")
+    assert {n: (t.dtype, t.shape) for n, t in old.items()} == {n: (t.dtype, t.shape) for n, t in new.items()}
+    assert all(not torch.equal(old[name], new[name]) for name in old)
+    assert json.loads((output / "config.json").read_text()) == json.loads((fused / "config.json").read_text())
+    assert (output / "headfuse.yaml").read_text() == (fused / "headfuse.yaml").read_text()
+    plan = read_plan(output)
+    assert plan.layers == read_plan(fused).layers
+    assert plan.files == {f.name: file_sha256(f) for f in output.iterdir() if f.name != "plan.json"}
+    card = (output / "README.md").read_text()
+    assert card.startswith((fused / "README.md").read_text())
+    assert "## Uptraining" in card
+    assert "`source`" in card
+    for file in ("README.md", "plan.json", "train_log.jsonl", "config.json"):
+        assert str(tmp_path) not in (output / file).read_text()
+
+
+def test_learns_and_logs(fused: Path, data: str) -> None:
+    seen: list[Progress] = []
+    result = train(fused, data, tokens=60 * 32, on_progress=seen.append)
+    assert result.nll_before is not None
+    assert result.nll_after is not None
+    assert result.nll_teacher is not None
+    assert result.validation_windows > 0
+    lines = records(result.output)
+    assert [line["event"] for line in lines] == ["start", *["step"] * 60, "end"]
+    assert lines[-2]["loss"] < lines[1]["loss"]
+    assert [progress.step for progress in seen] == list(range(1, 61))
+    assert seen[-1].tokens == result.tokens == 60 * 32
+    assert seen[-1].learning_rate == pytest.approx(1e-3)
+    json.dumps(result.to_dict())
+
+
+def test_cross_entropy_needs_no_teacher(fused: Path, data: str, tmp_path: Path) -> None:
+    (fused / "plan.json").unlink()
+    result = train(fused, data, loss="ce", tokens=40 * 32)
+    assert result.teacher is None
+    assert result.nll_after < result.nll_before  # type: ignore[operator]
+    assert not (result.output / "plan.json").exists()
+
+
+def test_decoupled_model(source: Path, data: str, tmp_path: Path) -> None:
+    config = HeadfuseConfig(
+        source_config=LlamaConfig.from_pretrained(source), num_key_heads=[2, 1], num_value_heads=[1, 3],
+        key_head_of_query=[[0, 1, 1, 0], [0] * 4], value_head_of_query=[[0] * 4, [0, 1, 1, 2]],
+        rotary_slots=[[[0, 1, 1, 2], [0, 0, 2, 3]], None],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    HeadfuseForCausalLM(config).save_pretrained(tmp_path / "decoupled")
+    write_tokenizer(tmp_path / "decoupled", WORDS)
+    result = train(tmp_path / "decoupled", data, teacher=str(source), tokens=40 * 32)
+    assert {file.name for file in (tmp_path / "decoupled").iterdir()} < {file.name for file in result.output.iterdir()}
+    loaded = load_model(result.output, device="cpu")
+    assert isinstance(loaded, HeadfuseForCausalLM)
+    assert loaded.config.num_value_heads == [1, 3]
+    lines = records(result.output)
+    assert lines[-2]["loss"] < lines[1]["loss"]
+
+
+def test_written_dtype(fused: Path, data: str) -> None:
+    result = train(fused, data, dtype="bfloat16")
+    assert {t.dtype for t in load_file(result.output / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((result.output / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_model(result.output, device="cpu").config.num_key_value_heads == 2
+
+
+def test_accumulation_equals_a_larger_batch(fused: Path, data: str, tmp_path: Path) -> None:
+    for folder in (fused, tmp_path / "source"):  # dropout draws other numbers
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
+    options: dict[str, Any] = {"teacher": str(tmp_path / "source"), "tokens": 4 * 64, "dtype": "float32"}
+    one = train(fused, data, batch_size=4, output=tmp_path / "one", **options)
+    two = train(fused, data, batch_size=2, gradient_accumulation=2, output=tmp_path / "two", **options)
+    assert one.steps == two.steps == 4
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def test_key_and_value_projections_can_have_their_own_learning_rate(fused: Path, data: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tokens": 32, "dtype": "float32"}
+    once = load_file(
+        train(fused, data, fused_learning_rate=1.0, output=tmp_path / "a", **options).output / "model.safetensors"
+    )
+    twice = load_file(
+        train(fused, data, fused_learning_rate=2.0, output=tmp_path / "b", **options).output / "model.safetensors"
+    )
+    for name, start in load_file(fused / "model.safetensors").items():
+        factor = 2.0 if ".k_proj." in name or ".v_proj." in name else 1.0
+        assert torch.allclose(twice[name] - start.float(), factor * (once[name] - start.float()), atol=1e-5), name
+
+
+def test_same_seed_same_bytes(fused: Path, data: str, tmp_path: Path) -> None:
+    sums = [
+        file_sha256(train(fused, data, seed=seed, output=tmp_path / str(i)).output / "model.safetensors")
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert sums[0] == sums[1] != sums[2]
+
+
+# ---------------------------------------------------------------- interruption
+
+
+@pytest.mark.parametrize("step", [5, 8, 12])
+def test_resumed_run_equals_an_uninterrupted_one(fused: Path, data: str, tmp_path: Path, step: int) -> None:
+    whole, output = train(fused, data, output=tmp_path / "whole"), tmp_path / "out"
+    with pytest.raises(Stop):
+        train(fused, data, output=output, on_progress=stop_at(step))
+    assert not output.exists()
+    with pytest.raises(OutputError, match="interrupted run"):
+        train(fused, data, output=output)
+    torch.rand(7)  # the resumed run must not depend on where the generator happens to be
+    resumed = train(fused, data, output=output, resume=True)
+    assert file_sha256(output / "model.safetensors") == file_sha256(whole.output / "model.safetensors")
+    assert losses(output) == losses(whole.output)
+    assert (resumed.nll_before, resumed.nll_after) == (whole.nll_before, whole.nll_after)
+    assert resumed.epochs == whole.epochs > 0
+    assert {file.name for file in output.iterdir()} == {file.name for file in whole.output.iterdir()}
+
+
+def test_killed_process_can_be_resumed(fused: Path, data: str, tmp_path: Path) -> None:
+    whole, output = train(fused, data, output=tmp_path / "whole"), tmp_path / "out"
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from headfuse.uptrain import uptrain
+def kill(progress):
+    if progress.step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+uptrain({str(fused)!r}, data={data!r}, tokens=384, batch_size=2, sequence_length=16, checkpoint_every=5,
+        learning_rate=1e-2, device="cpu", threads=1, output=Path({str(output)!r}), on_progress=kill)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
+    assert json.loads((tmp_path / "out.partial" / "resume.json").read_text())["step"] == 5
+    train(fused, data, output=output, resume=True)
+    assert file_sha256(output / "model.safetensors") == file_sha256(whole.output / "model.safetensors")
+    assert losses(output) == losses(whole.output)
+
+
+def test_interrupted_save_leaves_the_state_before(
+    fused: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+
+    whole, output = train(fused, data, output=tmp_path / "whole"), tmp_path / "out"
+    save_state, calls = Accelerator.save_state, []
+
+    def full_disk(self: Accelerator, folder: str, **options: Any) -> None:
+        calls.append(folder)
+        save_state(self, folder, **options)
+        if len(calls) == 2:
+            Path(folder, "pytorch_model.bin").write_bytes(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(Accelerator, "save_state", full_disk)
+    with pytest.raises(OutputError, match="checkpoint after step 10 cannot be written"):
+        train(fused, data, output=output)
+    state = tmp_path / "out.partial" / "state"
+    assert [folder.name for folder in state.iterdir()] == ["step-0000005"]
+    train(fused, data, output=output, resume=True)
+    assert file_sha256(output / "model.safetensors") == file_sha256(whole.output / "model.safetensors")
+
+
+def test_only_the_last_state_is_kept(fused: Path, data: str, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        train(fused, data, output=tmp_path / "out", on_progress=stop_at(11))
+    assert [folder.name for folder in (tmp_path / "out.partial" / "state").iterdir()] == ["step-0000010"]
+
+
+def test_failure_before_the_first_state_leaves_nothing(fused: Path, data: str, tmp_path: Path) -> None:
+    before = set(tmp_path.iterdir())
+    with pytest.raises(Stop):
+        train(fused, data, on_progress=stop_at(3))
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_resuming_with_other_options_is_refused(fused: Path, data: str, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        train(fused, data, on_progress=stop_at(7))
+    with pytest.raises(ConfigError, match=r"batch_size \(was 2, is 4\), seed \(was 0, is 3\)"):
+        train(fused, data, resume=True, batch_size=4, seed=3)
+    assert (tmp_path / "fused-uptrained.partial" / "resume.json").exists()
+    train(fused, data, resume=True, learning_rate=None)
+    assert records(tmp_path / "fused-uptrained")[-2]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_diverging_run_stops_and_keeps_the_last_state(fused: Path, data: str, tmp_path: Path) -> None:
+    with pytest.raises(HeadfuseError, match="at step 2; nothing was kept"):
+        train(fused, data, learning_rate=1e30)
+    assert not (tmp_path / "fused-uptrained.partial").exists()
+
+    whole, output = train(fused, data, output=tmp_path / "whole"), tmp_path / "out"
+    with pytest.raises(Stop):
+        train(fused, data, output=output, on_progress=stop_at(8))
+    with pytest.raises(HeadfuseError, match="the norm of its gradient nan") as caught:
+        train(fused, data, output=output, resume=True, learning_rate=1e30)
+    assert "at step 7; the state after step 5 is kept" in str(caught.value)
+    assert "--resume" in str(caught.value)
+    train(fused, data, output=output, resume=True)
+    assert file_sha256(output / "model.safetensors") == file_sha256(whole.output / "model.safetensors")
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_teacher_is_found_beside_the_model_or_in_the_working_directory(
+    fused: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(fused, data).teacher == "source"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "source").rename(tmp_path / "elsewhere" / "source")
+    with pytest.raises(ConfigError, match="source, the teacher, was not found"):
+        train(fused, data, overwrite=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train(fused, data, overwrite=True).teacher == "source"
+
+
+def test_teacher_must_be_the_model_that_was_fused(fused: Path, data: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    write_source(tmp_path / "source", rms_norm_eps=1e-5)
+    with pytest.raises(ConfigError, match="is another model") as caught:
+        train(fused, data)
+    assert "--teacher" in str(caught.value)
+    assert train(fused, data, teacher=str(tmp_path / "source")).teacher == "source"
+
+
+def test_teacher_needs_the_same_tokenizer(fused: Path, data: str, tmp_path: Path) -> None:
+    other = write_source(tmp_path / "other", words=[f"v{i}" for i in range(40)])
+    with pytest.raises(ConfigError, match="other: the teacher has another tokenizer"):
+        train(fused, data, teacher=str(other))
+
+
+def test_scaled_logits_are_refused(data: str, tmp_path: Path) -> None:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        vocab_size=42, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        logits_scaling=8.0, bos_token_id=None, eos_token_id=1, pad_token_id=None,
+    )  # fmt: skip
+    GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
+    write_tokenizer(tmp_path / "granite", WORDS)
+    with pytest.raises(UnsupportedModelError, match="scales or caps its logits"):
+        train(tmp_path / "granite", data, loss="ce")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"tokens": 0}, ConfigError, "tokens is 0"),
+        ({"checkpoint_every": 0}, ConfigError, "checkpoint_every is 0"),
+        ({"batch_size": 0}, ConfigError, "batch_size is 0"),
+        ({"sequence_length": 1}, ConfigError, "sequence_length is 1"),
+        ({"sequence_length": 65}, ConfigError, "65 is more than the model's context of 64"),
+        ({"learning_rate": math.nan}, ConfigError, "learning_rate is nan"),
+        ({"learning_rate": 0.0}, ConfigError, "learning_rate is 0.0"),
+        ({"weight_decay": -1.0}, ConfigError, "weight_decay is -1.0"),
+        ({"loss": "mse"}, ConfigError, "loss is 'mse'"),
+        ({"dtype": "int8"}, ConfigError, "dtype is 'int8'"),
+        ({"data": "missing.jsonl"}, DataError, "missing.jsonl: no such file"),
+        ({"teacher": "missing"}, HeadfuseError, "missing: no such folder"),
+        ({"output": "taken"}, OutputError, "already exists"),
+        ({"output": "fused", "overwrite": True}, OutputError, "is a model that this run reads"),
+        ({"output": "source", "overwrite": True}, OutputError, "is a model that this run reads"),
+    ],
+    ids=str,
+)
+def test_bad_options_leave_nothing(
+    fused: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any], kind: type[HeadfuseError], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    if "output" in options:
+        options = {**options, "output": tmp_path / options["output"]}
+    before = set(tmp_path.iterdir())
+    with pytest.raises(kind) as caught:
+        train(fused, **{"data": data, **options})
+    assert message in str(caught.value)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_model_without_a_plan_needs_a_teacher(fused: Path, data: str) -> None:
+    (fused / "plan.json").unlink()
+    with pytest.raises(ConfigError, match="names its source") as caught:
+        train(fused, data)
+    assert "--teacher" in str(caught.value)
+
+
+def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert default_output(".") == tmp_path / "model-uptrained"
+    assert default_output(str(tmp_path / "model") + "/") == tmp_path / "model-uptrained"
+    assert default_output("org/name") == Path("name-uptrained")
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("246000", 246_000), ("500k", 500_000), ("50M", 50_000_000), ("1.5B", 1_500_000_000), ("1_000", 1000)],
+)
+def test_tokens_on_the_command_line(text: str, tokens: int) -> None:
+    assert command.parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "M", "-5", "0", "1e6", "5 apples", "nan", "0.0001K"])
+def test_no_number_of_tokens(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a number of tokens"):
+        command.parse_tokens(text)
+
+
+def test_command_document_and_table(fused: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    document = command.run(model=str(fused), data=data, tokens=64, sequence_length=16, device="cpu", threads=1)
+    assert capsys.readouterr().out == ""
+    assert document["kv_ratio"] == 0.5
+    assert json.loads(json.dumps(document)) == document
+    command.render(document, Console(width=100))
+    printed = capsys.readouterr().out
+    for figure in ("nll_teacher", "nll_before", "nll_after"):
+        assert f"{document[figure]:.4f}" in printed
+    assert f"wrote {document['output']}" in printed.replace("\n", " ")
