@@ -157,7 +157,7 @@ class Checkpoint:
         self.dtypes: dict[str, torch.dtype] = {}
         for file in self.files:
             handle = self._open(file)
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118  no mapping
                 self._file_of[name] = file
                 entry = handle.get_slice(name)
                 self.shapes[name] = tuple(entry.get_shape())
@@ -337,7 +337,7 @@ class SafetensorsWriter:
         data = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)
         with (self.folder / file).open("r+b") as stream:
             stream.seek(offset)
-            stream.write(memoryview(data.numpy()))
+            stream.write(data.numpy().tobytes())
 
     def read(self, name: str) -> torch.Tensor:
         """Read back a tensor that was written before."""

@@ -14,7 +14,6 @@ Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
 
 Layout = Literal["decoupled", "gqa"]
-PLAN_FORMAT = 1
 
 
 class _Frozen(BaseModel):
@@ -86,7 +85,7 @@ class SourceModel(_Frozen):
 class FusionPlan(_Frozen):
     """Everything that decides the fused model's shape; `plan.json`."""
 
-    plan_format: Literal[1] = PLAN_FORMAT
+    plan_format: Literal[1] = 1
     headfuse_version: str
     source: SourceModel
     heads: HeadLayout

@@ -1,0 +1,1 @@
+"""The commands of headfuse, each one short function."""

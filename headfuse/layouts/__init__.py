@@ -1,0 +1,1 @@
+"""How a fused model lies on disk."""
