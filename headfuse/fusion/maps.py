@@ -1,0 +1,74 @@
+"""The one form of every method (math.md 1): fused = sum_j P_j source_j, source_j ~ R_j fused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from headfuse.plan import Groups
+
+
+@dataclass(frozen=True)
+class KeyMoments:
+    """Second moments of the rotary planes of n source heads over the calibration text.
+
+    `gram [F, n, n]` complex: E[k_i conj k_j] per frequency; `query_energy [n, F]`: E|q|^2 summed over the query heads
+    that read the source head. Both are the same before and after RoPE, which turns all heads of a plane alike.
+    """
+
+    gram: torch.Tensor
+    query_energy: torch.Tensor
+
+    def of(self, group: tuple[int, ...]) -> KeyMoments:
+        """The moments of one group's heads."""
+        index = list(group)
+        return KeyMoments(self.gram[:, index][:, :, index], self.query_energy[index])
+
+
+@dataclass(frozen=True)
+class ValueMoments:
+    """Second moments of attention-averaged values.
+
+    `covariance [n, d, n, d]`: E[u u^T] of the n heads' values averaged by the layer's own attention;
+    `output_gram [n, d, d]`: sum of Wo_h^T Wo_h over the query heads that read the source head.
+    """
+
+    covariance: torch.Tensor
+    output_gram: torch.Tensor
+
+    def of(self, group: tuple[int, ...]) -> ValueMoments:
+        """The moments of one group's heads."""
+        index = list(group)
+        return ValueMoments(self.covariance[index][:, :, index], self.output_gram[index])
+
+
+@dataclass(frozen=True)
+class HeadMaps:
+    """Write maps `P [n, d, d]` and read maps `R [n, d, d]` of the n source heads, float64."""
+
+    write: torch.Tensor
+    read: torch.Tensor
+
+    def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """Replace `heads [..., n, T, d]` by what the fused heads give back: R_j sum_i P_i x_i."""
+        write, read = self.write.to(heads.dtype), self.read.to(heads.dtype)
+        result = heads.clone()
+        for group in groups:
+            if len(group) > 1:
+                index = list(group)
+                fused = torch.einsum("...jtc,jdc->...td", heads[..., index, :, :], write[index])
+                result[..., index, :, :] = torch.einsum("...td,jcd->...jtc", fused, read[index])
+        return result
+
+
+def planes(x: torch.Tensor) -> torch.Tensor:
+    """Channels `[..., d]` as complex rotary planes `[..., d/2]`, half style: plane f is (f, f + d/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.complex(first.contiguous(), second.contiguous())
+
+
+def plane_matrix(c: torch.Tensor) -> torch.Tensor:
+    """Multiplication by `c [..., F]` on each plane, as real `[..., d, d]` matrices: it commutes with RoPE."""
+    real, imag = torch.diag_embed(c.real), torch.diag_embed(c.imag)
+    return torch.cat([torch.cat([real, -imag], dim=-1), torch.cat([imag, real], dim=-1)], dim=-2)
