@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from headfuse.plan import Groups
@@ -25,7 +26,7 @@ def neighbours(cost: PairCost, count: int, equal: bool) -> Groups:
     """Adjacent heads, as mean-pooled GQA groups them (arXiv 2305.13245)."""
     n = len(cost)
     bounds = [n * i // count for i in range(count + 1)]
-    return tuple(tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds))
 
 
 GROUPERS: dict[str, Callable[[PairCost, int, bool], Groups]] = {"cluster": cluster, "neighbours": neighbours}
@@ -61,7 +62,7 @@ def _agglomerate(cost: PairCost, count: int) -> list[list[int]]:
     groups = [[i] for i in range(len(cost))]
     while len(groups) > count:
         own = [_group_cost(cost, group) for group in groups]
-        rise, a, b = min(
+        _, a, b = min(
             (_group_cost(cost, groups[a] + groups[b]) - own[a] - own[b], a, b)
             for a in range(len(groups))
             for b in range(a + 1, len(groups))

@@ -1,0 +1,167 @@
+"""What the calibration text says about one layer: moments of its heads, and the measured cost of fusing them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headfuse.fusion import FusionMethod
+from headfuse.fusion.maps import HeadMaps, KeyMoments, ValueMoments, planes
+from headfuse.grouping import GROUPERS
+from headfuse.plan import Groups, HeadLayout
+from headfuse.streaming import AttentionCapture
+
+MAX_ROWS = 65536
+"""Rows of averaged values that enter a covariance; more do not change it, and cost most on MHA models."""
+
+
+def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyMoments:
+    """Moments of one layer's rotary planes (math.md 2, keys)."""
+    n, d, tokens = heads.num_key_value_heads, heads.head_dim, 0
+    gram = torch.zeros(d // 2, n, n, dtype=torch.complex128)
+    energy = torch.zeros(n, d // 2, dtype=torch.float64)
+    for capture in captures:
+        k = planes(capture.key)  # [B, n, T, F]
+        gram += torch.einsum("bitf,bjtf->fij", k, k.conj()).to("cpu", torch.complex128)
+        q = planes(capture.query).abs().square().sum((0, 2)).to("cpu", torch.float64)  # [n_q, F]
+        energy += q.view(n, -1, d // 2).sum(1)
+        tokens += k.shape[0] * k.shape[2]
+    return KeyMoments(gram / tokens, energy / tokens)
+
+
+def value_moments(
+    captures: Sequence[AttentionCapture],
+    output: torch.Tensor,
+    heads: HeadLayout,
+    key_maps: tuple[HeadMaps, Groups] | None,
+) -> ValueMoments:
+    """Moments of values averaged by attention, the fused keys' attention where maps are given (math.md 2, values).
+
+    Args:
+        captures: the layer on the calibration windows.
+        output: output projection `[D, n_q, d]`.
+        heads: the source's heads.
+        key_maps: maps and groups of the fused keys.
+    """
+    n, d = heads.num_key_value_heads, heads.head_dim
+    covariance = torch.zeros(n * d, n * d, dtype=torch.float64)
+    rows = sum(c.query.shape[0] * c.query.shape[1] * c.query.shape[2] for c in captures)
+    stride, used = max(1, rows // max(MAX_ROWS, 8 * n * d)), 0
+    for capture in captures:
+        key = None if key_maps is None else key_maps[0].reconstruct(capture.key, key_maps[1])
+        attention = capture.probabilities(key)[:, :, ::stride]  # [B, n_q, T', T]
+        stacked = capture.value.transpose(1, 2).flatten(2)  # [B, T, n d]
+        averaged = (attention @ stacked[:, None]).flatten(0, 2)
+        covariance += (averaged.T @ averaged).to("cpu", torch.float64)
+        used += len(averaged)
+    weight = output.to("cpu", torch.float64)
+    per_head = weight.view(weight.shape[0], n, -1, d)  # [D, n, q, d]
+    output_gram = torch.einsum("Dnqc,Dnqe->nce", per_head, per_head)
+    return ValueMoments((covariance / used).view(n, d, n, d), output_gram)
+
+
+def key_pair_cost(moments: KeyMoments) -> torch.Tensor:
+    """`[n, n]`: share of the layer's key energy lost when two heads become one (rank one per frequency)."""
+    weight = moments.query_energy.T.sqrt()
+    gram = weight[:, :, None] * moments.gram * weight[:, None, :]  # [F, n, n]
+    energy = gram.diagonal(dim1=1, dim2=2).real
+    total, difference = energy[:, :, None] + energy[:, None, :], energy[:, :, None] - energy[:, None, :]
+    lost = (total - (difference.square() + 4 * gram.abs().square()).sqrt()) / 2  # the smaller eigenvalue
+    return lost.clamp_min(0).sum(0).fill_diagonal_(0) / energy.sum().clamp_min(1e-300)
+
+
+def value_pair_cost(moments: ValueMoments) -> torch.Tensor:
+    """`[n, n]`: share of the layer's output energy lost when two value heads become one (rank d of 2d)."""
+    n, d = moments.output_gram.shape[:2]
+    eigenvalues, vectors = torch.linalg.eigh(moments.output_gram)
+    root = vectors * eigenvalues.clamp_min(0).sqrt()[:, None] @ vectors.mT  # [n, d, d]
+    weighted = torch.einsum("iac,icjd,jdb->iajb", root, moments.covariance, root)
+    cost = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        for j in range(i + 1, n):
+            pair = weighted[[i, j]][:, :, [i, j]].reshape(2 * d, 2 * d)
+            cost[i, j] = cost[j, i] = torch.linalg.eigvalsh(pair)[:d].clamp_min(0).sum()
+    return cost / torch.einsum("iaia->", weighted).clamp_min(1e-300)
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """One layer's pair costs, the groups for each count, and the measured cost of each count."""
+
+    key_pairs: list[list[float]]
+    value_pairs: list[list[float]]
+    key_groups: list[Groups]
+    value_groups: list[Groups]
+    shared_groups: dict[int, Groups]
+    key_cost: list[float]
+    value_cost: list[float]
+
+
+def survey_layer(
+    captures: Sequence[AttentionCapture],
+    output: torch.Tensor,
+    hidden: torch.Tensor,
+    heads: HeadLayout,
+    method: FusionMethod,
+    grouping: str,
+    costs: bool,
+) -> LayerSurvey:
+    """Measure one source layer: groups for every head count, and what fusing to that count costs.
+
+    The cost is the error of the attention output, E|y' - y|^2, over the energy of the residual stream.
+    """
+    n = heads.num_key_value_heads
+    keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
+    key_pairs, value_pairs = key_pair_cost(keys).tolist(), value_pair_cost(values).tolist()
+    grouper = GROUPERS[grouping]
+    both = [[a + b for a, b in zip(r, s, strict=True)] for r, s in zip(key_pairs, value_pairs, strict=True)]
+    key_groups = [grouper(key_pairs, count, False) for count in range(1, n + 1)]
+    value_groups = [grouper(value_pairs, count, False) for count in range(1, n + 1)]
+    shared = {count: grouper(both, count, True) for count in range(1, n + 1) if n % count == 0}
+    key_cost, value_cost = [0.0] * n, [0.0] * n
+    if costs:
+        energy = hidden.square().sum(-1).mean().item()
+        probe = captures[: max(1, len(captures) // 4)]
+        for count in _probed(n):
+            key_map = method.key_maps(key_groups[count - 1], keys)
+            value_map = method.value_maps(value_groups[count - 1], values)
+            key_cost[count - 1] = _error(probe, output, key_map, key_groups[count - 1], None, None) / energy
+            value_cost[count - 1] = _error(probe, output, None, None, value_map, value_groups[count - 1]) / energy
+        key_cost, value_cost = _interpolate(key_cost, n), _interpolate(value_cost, n)
+    return LayerSurvey(key_pairs, value_pairs, key_groups, value_groups, shared, key_cost, value_cost)
+
+
+def _probed(n: int) -> list[int]:
+    return [count for count in range(1, n) if n <= 8 or count & (count - 1) == 0]
+
+
+def _interpolate(costs: list[float], n: int) -> list[float]:
+    known = [*_probed(n), n]
+    result = list(costs)
+    for low, high in zip(known[:-1], known[1:], strict=True):
+        for count in range(low + 1, high):
+            share = (count - low) / (high - low)
+            result[count - 1] = costs[low - 1] * (1 - share) + costs[high - 1] * share
+    return result
+
+
+def _error(
+    captures: Sequence[AttentionCapture],
+    output: torch.Tensor,
+    key_map: HeadMaps | None,
+    key_groups: Groups | None,
+    value_map: HeadMaps | None,
+    value_groups: Groups | None,
+) -> float:
+    total, tokens = 0.0, 0
+    for capture in captures:
+        key = key_map.reconstruct(capture.key, key_groups) if key_map and key_groups else capture.key
+        value = value_map.reconstruct(capture.value, value_groups) if value_map and value_groups else capture.value
+        repeats = capture.query.shape[1] // value.shape[1]
+        heads = capture.probabilities(key) @ value.repeat_interleave(repeats, dim=1)  # [B, n_q, T, d]
+        delta = heads.transpose(1, 2) - capture.output
+        total += torch.einsum("Dqc,btqc->btD", output.float().to(delta.device), delta).square().sum().item()
+        tokens += delta.shape[0] * delta.shape[1]
+    return total / tokens

@@ -1,0 +1,217 @@
+"""Runs a checkpoint one decoder layer at a time, so that a model larger than memory can be measured and converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from headfuse.architectures import architecture_of
+from headfuse.checkpoint import Checkpoint
+from headfuse.errors import CheckpointError, UnsupportedModelError
+
+_CAPTURE = "headfuse_capture"
+
+
+@dataclass(frozen=True)
+class AttentionCapture:
+    """What one attention layer computed for a batch of windows.
+
+    Shapes: `query [B, n_q, T, d]`, `key` and `value [B, n_s, T, d]` (after RoPE and norms), `output [B, T, n_q, d]`
+    (head outputs before the output projection). `mask` is boolean `[1, 1, T, T]`, or None for plain causal attention.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+
+    def probabilities(self, key: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention probabilities `[B, n_q, T, T]`, with the source's keys or with others in their place."""
+        key = self.key if key is None else key
+        batch, heads, length, d = self.query.shape
+        grouped = self.query.reshape(batch, key.shape[1], -1, d)  # query heads of one KV head are adjacent
+        scores = (grouped @ key.mT).view(batch, heads, length, length) * self.scaling
+        allowed = (
+            torch.ones(length, length, dtype=torch.bool, device=key.device).tril() if self.mask is None else self.mask
+        )
+        return scores.masked_fill_(~allowed, float("-inf")).softmax(-1)
+
+
+class StreamedModel:
+    """A causal language model whose decoder layers are loaded one after another, computed in float32.
+
+    Args:
+        checkpoint: the weights.
+        config: the model's transformers config.
+        device: where layers are computed.
+
+    Raises:
+        CheckpointError: when the tensors do not match the config.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: PreTrainedConfig, device: torch.device) -> None:
+        AttentionInterface.register(_CAPTURE, _capturing_attention)
+        AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
+        self.checkpoint, self.device = checkpoint, device
+        self.arch = architecture_of(config.model_type)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, attn_implementation=_CAPTURE, dtype=torch.float32)
+        self.model.eval()
+        self.num_layers = config.num_hidden_layers
+        self.layers: list[nn.Module] = [
+            self.model.get_submodule(self.arch.layer_prefix(i)) for i in range(self.num_layers)
+        ]
+        self._check_tensors()
+        self._load_outer()
+        self._kwargs: list[dict[str, Any]] = []
+
+    def _check_tensors(self) -> None:
+        expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        tied = set(self.model.all_tied_weights_keys) if self.model.config.tie_word_embeddings else set()
+        problems = [f"{name} is missing" for name in expected if name not in self.checkpoint and name not in tied]
+        problems += [
+            f"{name} has shape {list(shape)}, config.json makes it {list(expected[name])}"
+            for name, shape in self.checkpoint.shapes.items()
+            if name in expected and shape != expected[name]
+        ]
+        problems += [
+            f"{name} is not in the model of config.json"
+            for name in self.checkpoint.shapes
+            if name not in expected and not ignorable(name)
+        ]
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise CheckpointError(
+                f"tensor {problems[0]}{more}",
+                where=self.checkpoint.folder,
+                fix="config.json and the weights do not belong together: restore both from one source",
+            )
+
+    def _load_outer(self) -> None:
+        """Materialise everything outside the layers: embeddings, final norm, head, rotary tables."""
+        layer_names = tuple(self.arch.layer_prefix(i) + "." for i in range(self.num_layers))
+        outer = {
+            name: self.checkpoint.read(name).to(self.device, torch.float32)
+            for name in self.model.state_dict()
+            if not name.startswith(layer_names) and name in self.checkpoint
+        }
+        self.model.load_state_dict(outer, strict=False, assign=True)
+        self.model.tie_weights()
+        for name, module in list(self.model.named_modules()):
+            if not name.startswith(layer_names) and any(b.is_meta for b in module.buffers(recurse=False)):
+                parent, _, child = name.rpartition(".")
+                fresh = type(module)(config=self.model.config)  # rotary tables are computed, not stored
+                setattr(self.model.get_submodule(parent), child, fresh.to(self.device))
+
+    def embed(self, windows: torch.Tensor) -> torch.Tensor:
+        """Token windows `[n, T]` -> input of layer 0, `[n, T, D]`; prepares masks and positions for this length."""
+        hidden: list[torch.Tensor] = []
+        self._kwargs = [{} for _ in self.layers]
+
+        def recorder(index: int) -> Callable[..., torch.Tensor]:
+            def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+                self._kwargs[index] = kwargs
+                if index == 0:
+                    hidden.append(hidden_states)
+                return hidden_states
+
+            return forward
+
+        with _forwards(self.layers, recorder), torch.no_grad():
+            for window in windows:
+                self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
+        return torch.cat(hidden)
+
+    def layer_tensors(self, layer_idx: int) -> dict[str, torch.Tensor]:
+        """The stored tensors of one layer, in their own dtype, names relative to the layer."""
+        prefix = self.arch.layer_prefix(layer_idx) + "."
+        return {
+            name.removeprefix(prefix): self.checkpoint.read(name)
+            for name in self.checkpoint.shapes
+            if name.startswith(prefix) and not ignorable(name)
+        }
+
+    def run_layer(
+        self,
+        layer_idx: int,
+        tensors: dict[str, torch.Tensor],
+        hidden: torch.Tensor,
+        captures: list[AttentionCapture] | None = None,
+    ) -> torch.Tensor:
+        """Run `hidden [n, T, D]` through one layer with the given weights; collect a capture per window when asked."""
+        layer = self.layers[layer_idx]
+        layer.load_state_dict({k: v.to(self.device, torch.float32) for k, v in tensors.items()}, assign=True)
+        attention = layer.get_submodule(self.arch.attention)
+        attention.headfuse_captures = captures  # type: ignore[assignment]
+        outputs = []
+        try:
+            with torch.no_grad():
+                for window in hidden:
+                    result = layer(window[None], **self._kwargs[layer_idx])
+                    outputs.append(result[0] if isinstance(result, tuple) else result)
+        finally:
+            del attention.headfuse_captures
+            layer.to("meta")
+        return torch.cat(outputs)
+
+    def nll(self, hidden: torch.Tensor, windows: torch.Tensor) -> float:
+        """Mean NLL per token of `windows [n, T]` given the last layer's output `[n, T, D]`."""
+        total, last = 0.0, self.num_layers - 1
+        for state, window in zip(hidden, windows.to(self.device), strict=True):
+
+            def injector(index: int, state: torch.Tensor = state) -> Callable[..., torch.Tensor]:
+                return lambda hidden_states, **kwargs: state[None] if index == last else hidden_states
+
+            with _forwards(self.layers, injector), torch.no_grad():
+                logits = self.model(input_ids=window[None], use_cache=False).logits[0, :-1]
+            total += nn.functional.cross_entropy(logits.float(), window[1:]).item()
+        return total / len(windows)
+
+
+def ignorable(name: str) -> bool:
+    """Stored tensors that transformers computes instead of loading."""
+    return name.endswith(("rotary_emb.inv_freq", "attn.masked_bias"))
+
+
+class _forwards:
+    """Replace the layers' forward functions while a block runs."""
+
+    def __init__(self, layers: list[nn.Module], make: Callable[[int], Callable[..., torch.Tensor]]) -> None:
+        self.layers, self.make = layers, make
+
+    def __enter__(self) -> None:
+        for index, layer in enumerate(self.layers):
+            layer.forward = self.make(index)
+
+    def __exit__(self, *exc: object) -> None:
+        for layer in self.layers:
+            del layer.forward
+
+
+def _capturing_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    captures = getattr(module, "headfuse_captures", None)
+    if captures is not None:
+        if kwargs.get("s_aux") is not None:
+            raise UnsupportedModelError("attention sinks are not supported")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        captures.append(AttentionCapture(query, key, value, output, attention_mask, scale))
+    return output, None
