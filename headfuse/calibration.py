@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,7 +141,7 @@ def _probed(n: int) -> list[int]:
 def _interpolate(costs: list[float], n: int) -> list[float]:
     known = [*_probed(n), n]
     result = list(costs)
-    for low, high in zip(known[:-1], known[1:], strict=True):
+    for low, high in itertools.pairwise(known):
         for count in range(low + 1, high):
             share = (count - low) / (high - low)
             result[count - 1] = costs[low - 1] * (1 - share) + costs[high - 1] * share

@@ -1,0 +1,51 @@
+"""The model card of a fused checkpoint."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from headfuse.layouts import LAYOUTS
+
+if TYPE_CHECKING:
+    from headfuse.config import FuseConfig
+    from headfuse.convert import FuseResult, Source
+
+
+def fused_card(source: Source, result: FuseResult, config: FuseConfig) -> str:
+    """README.md of the output: what was fused, figures before and after, and how to load it."""
+    plan, budget = result.plan, result.plan.head_budget
+    rows = [f"| {i} | {k} | {v} |" for i, (k, v) in enumerate(zip(budget.key_heads, budget.value_heads, strict=True))]
+    lines = [
+        "---", f"base_model: {source.name}", *_licence(source), "tags: [headfuse, kv-cache]", "---", "",
+        f"# {source.name}, {plan.kv_ratio:.4g} of its KV cache", "",
+        f"Made from `{source.name}` with headfuse {plan.headfuse_version}: its key heads and value heads were fused "
+        f"(method `{plan.method}`, allocator `{plan.allocator}`, layout `{plan.layout}`); only the attention projections changed.",
+        "", "| | source | fused |", "|---|---|---|",
+        f"| KV bytes per token | {result.kv_bytes_before} | {result.kv_bytes_after} |",
+    ]  # fmt: skip
+    if result.nll_before is not None and result.nll_after is not None:
+        lines += [
+            f"| NLL per token, held-out calibration text | {result.nll_before:.4f} | {result.nll_after:.4f} |",
+            f"| perplexity | {math.exp(result.nll_before):.2f} | {math.exp(min(result.nll_after, 50)):.2f} |",
+        ]
+    lines += [
+        "",
+        f"Loads in: {LAYOUTS[plan.layout].runtimes}.",
+        "",
+        "| layer | key heads | value heads |",
+        "|---|---|---|",
+        *rows,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _licence(source: Source) -> list[str]:
+    """The licence lines of the source card's front matter."""
+    card = source.folder / "README.md"
+    if not card.is_file():
+        return []
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return []
+    return [line for line in text.split("---", 2)[1].splitlines() if line.startswith("license")]

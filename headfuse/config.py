@@ -1,0 +1,161 @@
+"""YAML -> frozen, typed config: strict, and all problems in one message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from headfuse.budget import ALLOCATORS, parse_budget
+from headfuse.errors import ConfigError
+from headfuse.plan import Layout
+
+METHODS = ("mean", "first", "align", "subspace")
+
+
+def _one_of(*names: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in names:
+            near = difflib.get_close_matches(value, names, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{value!r} is unknown; {hint}choose from {', '.join(names)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _budget_text(value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = repr(value)
+    if isinstance(value, str):
+        parse_budget(value)
+    return value
+
+
+Share = Annotated[str, BeforeValidator(_budget_text)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SideBudget(_Strict):
+    """Separate budgets for keys and for values."""
+
+    key: Share
+    value: Share
+
+
+class BudgetConfig(_Strict):
+    """How much of the KV cache is kept, and who decides where."""
+
+    total: Share | SideBudget | None = "0.25"
+    key_heads: tuple[Count, ...] | None = None
+    value_heads: tuple[Count, ...] | None = None
+    keep_layers: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = ()
+    min_key_heads: Count = 1
+    min_value_heads: Count = 1
+    allocator: Annotated[str, _one_of(*ALLOCATORS)] = "sensitivity"
+
+
+class CalibrationConfig(_Strict):
+    """The text that statistics are taken on."""
+
+    data: str = "default"
+    samples: Annotated[int, Field(ge=2, strict=True)] = 64
+    sequence_length: Annotated[int, Field(ge=8, strict=True)] = 512
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.25
+
+
+class FuseConfig(_Strict):
+    """Every option of `headfuse fuse`."""
+
+    budget: BudgetConfig = BudgetConfig()
+    method: Annotated[str, _one_of(*METHODS)] = "subspace"
+    grouping: Annotated[str, _one_of("cluster", "neighbours")] = "cluster"
+    layout: Layout = "decoupled"
+    preset: Literal["fast"] = "fast"
+    calibration: CalibrationConfig = CalibrationConfig()
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    def to_yaml(self) -> str:
+        """The YAML that reproduces this config."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def load_config(name: str | None, overrides: Mapping[str, Any]) -> FuseConfig:
+    """Read a YAML file, or a packaged config by name, and lay the command line over it.
+
+    Args:
+        name: path of a YAML file, name of a packaged config, or None for the defaults.
+        overrides: dotted option -> value; None values are skipped.
+
+    Raises:
+        ConfigError: naming every problem with its place.
+    """
+    raw = {} if name is None else _read_yaml(name)
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        *parents, last = key.split(".")
+        place = raw
+        for parent in parents:
+            place[parent] = dict(place.get(parent) or {}) if isinstance(place.get(parent), (dict, type(None))) else {}
+            place = place[parent]
+        place[last] = value
+    try:
+        return FuseConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [_describe(dict(problem)) for problem in error.errors()]
+        raise ConfigError(
+            "; ".join(dict.fromkeys(problems)), where=name or "options", fix="see the README for every key"
+        ) from None
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.is_file():
+        packaged = resources.files("headfuse") / "data" / f"{name}.yaml"
+        if "/" in name or not packaged.is_file():
+            names = sorted(
+                p.name.removesuffix(".yaml")
+                for p in (resources.files("headfuse") / "data").iterdir()
+                if p.name.endswith(".yaml")
+            )
+            raise ConfigError(
+                "no such config", where=name, fix=f"give a YAML file or a packaged name: {', '.join(names)}"
+            )
+        text = packaged.read_text(encoding="utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot be read: {error}", where=name) from None
+    try:
+        raw = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"is not valid YAML: {' '.join(str(error).split())}", where=name) from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError("must hold a mapping of options", where=name)
+    return raw
+
+
+def _describe(problem: dict[str, Any]) -> str:
+    path = [str(part) for part in problem["loc"] if part not in ("SideBudget", "function-before[_budget_text(), str]")]
+    place = ".".join(path)
+    if problem["type"] != "extra_forbidden":
+        return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
+    known: list[str] = list(FuseConfig.model_fields)
+    for part, model in (("budget", BudgetConfig), ("calibration", CalibrationConfig)):
+        if path[0] == part and len(path) > 1:
+            known = list(model.model_fields)
+    near = difflib.get_close_matches(path[-1], known, 1)
+    return f"{place}: unknown key" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")

@@ -1,0 +1,33 @@
+"""`decoupled`: free head counts and maps per layer, with the model code beside the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headfuse.architectures import AttentionWeights
+from headfuse.plan import FusionPlan, LayerPlan, head_of_query
+
+
+def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
+    """A headfuse config.json with the source's nested in it."""
+    from headfuse.modeling import AUTO_MAP
+
+    budget = plan.head_budget
+    return {
+        "model_type": "headfuse",
+        "architectures": ["HeadfuseForCausalLM"],
+        "auto_map": dict(AUTO_MAP),
+        "dtype": source.get("dtype") or source.get("torch_dtype"),
+        "headfuse_format": 1,
+        "source_config": source,
+        "num_key_heads": list(budget.key_heads),
+        "num_value_heads": list(budget.value_heads),
+        "key_head_of_query": [head_of_query(layer.key_groups, plan.heads) for layer in plan.layers],
+        "value_head_of_query": [head_of_query(layer.value_groups, plan.heads) for layer in plan.layers],
+        "rotary_slots": None,
+    }
+
+
+def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
+    """Nothing to move: the maps are in the config."""
+    return weights
