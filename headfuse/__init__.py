@@ -8,11 +8,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _API = {
+    "analyze": ("headfuse.analysis", "analyze"),
     "evaluate": ("headfuse.evaluate", "evaluate"),
+    "fuse": ("headfuse.convert", "fuse"),
     "load": ("headfuse.loading", "load_model"),
     "uptrain": ("headfuse.uptrain", "uptrain"),
 }
-__all__ = ["__version__", "evaluate", "load", "uptrain"]
+__all__ = ["__version__", "analyze", "evaluate", "fuse", "load", "uptrain"]
 
 
 def __getattr__(name: str) -> Any:

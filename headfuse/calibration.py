@@ -93,6 +93,8 @@ class LayerSurvey:
 
     key_pairs: list[list[float]]
     value_pairs: list[list[float]]
+    key_energy: list[float]
+    value_energy: list[float]
     key_groups: list[Groups]
     value_groups: list[Groups]
     shared_groups: dict[int, Groups]
@@ -131,7 +133,27 @@ def survey_layer(
             key_cost[count - 1] = _error(probe, output, key_map, key_groups[count - 1], None, None) / energy
             value_cost[count - 1] = _error(probe, output, None, None, value_map, value_groups[count - 1]) / energy
         key_cost, value_cost = _interpolate(key_cost, n), _interpolate(value_cost, n)
-    return LayerSurvey(key_pairs, value_pairs, key_groups, value_groups, shared, key_cost, value_cost)
+    return LayerSurvey(
+        key_pairs,
+        value_pairs,
+        _key_energy(keys),
+        _value_energy(values),
+        key_groups,
+        value_groups,
+        shared,
+        key_cost,
+        value_cost,
+    )
+
+
+def _key_energy(moments: KeyMoments) -> list[float]:
+    energy = (moments.gram.diagonal(dim1=1, dim2=2).real.T * moments.query_energy).sum(1)
+    return (energy / energy.sum().clamp_min(1e-300)).tolist()
+
+
+def _value_energy(moments: ValueMoments) -> list[float]:
+    energy = torch.einsum("iaib,iab->i", moments.covariance, moments.output_gram)
+    return (energy / energy.sum().clamp_min(1e-300)).tolist()
 
 
 def _probed(n: int) -> list[int]:

@@ -1,0 +1,395 @@
+"""The command line: declares options, imports lazily, prints, and catches HeadfuseError once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headfuse import __version__
+from headfuse.errors import GateError, HeadfuseError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fuse the key and value heads of a causal language model into a smaller KV cache.",
+)
+
+
+class LayoutName(str, Enum):
+    """Layouts that `fuse` writes."""
+
+    decoupled = "decoupled"
+    gqa = "gqa"
+
+
+class Runtime(str, Enum):
+    """Runtimes that `--for` knows."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+    llama_cpp = "llama.cpp"
+    sglang = "sglang"
+
+
+class PresetName(str, Enum):
+    """Presets of `fuse`."""
+
+    fast = "fast"
+
+
+class DeviceName(str, Enum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class DtypeName(str, Enum):
+    """Dtypes of written weights."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class LossName(str, Enum):
+    """Losses of `uptrain`."""
+
+    kl = "kl"
+    ce = "ce"
+
+
+def _budget(text: str) -> str:
+    from fractions import Fraction
+
+    try:
+        value = Fraction(text.strip())
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(f"{text!r} is not a number: write a decimal or a fraction, like 0.25 or 1/4") from None
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{text} is out of range: kept KV bytes over the source's, above 0 and at most 1")
+    return text.strip()
+
+
+def _tokens(text: str) -> int:
+    from headfuse.commands.uptrain import parse_tokens
+
+    try:
+        return parse_tokens(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Model = Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", "-b", parser=_budget, metavar="SHARE", help="Kept KV bytes over the source's: 0.25 or 1/4."
+    ),
+]
+Method = Annotated[str | None, typer.Option(help="subspace (default), align, mean, first.")]
+Allocator = Annotated[str | None, typer.Option(help="sensitivity (default) or uniform.")]
+Grouping = Annotated[str | None, typer.Option(help="cluster (default) or neighbours.")]
+Layout = Annotated[LayoutName | None, typer.Option(help="How the result lies on disk.")]
+For = Annotated[Runtime | None, typer.Option("--for", help="Pick the layout that this runtime loads.")]
+Preset = Annotated[PresetName | None, typer.Option(help="fast: closed form, about two forward passes over the text.")]
+Data = Annotated[str | None, typer.Option(help="Text: .txt, .jsonl, .parquet, a folder, or a hub dataset id.")]
+Samples = Annotated[int | None, typer.Option(min=2, help="Windows of text.")]
+SequenceLength = Annotated[int | None, typer.Option(min=8, help="Tokens per window.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Output folder.")]
+Config = Annotated[str | None, typer.Option("--config", "-c", help="YAML file or the name of a packaged config.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed.")]
+Device = Annotated[DeviceName, typer.Option(help="Where to compute.")]
+Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype of the written weights; default the source's.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more; tracebacks of unexpected errors.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the source's own code.")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"headfuse {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def analyze(
+    model: Model,
+    budget: Budget = None,
+    method: Method = None,
+    allocator: Allocator = None,
+    grouping: Grouping = None,
+    layout: Layout = None,
+    runtime: For = None,
+    preset: Preset = None,
+    data: Data = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    output: Output = None,
+    config: Config = None,
+    overwrite: Overwrite = False,
+    seed: Seed = None,
+    device: Device = DeviceName.auto,
+    threads: Threads = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Head similarity, redundancy, and the plan that a budget leads to."""
+
+    def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.commands import analyze as command
+
+        overrides = _overrides(
+            budget, method, allocator, grouping, layout, runtime, preset, data, samples, sequence_length, seed
+        )
+        document = command.run(
+            model=model, config=config, overrides=overrides, output=output, overwrite=overwrite, device=device.value,
+            trust_remote_code=trust_remote_code, log=_log(quiet or json_output),
+        )  # fmt: skip
+        return document, command.render
+
+    _execute(work, threads, json_output, quiet, verbose)
+
+
+@app.command()
+def fuse(
+    model: Model,
+    budget: Budget = None,
+    method: Method = None,
+    allocator: Allocator = None,
+    grouping: Grouping = None,
+    layout: Layout = None,
+    runtime: For = None,
+    preset: Preset = None,
+    data: Data = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    output: Output = None,
+    config: Config = None,
+    plan: Annotated[Path | None, typer.Option(help="Apply a reviewed plan.json.")] = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    seed: Seed = None,
+    device: Device = DeviceName.auto,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only; print sizes and estimates.")] = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a checkpoint with a smaller KV cache."""
+
+    def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.commands import fuse as command
+
+        overrides = _overrides(
+            budget, method, allocator, grouping, layout, runtime, preset, data, samples, sequence_length, seed
+        )
+        document = command.run(
+            model=model, config=config, overrides=overrides, output=output, plan=plan, overwrite=overwrite, resume=resume,
+            device=device.value, dtype=dtype and dtype.value, trust_remote_code=trust_remote_code, dry_run=dry_run,
+            log=_log(quiet or json_output),
+        )  # fmt: skip
+        return document, command.render
+
+    _execute(work, threads, json_output, quiet, verbose)
+
+
+@app.command()
+def uptrain(
+    model: Model,
+    tokens: Annotated[int, typer.Option(parser=_tokens, metavar="N", help="Training tokens: 246000, 50M, 1.5B.")],
+    data: Annotated[str, typer.Option(help="Training text: .txt, .jsonl, .parquet, a folder, or a hub dataset id.")],
+    teacher: Annotated[str | None, typer.Option(help="Source model; default the one that plan.json names.")] = None,
+    loss: Annotated[LossName, typer.Option(help="kl: forward KL from the teacher; ce: cross-entropy.")] = LossName.kl,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per step and process.")] = None,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Steps per update.")] = 1,
+    sequence_length: SequenceLength = 512,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    seed: Seed = 0,
+    device: Device = DeviceName.auto,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps per log line.")] = 1,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps per checkpoint.")] = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train a fused model for a few tokens, taught by its source."""
+
+    def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.commands import uptrain as command
+
+        document = command.run(
+            model=model, data=data, tokens=tokens, teacher=teacher, loss=loss.value, learning_rate=learning_rate,
+            batch_size=batch_size, gradient_accumulation=gradient_accumulation, sequence_length=sequence_length or 512,
+            output=output, overwrite=overwrite, resume=resume, seed=seed or 0, device=device.value,
+            dtype=dtype and dtype.value, threads=threads, log_every=log_every, checkpoint_every=checkpoint_every,
+            trust_remote_code=trust_remote_code, json_output=json_output, quiet=quiet, verbose=verbose,
+        )  # fmt: skip
+        return document, command.render
+
+    _execute(work, threads, json_output, quiet, verbose)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    baseline: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
+    data: Data = None,
+    samples: Samples = 24,
+    sequence_length: SequenceLength = 512,
+    seed: Seed = None,
+    device: Device = DeviceName.auto,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """NLL, perplexity, KV bytes per token, parameters."""
+
+    def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.commands import eval as command
+
+        document = command.run(
+            model=model, data=data or "default", baseline=baseline, samples=samples or 24,
+            sequence_length=sequence_length or 512, seed=seed, device=device.value, dtype=dtype and dtype.value,
+            threads=threads, trust_remote_code=trust_remote_code, json_output=json_output, quiet=quiet, verbose=verbose,
+        )  # fmt: skip
+        return document, command.render
+
+    _execute(work, threads, json_output, quiet, verbose)
+
+
+def _overrides(
+    budget: str | None,
+    method: str | None,
+    allocator: str | None,
+    grouping: str | None,
+    layout: LayoutName | None,
+    runtime: Runtime | None,
+    preset: PresetName | None,
+    data: str | None,
+    samples: int | None,
+    sequence_length: int | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    from headfuse.layouts import LAYOUT_FOR
+
+    wanted = layout.value if layout else None
+    if runtime is not None:
+        if wanted and wanted != LAYOUT_FOR[runtime.value]:
+            raise HeadfuseError(
+                f"{runtime.value} does not load layout {wanted}",
+                where="--for",
+                fix=f"it loads {LAYOUT_FOR[runtime.value]}",
+            )
+        wanted = LAYOUT_FOR[runtime.value]
+    return {
+        "budget.total": budget,
+        "budget.allocator": allocator,
+        "method": method,
+        "grouping": grouping,
+        "layout": wanted,
+        "preset": preset.value if preset else None,
+        "calibration.data": data,
+        "calibration.samples": samples,
+        "calibration.sequence_length": sequence_length,
+        "seed": seed,
+    }
+
+
+def _log(silent: bool) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=silent)
+
+
+def _execute(
+    work: Callable[[], tuple[dict[str, Any], Any]], threads: int | None, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Run a command; print its document; turn expected failures into one message and an exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        _calm_libraries(verbose)
+        document, render = work()
+    except HeadfuseError as error:
+        if as_json:
+            detail = {"what": error.what, "where": error.where, "fix": error.fix}
+            typer.echo(json.dumps({"schema_version": 1, "output": None, "error": detail}))
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(3 if isinstance(error, GateError) else 1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+    except _Terminated:
+        typer.echo("terminated", err=True)
+        raise typer.Exit(143) from None
+    if as_json:
+        typer.echo(json.dumps(document))
+    elif quiet:
+        if document.get("output"):
+            typer.echo(document["output"])
+    else:
+        from rich.console import Console
+
+        render(document, Console())
+
+
+class _Terminated(BaseException):
+    """SIGTERM, so that cleaning up runs as it does for Ctrl-C."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _calm_libraries(verbose: bool) -> None:
+    """Keep the libraries' own chatter and bars off stderr unless asked for."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if verbose:
+        return
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point of the `headfuse` command."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""`headfuse analyze`: similarity, redundancy and the proposed plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from headfuse.analysis import analyze, plot
+from headfuse.checkpoint import output_folder
+from headfuse.config import load_config
+
+
+def run(
+    *,
+    model: str,
+    config: str | None,
+    overrides: Mapping[str, Any],
+    output: Path | None,
+    overwrite: bool,
+    device: str,
+    trust_remote_code: bool,
+    log: Console,
+) -> dict[str, Any]:
+    """Run the command; with an output folder, also write plan.json and the heat maps there."""
+    with log.status("reading") as status:
+        result = analyze(
+            model, load_config(config, overrides), device=device, trust_remote_code=trust_remote_code,
+            on_progress=lambda phase, done, total: status.update(f"{phase}: layer {done} of {total}"),
+        )  # fmt: skip
+    if output is not None:
+        with output_folder(output, overwrite=overwrite) as partial:
+            (partial / "plan.json").write_text(result.plan.to_json())
+            plot(result, partial)
+    budget = result.plan.head_budget
+    return {
+        "schema_version": 1,
+        "command": "analyze",
+        "output": None if output is None else str(output),
+        "kv_ratio": result.plan.kv_ratio,
+        "layers": [
+            {
+                "layer_idx": i,
+                "key": {**vars(keys), "heads": budget.key_heads[i], "groups": result.plan.layers[i].key_groups},
+                "value": {**vars(values), "heads": budget.value_heads[i], "groups": result.plan.layers[i].value_groups},
+            }
+            for i, (keys, values) in enumerate(zip(result.keys, result.values, strict=True))
+        ],
+    }
+
+
+def render(document: Mapping[str, Any], console: Console) -> None:
+    """Print redundancy and proposed heads per layer."""
+    table = Table(title=f"Redundancy (mean pair similarity) and plan; KV cache kept: {document['kv_ratio']:.4f}")
+    for column in ("layer", "key CKA", "key aligned", "value CKA", "value aligned", "key heads", "value heads"):
+        table.add_column(column, justify="right")
+    for layer in document["layers"]:
+        key, value = layer["key"], layer["value"]
+        figures = (key["cka_redundancy"], key["redundancy"], value["cka_redundancy"], value["redundancy"])
+        table.add_row(str(layer["layer_idx"]), *(f"{x:.3f}" for x in figures), str(key["heads"]), str(value["heads"]))
+    console.print(table)
+    if document["output"]:
+        console.print(f"wrote {document['output']}", soft_wrap=True)
