@@ -206,8 +206,8 @@ def fuse(
             budget, method, allocator, grouping, layout, runtime, preset, data, samples, sequence_length, seed
         )
         document = command.run(
-            model=model, config=config, overrides=overrides, output=output, plan=plan, overwrite=overwrite, resume=resume,
-            device=device.value, dtype=dtype and dtype.value, trust_remote_code=trust_remote_code, dry_run=dry_run,
+            model=model, config=config, overrides=overrides, output=output, plan=plan, overwrite=overwrite,
+            resume=resume, device=device.value, dtype=dtype and dtype.value, trust_remote_code=trust_remote_code, dry_run=dry_run,
             log=_log(quiet or json_output),
         )  # fmt: skip
         return document, command.render

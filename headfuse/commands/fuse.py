@@ -35,7 +35,7 @@ def run(
         return _dry_run(model, settings, output, trust_remote_code)
     if settings.calibration.data == "default":
         log.print(
-            "calibrating on the packaged text, which is generic prose: --data with text like the model's own use is better"
+            "calibrating on the packaged text, generic prose: --data with text like the model's own use is better"
         )
     with log.status("reading") as status:
         result = fuse(
