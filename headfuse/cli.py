@@ -207,7 +207,8 @@ def fuse(
         )
         document = command.run(
             model=model, config=config, overrides=overrides, output=output, plan=plan, overwrite=overwrite,
-            resume=resume, device=device.value, dtype=dtype and dtype.value, trust_remote_code=trust_remote_code, dry_run=dry_run,
+            resume=resume, device=device.value, dtype=dtype and dtype.value, trust_remote_code=trust_remote_code,
+            dry_run=dry_run,
             log=_log(quiet or json_output),
         )  # fmt: skip
         return document, command.render
