@@ -24,8 +24,8 @@ def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyM
     gram = torch.zeros(d // 2, n, n, dtype=torch.complex128)
     energy = torch.zeros(n, d // 2, dtype=torch.float64)
     for capture in captures:
-        k = planes(capture.key)  # [B, n, T, F]
-        gram += torch.einsum("bitf,bjtf->fij", k, k.conj()).to("cpu", torch.complex128)
+        k = planes(capture.key).to("cpu", torch.complex128)  # [B, n, T, F]
+        gram += torch.einsum("bitf,bjtf->fij", k, k.conj())
         q = planes(capture.query).abs().square().sum((0, 2)).to("cpu", torch.float64)  # [n_q, F]
         energy += q.view(n, -1, d // 2).sum(1)
         tokens += k.shape[0] * k.shape[2]
@@ -55,7 +55,8 @@ def value_moments(
         attention = capture.probabilities(key)[:, :, ::stride]  # [B, n_q, T', T]
         stacked = capture.value.transpose(1, 2).flatten(2)  # [B, T, n d]
         averaged = (attention @ stacked[:, None]).flatten(0, 2)
-        covariance += (averaged.T @ averaged).to("cpu", torch.float64)
+        averaged = averaged.to("cpu", torch.float64)  # float32 sums leave noise above the eigenvalue cut
+        covariance += averaged.T @ averaged
         used += len(averaged)
     weight = output.to("cpu", torch.float64)
     per_head = weight.view(weight.shape[0], n, -1, d)  # [D, n, q, d]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -26,17 +26,20 @@ def tiny_model(folder: Path, model_type: str = "llama", kv_heads: int = 4) -> Pa
         "qwen2": headfuse_config("Qwen2Config"),
     }
     config = kinds[model_type](
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=kv_heads, max_position_embeddings=128,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3 if "bias" in name else 0.2)
     model.save_pretrained(folder)
-    vocab = {word: i for i, word in enumerate(["<eos>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [" ".join(WORDS)], trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     generator = torch.Generator().manual_seed(1)
     picks = torch.randint(len(WORDS), (2000,), generator=generator).tolist()
     (folder.parent / "text.txt").write_text(" ".join(WORDS[i] for i in picks))
@@ -63,7 +66,7 @@ def fuse(model: Path, out: Path, *args: object) -> dict[str, object]:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    tokens = torch.randint(2, 14, (2, 20), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         result: torch.Tensor = headfuse.load(folder)(tokens).logits
     return result
