@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 from headfuse.errors import BudgetError
@@ -30,46 +32,138 @@ def parse_budget(text: str) -> Fraction:
     return value
 
 
-def head_count(budget: Fraction, heads: HeadLayout) -> int:
-    """Heads that a budget buys over all layers, rounded within half a head.
+Limits = Sequence[tuple[int, int]]
+"""`[2 * layers]`: fewest and most heads of each row of the cost table."""
 
-    Raises:
-        BudgetError: when it is too small for one key head and one value head per layer.
+
+@dataclass(frozen=True)
+class BudgetRules:
+    """What a budget asks for, before anybody decides where the heads go.
+
+    `total` is one share of the cache, or one for keys and one for values; counts per layer may be given outright.
     """
-    total = math.floor(budget * heads.total_heads + Fraction(1, 2))
-    if total < 2 * heads.num_hidden_layers:
-        smallest = Fraction(1, heads.num_key_value_heads)
+
+    total: Fraction | tuple[Fraction, Fraction] | None = Fraction(1, 4)
+    key_heads: tuple[int, ...] | None = None
+    value_heads: tuple[int, ...] | None = None
+    keep_layers: tuple[int, ...] = ()
+    min_key_heads: int = 1
+    min_value_heads: int = 1
+
+    def limits(self, heads: HeadLayout) -> list[tuple[int, int]]:
+        """Fewest and most heads of every layer: key side first, then value side.
+
+        Raises:
+            BudgetError: for layers or counts that this model does not have.
+        """
+        layers, n = heads.num_hidden_layers, heads.num_key_value_heads
+        outside = [layer for layer in self.keep_layers if layer >= layers]
+        if outside:
+            raise BudgetError(
+                f"layer {outside[0]} is not one of this model's",
+                where="budget.keep_layers",
+                fix=f"layers count from 0 to {layers - 1}",
+            )
+        rows = []
+        for side, given, least in (
+            ("key", self.key_heads, self.min_key_heads),
+            ("value", self.value_heads, self.min_value_heads),
+        ):
+            if given is not None and (len(given) != layers or max(given) > n):
+                raise BudgetError(
+                    f"{len(given)} counts up to {max(given)}" if given else "no counts",
+                    where=f"budget.{side}_heads",
+                    fix=f"this model needs {layers} counts from 1 to {n}",
+                )
+            if least > n:
+                raise BudgetError(
+                    f"{least} is more than the model's {n} heads", where=f"budget.min_{side}_heads", fix=f"at most {n}"
+                )
+            for layer in range(layers):
+                low, high = (least, n) if given is None else (given[layer], given[layer])
+                rows.append((n, n) if layer in self.keep_layers else (low, high))
+        return rows
+
+    def allocate(self, allocator: str, heads: HeadLayout, costs: CostTable | None = None) -> HeadBudget:
+        """Head counts of every layer under these rules, by one of ALLOCATORS.
+
+        Raises:
+            BudgetError: when the budget is too small for the fewest heads that the rules allow.
+        """
+        limits, layers, side = self.limits(heads), heads.num_hidden_layers, heads.total_heads // 2
+        choose = ALLOCATORS[allocator]
+        if isinstance(self.total, tuple):
+            keys = choose(_head_count(self.total[0], side, limits[:layers], "budget.total.key"),
+                          limits[:layers], costs and costs[:layers])  # fmt: skip
+            values = choose(_head_count(self.total[1], side, limits[layers:], "budget.total.value"),
+                            limits[layers:], costs and costs[layers:])  # fmt: skip
+            return HeadBudget(key_heads=tuple(keys), value_heads=tuple(values))
+        if self.total is None:
+            counts: Sequence[int] = [low for low, _ in limits]
+        else:
+            counts = choose(_head_count(self.total, heads.total_heads, limits, "--budget"), limits, costs)
+        return HeadBudget(key_heads=tuple(counts[:layers]), value_heads=tuple(counts[layers:]))
+
+    def allocate_gqa(self, heads: HeadLayout) -> HeadBudget:
+        """The largest stock GQA shape under these rules: one count for all layers that divides the source's.
+
+        Raises:
+            BudgetError: when no such shape fits.
+        """
+        limits, n = self.limits(heads), heads.num_key_value_heads
+        shapes = [c for c in range(1, n + 1) if n % c == 0 and all(low <= c <= high for low, high in limits)]
+        if not shapes:
+            raise BudgetError(
+                "layout gqa has one head count for all layers, for keys and values alike",
+                where="budget",
+                fix="use layout decoupled, or drop keep_layers and the counts per layer",
+            )
+        if self.total is None:
+            count = shapes[0]
+        else:
+            totals = self.total if isinstance(self.total, tuple) else (self.total, self.total)
+            smallest = [(shapes[0], n)] * heads.num_hidden_layers
+            budget = min(_head_count(t, heads.total_heads // 2, smallest, "--budget") for t in totals)
+            count = max(c for c in shapes if c * heads.num_hidden_layers <= budget)
+        return HeadBudget(key_heads=(count,) * heads.num_hidden_layers, value_heads=(count,) * heads.num_hidden_layers)
+
+
+def _head_count(budget: Fraction, source: int, limits: Limits, where: str) -> int:
+    """Heads that a share of `source` heads buys, rounded within half a head, at most what the limits hold."""
+    count, least = math.floor(budget * source + Fraction(1, 2)), sum(low for low, _ in limits)
+    if count < least:
         raise BudgetError(
-            f"{float(budget):.4g} keeps {total} heads, fewer than one key head and one value head in each of "
-            f"{heads.num_hidden_layers} layers",
-            where="--budget",
-            fix=f"the smallest budget that works for this model is {smallest}",
+            f"{float(budget):.4g} keeps {count} of {source} heads, and at least {least} are needed "
+            f"for the fewest heads of every layer",
+            where=where,
+            fix=f"the smallest budget that works here is {Fraction(least, source)}",
         )
-    return total
+    return min(count, sum(high for _, high in limits))
 
 
-def uniform(total: int, heads: HeadLayout, costs: CostTable | None = None) -> HeadBudget:
-    """The same for every layer, keys before values where it does not divide; what is left goes to the first layers."""
-    layers, n = heads.num_hidden_layers, heads.num_key_value_heads
-    per_layer, left = divmod(min(total, heads.total_heads), layers)
-    counts = [per_layer + (index < left) for index in range(layers)]
-    keys = tuple(min(n, (count + 1) // 2) for count in counts)
-    return HeadBudget(key_heads=keys, value_heads=tuple(c - k for c, k in zip(counts, keys, strict=True)))
+def uniform(total: int, limits: Limits, costs: CostTable | None = None) -> list[int]:
+    """The same for every row as far as it divides; what is left goes to the first rows, so to keys before values."""
+    counts = [low for low, _ in limits]
+    left = total - sum(counts)
+    for level in range(1, max(high for _, high in limits)):
+        for row, (_, high) in enumerate(limits):
+            if left > 0 and counts[row] == level < high:
+                counts[row] += 1
+                left -= 1
+    return counts
 
 
-def sensitivity(total: int, heads: HeadLayout, costs: CostTable | None = None) -> HeadBudget:
+def sensitivity(total: int, limits: Limits, costs: CostTable | None = None) -> list[int]:
     """The counts of least total cost: an exact dynamic programme over the table (math.md 4)."""
     if costs is None:
         raise ValueError("sensitivity needs a cost table")
-    layers, n = heads.num_hidden_layers, heads.num_key_value_heads
-    total = min(total, heads.total_heads)
     best = [0.0] + [math.inf] * total
     choices: list[list[int]] = []
-    for row in costs:
-        falling = [min(row[: count + 1]) for count in range(n)]  # more heads never cost more
+    for row, (low, high) in zip(costs, limits, strict=True):
+        falling = list(itertools.accumulate(row, min))  # more heads never cost more
         new, choice = [math.inf] * (total + 1), [0] * (total + 1)
-        for used in range(1, total + 1):
-            for count in range(1, min(n, used) + 1):
+        for used in range(low, total + 1):
+            for count in range(low, min(high, used) + 1):
                 value = best[used - count] + falling[count - 1]
                 if value < new[used]:
                     new[used], choice[used] = value, count
@@ -79,18 +173,11 @@ def sensitivity(total: int, heads: HeadLayout, costs: CostTable | None = None) -
     for choice in reversed(choices):
         counts.append(choice[used])
         used -= choice[used]
-    counts.reverse()
-    return HeadBudget(key_heads=tuple(counts[:layers]), value_heads=tuple(counts[layers:]))
+    return counts[::-1]
 
 
-ALLOCATORS: dict[str, Callable[[int, HeadLayout, CostTable | None], HeadBudget]] = {
+ALLOCATORS: dict[str, Callable[[int, Limits, CostTable | None], list[int]]] = {
     "uniform": uniform,
     "sensitivity": sensitivity,
 }
-
-
-def gqa(total: int, heads: HeadLayout) -> HeadBudget:
-    """The largest stock GQA shape within the budget: one count for all layers that divides the source's."""
-    n, layers = heads.num_key_value_heads, heads.num_hidden_layers
-    count = max(c for c in range(1, n + 1) if n % c == 0 and 2 * layers * c <= total)
-    return HeadBudget(key_heads=(count,) * layers, value_heads=(count,) * layers)
+"""Each spends exactly `total` heads on rows within `limits`, whose sums enclose it."""

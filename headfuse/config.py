@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from headfuse.budget import ALLOCATORS, parse_budget
+from headfuse.budget import ALLOCATORS, BudgetRules, parse_budget
 from headfuse.errors import ConfigError
 from headfuse.plan import Layout
 
@@ -62,6 +63,38 @@ class BudgetConfig(_Strict):
     min_key_heads: Count = 1
     min_value_heads: Count = 1
     allocator: Annotated[str, _one_of(*ALLOCATORS)] = "sensitivity"
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> BudgetConfig:
+        explicit = self.key_heads is not None and self.value_heads is not None
+        if explicit and self.total is not None and "total" in self.model_fields_set:
+            raise ValueError("give either total or key_heads and value_heads, not both")
+        if self.total is None and not explicit:
+            raise ValueError("without total, both key_heads and value_heads are needed")
+        if isinstance(self.total, SideBudget) and (self.key_heads is not None or self.value_heads is not None):
+            raise ValueError("key and value totals do not go with key_heads or value_heads")
+        return self
+
+    @property
+    def rules(self) -> BudgetRules:
+        """These options as the allocators take them."""
+        total: Fraction | tuple[Fraction, Fraction] | None = None
+        if isinstance(self.total, SideBudget):
+            total = Fraction(self.total.key), Fraction(self.total.value)
+        elif self.total is not None and (self.key_heads is None or self.value_heads is None):
+            total = Fraction(self.total)
+        return BudgetRules(
+            total, self.key_heads, self.value_heads, self.keep_layers, self.min_key_heads, self.min_value_heads
+        )
+
+    @property
+    def label(self) -> str:
+        """A short name of the budget, for folders and plans."""
+        if self.rules.total is None:
+            return "custom"
+        if isinstance(self.total, SideBudget):
+            return f"{self.total.key}-{self.total.value}".replace("/", "-")
+        return str(self.total).replace("/", "-")
 
 
 class CalibrationConfig(_Strict):

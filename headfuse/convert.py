@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import headfuse
-from headfuse import budget as budgets
 from headfuse.architectures import AttentionWeights, head_layout
 from headfuse.calibration import LayerSurvey, key_moments, survey_layer, value_moments
 from headfuse.checkpoint import (
@@ -30,8 +28,8 @@ from headfuse.checkpoint import (
     resolve_model,
     write_plan,
 )
-from headfuse.config import FuseConfig, SideBudget
-from headfuse.errors import BudgetError, CheckpointError, ConfigError
+from headfuse.config import FuseConfig
+from headfuse.errors import CheckpointError, ConfigError
 from headfuse.fusion import FUSION_METHODS, FusionMethod
 from headfuse.fusion.maps import HeadMaps
 from headfuse.layouts import LAYOUTS
@@ -110,7 +108,7 @@ def fuse(
     source = Source.open(model, trust_remote_code)
     output = output or default_output(model, source, config)
     check_output(output, overwrite=overwrite, resume=resume)
-    count_heads(config, source.heads)
+    check_budget(config, source.heads)
     written = None if dtype is None else DTYPE_NAMES[dtype]
     ready = None if plan is None else _checked_plan(plan, source)
     windows = calibration_windows(source, config, trust_remote_code)
@@ -145,10 +143,8 @@ def fuse(
 
 def default_output(model: str, source: Source, config: FuseConfig) -> Path:
     """`<model>-headfuse-<budget>` beside the model; in the working directory for a hub id."""
-    total = config.budget.total
-    label = total.replace("/", "-") if isinstance(total, str) else "custom"
     parent = Path(model).resolve().parent if Path(model).exists() else Path.cwd()
-    return parent / f"{source.name.rsplit('/')[-1]}-headfuse-{label}"
+    return parent / f"{source.name.rsplit('/')[-1]}-headfuse-{config.budget.label}"
 
 
 def calibration_windows(source: Source, config: FuseConfig, trust_remote_code: bool = False) -> torch.Tensor:
@@ -200,37 +196,31 @@ def survey(
 
 def needs_costs(config: FuseConfig) -> bool:
     """Whether the allocator reads the measured cost table."""
-    return config.budget.allocator == "sensitivity" and config.layout != "gqa" and config.budget.key_heads is None
+    return config.budget.allocator == "sensitivity" and config.layout != "gqa" and config.budget.rules.total is not None
 
 
-def count_heads(config: FuseConfig, heads: HeadLayout) -> int:
-    """Heads that the config's budget buys; refuses what cannot work before any heavy step."""
-    total = config.budget.total
-    if config.budget.key_heads is not None or config.budget.value_heads is not None:
-        raise ConfigError(
-            "explicit head counts are not supported yet", where="budget.key_heads", fix="use budget.total or --plan"
-        )
-    if isinstance(total, SideBudget) or total is None:
-        raise ConfigError(
-            "separate key and value budgets are not supported yet", where="budget.total", fix="give one number"
-        )
-    if config.budget.keep_layers or config.budget.min_key_heads > 1 or config.budget.min_value_heads > 1:
-        raise ConfigError("keep_layers and minimum head counts are not supported yet", where="budget")
-    return budgets.head_count(Fraction(total), heads)
+def check_budget(config: FuseConfig, heads: HeadLayout) -> HeadBudget:
+    """A plan-free allocation, which refuses what cannot work before any heavy step.
+
+    Raises:
+        BudgetError: saying which budget works.
+    """
+    rules = config.budget.rules
+    return rules.allocate_gqa(heads) if config.layout == "gqa" else rules.allocate("uniform", heads)
 
 
 def make_plan(source: Source, config: FuseConfig, surveys: list[LayerSurvey]) -> FusionPlan:
     """Budget and groups -> the plan of every layer."""
-    heads, total = source.heads, count_heads(config, source.heads)
+    heads, rules = source.heads, config.budget.rules
     if config.layout == "gqa":
-        budget = budgets.gqa(total, heads)
+        budget = rules.allocate_gqa(heads)
         layers = [
             LayerPlan(layer_idx=i, key_groups=groups, value_groups=groups)
             for i, groups in enumerate(s.shared_groups[budget.key_heads[i]] for i, s in enumerate(surveys))
         ]
     else:
         table = [s.key_cost for s in surveys] + [s.value_cost for s in surveys]
-        budget = budgets.ALLOCATORS[config.budget.allocator](total, heads, table)
+        budget = rules.allocate(config.budget.allocator, heads, table)
         layers = [
             LayerPlan(
                 layer_idx=i,
@@ -239,7 +229,6 @@ def make_plan(source: Source, config: FuseConfig, surveys: list[LayerSurvey]) ->
             )
             for i, s in enumerate(surveys)
         ]
-    _check_budget(budget, total)
     return FusionPlan(
         headfuse_version=headfuse.__version__,
         source=SourceModel(name=source.name, fingerprint=fingerprint(source.folder)),
@@ -247,14 +236,9 @@ def make_plan(source: Source, config: FuseConfig, surveys: list[LayerSurvey]) ->
         layout=config.layout,
         method=config.method,
         allocator=config.budget.allocator,
-        budget=config.budget.model_dump(mode="json")["total"],
+        budget=config.budget.label,
         layers=tuple(layers),
     )
-
-
-def _check_budget(budget: HeadBudget, total: int) -> None:
-    if budget.total > total:
-        raise BudgetError(f"the plan keeps {budget.total} heads, more than {total}")
 
 
 def _checked_plan(path: Path, source: Source) -> FusionPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -92,7 +92,7 @@ class FusionPlan(_Frozen):
     layout: Layout
     method: str
     allocator: str
-    budget: float | str | dict[str, Any]
+    budget: str
     layers: tuple[LayerPlan, ...]
     files: dict[str, str] = {}
     """SHA-256 of every written file but plan.json itself."""

@@ -75,7 +75,7 @@ def write_fused(source: Path, folder: Path) -> Path:
         headfuse_version="0", source=SourceModel(name=source.name, fingerprint=fingerprint(source)), layout="gqa",
         heads=HeadLayout(model_type="llama", num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
                          num_key_value_heads=4, head_dim=8),
-        method="mean", allocator="uniform", budget=0.5,
+        method="mean", allocator="uniform", budget="0.5",
         layers=tuple(LayerPlan(layer_idx=i, key_groups=GROUPS, value_groups=GROUPS) for i in range(2)),
     )  # fmt: skip
     write_plan(folder, plan)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headfuse.config import load_config
-from headfuse.convert import Source, count_heads, default_output, fuse
+from headfuse.convert import Source, check_budget, default_output, fuse
 from headfuse.layouts import LAYOUTS
 
 
@@ -60,7 +60,7 @@ def run(
 
 def _dry_run(model: str, settings: Any, output: Path | None, trust_remote_code: bool) -> dict[str, Any]:
     source = Source.open(model, trust_remote_code)
-    total = count_heads(settings, source.heads)
+    budget = check_budget(settings, source.heads)
     checkpoint = source.checkpoint
     layer = sum(s[0] * (s[1] if len(s) > 1 else 1) for n, s in checkpoint.shapes.items() if ".layers.0." in n)
     tokens = settings.calibration.samples * settings.calibration.sequence_length
@@ -71,8 +71,8 @@ def _dry_run(model: str, settings: Any, output: Path | None, trust_remote_code: 
         "dry_run": True,
         "output": str(output or default_output(model, source, settings)),
         "layout": settings.layout,
-        "kv_ratio": total / source.heads.total_heads,
-        "heads": {"source": source.heads.total_heads, "kept_at_most": total},
+        "kv_ratio": budget.total / source.heads.total_heads,
+        "heads": {"source": source.heads.total_heads, "kept": budget.total},
         "source_bytes": checkpoint.nbytes,
         "memory_bytes_estimate": 4 * (layer + tokens * width),
     }
