@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from headfuse.architectures import AttentionWeights
 from headfuse.config import FuseConfig
-from headfuse.convert import Progress, Source, attention_weights, calibration_windows, make_plan, needs_costs, survey
 from headfuse.loading import pick_device
 from headfuse.plan import FusionPlan
+from headfuse.planning import Progress, make_plan, survey
 from headfuse.similarity import aligned_similarity, linear_cka, redundancy
+from headfuse.source import Source
 from headfuse.streaming import StreamedModel
 
 
@@ -50,13 +52,14 @@ def analyze(
     """
     config = config or FuseConfig()
     source = Source.open(model, trust_remote_code)
-    windows = calibration_windows(source, config, trust_remote_code)
+    text = source.calibration_text(config, trust_remote_code)
     streamed = StreamedModel(source.checkpoint, source.config, pick_device(device))
-    surveys = survey(source, streamed, windows, config, needs_costs(config), on_progress)
+    surveys = survey(source, streamed, text, config, on_progress)
     plan = make_plan(source, config, surveys)
     keys, values = [], []
     for layer_idx, layer in enumerate(surveys):
-        weights = attention_weights(streamed.layer_tensors(layer_idx), streamed, source.heads)
+        tensors = streamed.layer_tensors(layer_idx)
+        weights = AttentionWeights.of_layer(tensors, streamed.arch, source.heads.head_dim)
         keys.append(_side(weights.key, layer.key_pairs, layer.key_energy))
         values.append(_side(weights.value, layer.value_pairs, layer.value_energy))
     return Analysis(keys, values, plan)

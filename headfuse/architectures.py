@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -133,6 +134,17 @@ class AttentionWeights:
             query, key, value, output.view(output.shape[0], -1, head_dim),
             query_bias, key_bias, value_bias, tensors.get(f"{arch.output}.bias"),
         )  # fmt: skip
+
+    @classmethod
+    def of_layer(cls, tensors: Mapping[str, torch.Tensor], arch: Architecture, head_dim: int) -> AttentionWeights:
+        """The attention projections among a layer's tensors (names relative to the layer)."""
+        prefix = arch.attention + "."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return cls.from_tensors(own, arch, head_dim)
+
+    def in_layer(self, tensors: Mapping[str, torch.Tensor], arch: Architecture) -> dict[str, torch.Tensor]:
+        """A layer's tensors with these projections in the place of its own."""
+        return {**tensors, **{f"{arch.attention}.{name}": tensor for name, tensor in self.to_tensors(arch).items()}}
 
     def to_tensors(self, arch: Architecture) -> dict[str, torch.Tensor]:
         """The inverse of `from_tensors`."""

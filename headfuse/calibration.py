@@ -14,21 +14,56 @@ from headfuse.grouping import GROUPERS
 from headfuse.plan import Groups, HeadLayout
 from headfuse.streaming import AttentionCapture
 
+START_LENGTH, STARTS_PER_WINDOW, START_WEIGHT = 4, 16, 4.0
 MAX_ROWS = 65536
 """Rows of averaged values that enter a covariance; more do not change it, and cost most on MHA models."""
 
 
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token windows: `statistics [n, T]`, `starts [m, START_LENGTH]` cut from them, and `held_out [k, T]`."""
+
+    statistics: torch.Tensor
+    starts: torch.Tensor
+    held_out: torch.Tensor
+
+    @classmethod
+    def split(cls, windows: torch.Tensor, held_out: float) -> CalibrationText:
+        """Keep the last share `held_out` of the windows `[samples, T]` from the statistics."""
+        used = max(1, len(windows) - round(len(windows) * held_out))
+        return cls(windows[:used], start_windows(windows[:used]), windows[used:])
+
+    def part(self, share: float) -> CalibrationText:
+        """The first `share` of the statistics windows, at least one, and nothing held out."""
+        used = max(1, round(len(self.statistics) * share))
+        return CalibrationText(self.statistics[:used], start_windows(self.statistics[:used]), self.held_out[:0])
+
+
+def start_windows(windows: torch.Tensor) -> torch.Tensor:
+    """Short windows from all over the text.
+
+    The token at position 0 sees only itself, and in many models its attention outputs set off the massive activations
+    that serve all later tokens as attention sink. A long window has one such token, so a fit on long windows alone
+    breaks on first tokens that it never saw (docs/experiments.md).
+    """
+    length = min(START_LENGTH, windows.shape[1])
+    stride = max(length, windows.shape[1] // STARTS_PER_WINDOW)
+    offset = stride // 2 if windows.shape[1] >= stride // 2 + length else 0
+    return windows[:, offset:].unfold(1, length, stride).flatten(0, 1)
+
+
 def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyMoments:
     """Moments of one layer's rotary planes (math.md 2, keys)."""
-    n, d, tokens = heads.num_key_value_heads, heads.head_dim, 0
+    n, d, tokens = heads.num_key_value_heads, heads.head_dim, 0.0
     gram = torch.zeros(d // 2, n, n, dtype=torch.complex128)
     energy = torch.zeros(n, d // 2, dtype=torch.float64)
     for capture in captures:
         k = planes(capture.key).to("cpu", torch.complex128)  # [B, n, T, F]
-        gram += torch.einsum("bitf,bjtf->fij", k, k.conj())
+        k = k.permute(3, 1, 0, 2).flatten(2)  # [F, n, B T]
+        gram += capture.weight * (k @ k.mH)
         q = planes(capture.query).abs().square().sum((0, 2)).to("cpu", torch.float64)  # [n_q, F]
-        energy += q.view(n, -1, d // 2).sum(1)
-        tokens += k.shape[0] * k.shape[2]
+        energy += capture.weight * q.view(n, -1, d // 2).sum(1)
+        tokens += capture.weight * k.shape[2]
     return KeyMoments(gram / tokens, energy / tokens)
 
 
@@ -49,19 +84,20 @@ def value_moments(
     n, d = heads.num_key_value_heads, heads.head_dim
     covariance = torch.zeros(n * d, n * d, dtype=torch.float64)
     rows = sum(c.query.shape[0] * c.query.shape[1] * c.query.shape[2] for c in captures)
-    stride, used = max(1, rows // max(MAX_ROWS, 8 * n * d)), 0
+    stride, total = max(1, rows // max(MAX_ROWS, 8 * n * d)), 0.0
     for capture in captures:
         key = None if key_maps is None else key_maps[0].reconstruct(capture.key, key_maps[1])
-        attention = capture.probabilities(key)[:, :, ::stride]  # [B, n_q, T', T]
+        step = stride if capture.query.shape[2] > 8 * stride else 1  # short windows are few: keep every row
+        attention = capture.probabilities(key)[:, :, ::step]  # [B, n_q, T', T]
         stacked = capture.value.transpose(1, 2).flatten(2)  # [B, T, n d]
         averaged = (attention @ stacked[:, None]).flatten(0, 2)
         averaged = averaged.to("cpu", torch.float64)  # float32 sums leave noise above the eigenvalue cut
-        covariance += averaged.T @ averaged
-        used += len(averaged)
+        covariance += capture.weight * step * (averaged.T @ averaged)
+        total += capture.weight * step * len(averaged)
     weight = output.to("cpu", torch.float64)
     per_head = weight.view(weight.shape[0], n, -1, d)  # [D, n, q, d]
     output_gram = torch.einsum("Dnqc,Dnqe->nce", per_head, per_head)
-    return ValueMoments((covariance / used).view(n, d, n, d), output_gram)
+    return ValueMoments((covariance / total).view(n, d, n, d), output_gram)
 
 
 def key_pair_cost(moments: KeyMoments) -> torch.Tensor:
@@ -127,7 +163,8 @@ def survey_layer(
     key_cost, value_cost = [0.0] * n, [0.0] * n
     if costs:
         energy = hidden.square().sum(-1).mean().item()
-        probe = captures[: max(1, len(captures) // 4)]
+        ordinary = [capture for capture in captures if capture.weight == 1]
+        probe = ordinary[: max(1, len(ordinary) // 4)]
         for count in _probed(n):
             key_map = method.key_maps(key_groups[count - 1], keys)
             value_map = method.value_maps(value_groups[count - 1], values)

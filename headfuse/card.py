@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from headfuse.layouts import LAYOUTS
 
 if TYPE_CHECKING:
-    from headfuse.config import FuseConfig
-    from headfuse.convert import FuseResult, Source
+    from headfuse.convert import FuseResult
+    from headfuse.source import Source
 
 
-def fused_card(source: Source, result: FuseResult, config: FuseConfig) -> str:
+def fused_card(source: Source, result: FuseResult) -> str:
     """README.md of the output: what was fused, figures before and after, and how to load it."""
     plan, budget = result.plan, result.plan.head_budget
     rows = [f"| {i} | {k} | {v} |" for i, (k, v) in enumerate(zip(budget.key_heads, budget.value_heads, strict=True))]

@@ -288,6 +288,7 @@ class SafetensorsWriter:
     ) -> None:
         self.folder = folder
         self._place: dict[str, tuple[str, int]] = {}
+        self.dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
         self._spec = dict(tensors)
         shards: list[list[str]] = [[]]
         size = 0
@@ -513,6 +514,13 @@ def copy_companions(source: Path, target: Path) -> list[str]:
             shutil.copyfile(file, target / file.name)
             copied.append(file.name)
     return copied
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees all of it or what was there before."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def read_plan(path: Path) -> FusionPlan:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from headfuse.checkpoint import Checkpoint
 from headfuse.errors import CheckpointError, UnsupportedModelError
 
 _CAPTURE = "headfuse_capture"
+BATCH_TOKENS = 512
+"""Tokens that go through a layer at once; one window where it is longer."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class AttentionCapture:
     """What one attention layer computed for a batch of windows.
 
     Shapes: `query [B, n_q, T, d]`, `key` and `value [B, n_s, T, d]` (after RoPE and norms), `output [B, T, n_q, d]`
-    (head outputs before the output projection). `mask` is boolean `[1, 1, T, T]`, or None for plain causal attention.
+    (head outputs before the output projection). `mask` is boolean `[1, 1, T, T]`, or None for plain causal attention;
+    `weight` is what one token counts in the layer's statistics.
     """
 
     query: torch.Tensor
@@ -34,6 +38,7 @@ class AttentionCapture:
     output: torch.Tensor
     mask: torch.Tensor | None
     scaling: float
+    weight: float = 1.0
 
     def probabilities(self, key: torch.Tensor | None = None) -> torch.Tensor:
         """Attention probabilities `[B, n_q, T, T]`, with the source's keys or with others in their place."""
@@ -45,6 +50,21 @@ class AttentionCapture:
             torch.ones(length, length, dtype=torch.bool, device=key.device).tril() if self.mask is None else self.mask
         )
         return scores.masked_fill_(~allowed, float("-inf")).softmax(-1)
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Windows of one length on their way through the layers.
+
+    `hidden [n, T, D]`; `kwargs` holds each layer's mask and positions; `weight` as in AttentionCapture.
+    """
+
+    hidden: torch.Tensor
+    kwargs: list[dict[str, Any]]
+    weight: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.hidden)
 
 
 class StreamedModel:
@@ -73,7 +93,6 @@ class StreamedModel:
         ]
         self._check_tensors()
         self._load_outer()
-        self._kwargs: list[dict[str, Any]] = []
 
     def _check_tensors(self) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
@@ -113,14 +132,14 @@ class StreamedModel:
                 fresh = type(module)(config=self.model.config)  # rotary tables are computed, not stored
                 setattr(self.model.get_submodule(parent), child, fresh.to(self.device))
 
-    def embed(self, windows: torch.Tensor) -> torch.Tensor:
-        """Token windows `[n, T]` -> input of layer 0, `[n, T, D]`; prepares masks and positions for this length."""
+    def embed(self, windows: torch.Tensor, weight: float = 1.0) -> HiddenStates:
+        """Token windows `[n, T]` -> input of layer 0, with the masks and positions of this length."""
         hidden: list[torch.Tensor] = []
-        self._kwargs = [{} for _ in self.layers]
+        recorded: list[dict[str, Any]] = [{} for _ in self.layers]
 
         def recorder(index: int) -> Callable[..., torch.Tensor]:
             def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-                self._kwargs[index] = kwargs
+                recorded[index] = kwargs
                 if index == 0:
                     hidden.append(hidden_states)
                 return hidden_states
@@ -130,7 +149,9 @@ class StreamedModel:
         with _forwards(self.layers, recorder), torch.no_grad():
             for window in windows:
                 self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
-        return torch.cat(hidden)
+        width = self.model.config.hidden_size
+        none = torch.empty(0, windows.shape[1], width, device=self.device)
+        return HiddenStates(torch.cat([none, *hidden]), recorded, weight)
 
     def layer_tensors(self, layer_idx: int) -> dict[str, torch.Tensor]:
         """The stored tensors of one layer, in their own dtype, names relative to the layer."""
@@ -141,33 +162,36 @@ class StreamedModel:
             if name.startswith(prefix) and not ignorable(name)
         }
 
-    def run_layer(
-        self,
-        layer_idx: int,
-        tensors: dict[str, torch.Tensor],
-        hidden: torch.Tensor,
-        captures: list[AttentionCapture] | None = None,
-    ) -> torch.Tensor:
-        """Run `hidden [n, T, D]` through one layer with the given weights; collect a capture per window when asked."""
+    @contextlib.contextmanager
+    def layer(
+        self, layer_idx: int, tensors: Mapping[str, torch.Tensor]
+    ) -> Iterator[Callable[[HiddenStates, list[AttentionCapture] | None], HiddenStates]]:
+        """One layer with the given weights, as a function of hidden states that appends a capture per batch."""
         layer = self.layers[layer_idx]
         layer.load_state_dict({k: v.to(self.device, torch.float32) for k, v in tensors.items()}, assign=True)
-        attention = layer.get_submodule(self.arch.attention)
-        attention.headfuse_captures = captures  # type: ignore[assignment]
-        outputs = []
-        try:
-            with torch.no_grad():
-                for window in hidden:
-                    result = layer(window[None], **self._kwargs[layer_idx])
-                    outputs.append(result[0] if isinstance(result, tuple) else result)
-        finally:
-            del attention.headfuse_captures
-            layer.to("meta")
-        return torch.cat(outputs)
+        attention: Any = layer.get_submodule(self.arch.attention)
 
-    def nll(self, hidden: torch.Tensor, windows: torch.Tensor) -> float:
-        """Mean NLL per token of `windows [n, T]` given the last layer's output `[n, T, D]`."""
+        def run(states: HiddenStates, captures: list[AttentionCapture] | None = None) -> HiddenStates:
+            if not len(states):
+                return states
+            outputs = []
+            attention.headfuse_captures = None if captures is None else (captures, states.weight)
+            with torch.no_grad():
+                for batch in states.hidden.split(max(1, BATCH_TOKENS // states.hidden.shape[1])):
+                    result = layer(batch, **states.kwargs[layer_idx])
+                    outputs.append(result[0] if isinstance(result, tuple) else result)
+            return replace(states, hidden=torch.cat(outputs))
+
+        try:
+            yield run
+        finally:
+            attention.headfuse_captures = None
+            layer.to("meta")
+
+    def nll(self, states: HiddenStates, windows: torch.Tensor) -> float:
+        """Mean NLL per token of `windows [n, T]` given what the last layer made of them."""
         total, last = 0.0, self.num_layers - 1
-        for state, window in zip(hidden, windows.to(self.device), strict=True):
+        for state, window in zip(states.hidden, windows.to(self.device), strict=True):
 
             def injector(index: int, state: torch.Tensor = state) -> Callable[..., torch.Tensor]:
                 return lambda hidden_states, **kwargs: state[None] if index == last else hidden_states
@@ -208,10 +232,11 @@ def _capturing_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    captures = getattr(module, "headfuse_captures", None)
-    if captures is not None:
+    wanted = getattr(module, "headfuse_captures", None)
+    if wanted is not None:
+        captures, weight = wanted
         if kwargs.get("s_aux") is not None:
             raise UnsupportedModelError("attention sinks are not supported")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        captures.append(AttentionCapture(query, key, value, output, attention_mask, scale))
+        captures.append(AttentionCapture(query, key, value, output, attention_mask, scale, weight))
     return output, None

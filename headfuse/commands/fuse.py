@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from headfuse.config import load_config
-from headfuse.convert import Source, check_budget, default_output, fuse
+from headfuse.convert import default_output, fuse
 from headfuse.layouts import LAYOUTS
+from headfuse.planning import check_budget
+from headfuse.source import Source
 
 
 def run(

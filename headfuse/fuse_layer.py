@@ -1,0 +1,87 @@
+"""One layer of attention: keys, then values under the fused keys' attention, then the joint refit of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from headfuse.architectures import AttentionWeights
+from headfuse.calibration import key_moments, value_moments
+from headfuse.fusion import FusionMethod
+from headfuse.fusion.fold import fold
+from headfuse.fusion.maps import HeadMaps
+from headfuse.plan import Groups, HeadLayout, LayerPlan, head_of_source
+from headfuse.streaming import AttentionCapture
+
+REFIT_RIDGE = 1e-4
+"""Ridge of the refit, in units of the mean diagonal; it shrinks towards the closed-form solution."""
+
+
+def fuse_layer(
+    weights: AttentionWeights,
+    captures: Sequence[AttentionCapture],
+    layer: LayerPlan,
+    heads: HeadLayout,
+    method: FusionMethod,
+) -> AttentionWeights:
+    """Fuse one layer: keys first, then values under the fused keys' attention, then the joint refit of the output."""
+    key_maps = method.key_maps(layer.key_groups, key_moments(captures, heads))
+    fused_keys = (key_maps, layer.key_groups)
+    value_maps = method.value_maps(layer.value_groups, value_moments(captures, weights.output, heads, fused_keys))
+    fused = fold(weights, key_maps, value_maps, layer, heads)
+    if method.refits_output:
+        fused.output = refit_output(weights.output, fused.output, captures, fused_keys, value_maps, layer, heads)
+    return fused
+
+
+def refit_output(
+    source: torch.Tensor,
+    folded: torch.Tensor,
+    captures: Sequence[AttentionCapture],
+    fused_keys: tuple[HeadMaps, Groups],
+    value_maps: HeadMaps,
+    layer: LayerPlan,
+    heads: HeadLayout,
+) -> torch.Tensor:
+    """Least squares of the layer's attention output on the fused heads' outputs, shrunk towards `folded` (math.md 2).
+
+    Args:
+        source: output projection of the source `[D, n_q, d]`.
+        folded: closed-form solution `[D, n_q, d]`, float64.
+        captures: the layer on the calibration windows.
+        fused_keys: maps and groups of the keys.
+        value_maps: maps of the values.
+        layer: the plan of the layer.
+        heads: the source's heads.
+    """
+    size = heads.num_attention_heads * heads.head_dim
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    cross = torch.zeros(size, size, dtype=torch.float64)
+    owner = head_of_source(layer.value_groups)
+    for capture in captures:
+        values = torch.stack(
+            [
+                torch.einsum(
+                    "jab,jntb->nta",
+                    value_maps.write[list(g)].to(capture.value),
+                    capture.value[:, list(g)].transpose(0, 1),
+                )
+                for g in layer.value_groups
+            ],
+            dim=1,
+        )[:, owner].repeat_interleave(heads.queries_per_head, dim=1)  # [B, n_q, T, d]
+        z = (
+            (capture.probabilities(fused_keys[0].reconstruct(capture.key, fused_keys[1])) @ values)
+            .transpose(1, 2)
+            .flatten(2)
+            .flatten(0, 1)
+        )
+        target = capture.output.flatten(2).flatten(0, 1)
+        gram += capture.weight * (z.T @ z).double().cpu()
+        cross += capture.weight * (target.T @ z).double().cpu()
+    start, wanted = folded.flatten(1), source.double().flatten(1)
+    residual = wanted @ cross - start @ gram
+    ridge = REFIT_RIDGE * gram.diagonal().mean()
+    gram.diagonal().add_(ridge.clamp_min(1e-300))
+    return (start + torch.linalg.solve(gram, residual.T).T).view_as(folded)

@@ -1,0 +1,103 @@
+"""From calibration text to a plan: survey of the heads -> budget -> groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import headfuse
+from headfuse.architectures import AttentionWeights
+from headfuse.calibration import START_WEIGHT, CalibrationText, LayerSurvey, survey_layer
+from headfuse.checkpoint import read_plan
+from headfuse.config import FuseConfig
+from headfuse.errors import ConfigError
+from headfuse.fusion import FUSION_METHODS
+from headfuse.plan import FusionPlan, HeadBudget, HeadLayout, LayerPlan
+from headfuse.source import Source
+from headfuse.streaming import AttentionCapture, StreamedModel
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase, the layers done and all layers."""
+SURVEYED = 1 / 3
+"""Share of the statistics windows that the survey reads: a quarter of all windows by default."""
+
+
+def check_budget(config: FuseConfig, heads: HeadLayout) -> HeadBudget:
+    """A plan-free allocation, which refuses what cannot work before any heavy step.
+
+    Raises:
+        BudgetError: saying which budget works.
+    """
+    rules = config.budget.rules
+    return rules.allocate_gqa(heads) if config.layout == "gqa" else rules.allocate("uniform", heads)
+
+
+def survey(
+    source: Source, streamed: StreamedModel, text: CalibrationText, config: FuseConfig, on_progress: Progress
+) -> list[LayerSurvey]:
+    """Run the source once over a part of the text and measure every layer's heads."""
+    text = text.part(SURVEYED)
+    windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
+    method, costs, surveys = FUSION_METHODS[config.method], _needs_costs(config), []
+    for layer_idx in range(streamed.num_layers):
+        tensors, captures, inputs = streamed.layer_tensors(layer_idx), list[AttentionCapture](), windows.hidden
+        with streamed.layer(layer_idx, tensors) as run:
+            windows, starts = run(windows, captures), run(starts, captures)
+        output = AttentionWeights.of_layer(tensors, streamed.arch, source.heads.head_dim).output
+        surveys.append(survey_layer(captures, output, inputs, source.heads, method, config.grouping, costs))
+        on_progress("survey", layer_idx + 1, streamed.num_layers)
+    return surveys
+
+
+def _needs_costs(config: FuseConfig) -> bool:
+    """Whether the allocator reads the measured cost table."""
+    budget = config.budget
+    return budget.allocator == "sensitivity" and config.layout != "gqa" and budget.rules.total is not None
+
+
+def make_plan(source: Source, config: FuseConfig, surveys: list[LayerSurvey]) -> FusionPlan:
+    """Budget and groups -> the plan of every layer."""
+    heads, rules = source.heads, config.budget.rules
+    if config.layout == "gqa":
+        budget = rules.allocate_gqa(heads)
+        layers = [
+            LayerPlan(layer_idx=i, key_groups=groups, value_groups=groups)
+            for i, groups in enumerate(s.shared_groups[budget.key_heads[i]] for i, s in enumerate(surveys))
+        ]
+    else:
+        table = [s.key_cost for s in surveys] + [s.value_cost for s in surveys]
+        budget = rules.allocate(config.budget.allocator, heads, table)
+        layers = [
+            LayerPlan(
+                layer_idx=i,
+                key_groups=s.key_groups[budget.key_heads[i] - 1],
+                value_groups=s.value_groups[budget.value_heads[i] - 1],
+            )
+            for i, s in enumerate(surveys)
+        ]
+    return FusionPlan(
+        headfuse_version=headfuse.__version__,
+        source=source.identity(),
+        heads=heads,
+        layout=config.layout,
+        method=config.method,
+        allocator=config.budget.allocator,
+        budget=config.budget.label,
+        layers=tuple(layers),
+    )
+
+
+def reviewed_plan(path: Path, source: Source) -> FusionPlan:
+    """A plan that somebody reviewed, for this source.
+
+    Raises:
+        ConfigError: when it is for a model of another shape.
+    """
+    plan = read_plan(path)
+    if plan.heads != source.heads:
+        raise ConfigError(
+            "the plan is for a model of another shape", where=path, fix="make one with `headfuse analyze`"
+        )
+    if plan.method not in FUSION_METHODS:
+        raise ConfigError(f"unknown method {plan.method!r}", where=path, fix=f"choose from {', '.join(FUSION_METHODS)}")
+    return plan.model_copy(update={"source": source.identity(), "files": {}})

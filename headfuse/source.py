@@ -1,0 +1,72 @@
+"""An opened source model: its config, heads, weight files and calibration text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headfuse.architectures import head_layout
+from headfuse.calibration import CalibrationText
+from headfuse.checkpoint import Checkpoint, fingerprint, read_config, resolve_model
+from headfuse.config import FuseConfig
+from headfuse.errors import CheckpointError, ConfigError
+from headfuse.loading import load_tokenizer
+from headfuse.plan import HeadLayout, SourceModel
+from headfuse.text import read_documents, token_windows
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source model."""
+
+    name: str
+    folder: Path
+    checkpoint: Checkpoint
+    config: Any
+    heads: HeadLayout
+
+    @classmethod
+    def open(cls, model: str, trust_remote_code: bool = False) -> Source:
+        """Open and check a source model: config, family, weight files."""
+        folder = resolve_model(model)
+        config = read_config(folder, trust_remote_code)
+        heads = head_layout(config, folder / "config.json")
+        name = model if not Path(model).exists() else folder.resolve().name
+        return cls(name, folder, Checkpoint(folder), config, heads)
+
+    def identity(self) -> SourceModel:
+        """Name and content hash, as plan.json knows the source (reads every weight file)."""
+        return SourceModel(name=self.name, fingerprint=fingerprint(self.folder))
+
+    def raw_config(self) -> dict[str, Any]:
+        """config.json as it is, but for the path that transformers may have left in it."""
+        raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        raw.pop("_name_or_path", None)
+        return raw
+
+    def calibration_text(self, config: FuseConfig, trust_remote_code: bool = False) -> CalibrationText:
+        """The calibration text of a config as token windows.
+
+        Raises:
+            DataError: for text that is missing or too short.
+            ConfigError: for windows longer than the model's positions.
+            CheckpointError: for a tokenizer of another model.
+        """
+        calibration = config.calibration
+        tokenizer = load_tokenizer(self.folder, trust_remote_code)
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit and calibration.sequence_length > limit:
+            raise ConfigError(
+                f"{calibration.sequence_length} is longer than the model's {limit} positions", where="--sequence-length"
+            )
+        documents = read_documents(calibration.data, seed=config.seed)
+        windows = token_windows(
+            documents, tokenizer, calibration.sequence_length, calibration.samples, required=2, where=calibration.data
+        )
+        if windows.max() >= self.config.vocab_size:
+            raise CheckpointError(
+                "the tokenizer has more tokens than the model", where=self.folder, fix="use the model's own tokenizer"
+            )
+        return CalibrationText.split(windows, calibration.held_out)
