@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from headfuse.plan import Groups, HeadLayout
 from headfuse.streaming import AttentionCapture
 
 START_LENGTH, STARTS_PER_WINDOW, START_WEIGHT = 4, 16, 4.0
+TINY = 1e-30
 MAX_ROWS = 65536
 """Rows of averaged values that enter a covariance; more do not change it, and cost most on MHA models."""
 
@@ -100,6 +101,39 @@ def value_moments(
     return ValueMoments((covariance / total).view(n, d, n, d), output_gram)
 
 
+def lost_key_energy(maps: HeadMaps, groups: Groups, moments: KeyMoments) -> float:
+    """Energy of what the fused keys do not give back, each head weighted by its queries' energy (math.md 2, keys)."""
+    f = moments.gram.shape[0]
+
+    def factors(matrix: torch.Tensor) -> torch.Tensor:  # [g, d, d] -> complex [F, g], the inverse of plane_matrix
+        real = matrix[:, :f, :f].diagonal(dim1=1, dim2=2)
+        return torch.complex(real, matrix[:, f:, :f].diagonal(dim1=1, dim2=2)).T
+
+    lost = 0.0
+    for group in groups:
+        if len(group) > 1:
+            index, own = list(group), moments.of(group)
+            write, read = factors(maps.write[index]), factors(maps.read[index])
+            residual = torch.eye(len(group)) - read[:, :, None] * write[:, None, :]  # [F, g, g]
+            errors = torch.einsum("fij,fjk,fik->fi", residual, own.gram, residual.conj()).real
+            lost += float((errors * own.query_energy.T).sum())
+    return max(lost, 0.0)
+
+
+def lost_value_energy(maps: HeadMaps, groups: Groups, moments: ValueMoments) -> float:
+    """Energy of the attention output that the fused values do not give back (math.md 2, values)."""
+    d, lost = moments.output_gram.shape[1], 0.0
+    for group in groups:
+        if len(group) > 1:
+            index, g, own = list(group), len(group), moments.of(group)
+            write = maps.write[index].transpose(0, 1).reshape(d, g * d)  # [d, g d]
+            residual = torch.eye(g * d, dtype=torch.float64) - maps.read[index].reshape(g * d, d) @ write
+            residual = residual.view(g, d, g * d)
+            errors = residual @ own.covariance.reshape(g * d, g * d) @ residual.mT  # [g, d, d]
+            lost += float((errors * own.output_gram).sum())
+    return max(lost, 0.0)
+
+
 def key_pair_cost(moments: KeyMoments) -> torch.Tensor:
     """`[n, n]`: share of the layer's key energy lost when two heads become one (rank one per frequency)."""
     weight = moments.query_energy.T.sqrt()
@@ -165,12 +199,18 @@ def survey_layer(
         energy = hidden.square().sum(-1).mean().item()
         ordinary = [capture for capture in captures if capture.weight == 1]
         probe = ordinary[: max(1, len(ordinary) // 4)]
-        for count in _probed(n):
-            key_map = method.key_maps(key_groups[count - 1], keys)
-            value_map = method.value_maps(value_groups[count - 1], values)
-            key_cost[count - 1] = _error(probe, output, key_map, key_groups[count - 1], None, None) / energy
-            value_cost[count - 1] = _error(probe, output, None, None, value_map, value_groups[count - 1]) / energy
-        key_cost, value_cost = _interpolate(key_cost, n), _interpolate(value_cost, n)
+        probed = [count for count in range(1, n) if count & (count - 1) == 0]
+        key_measured, value_measured = {n: 0.0}, {n: 0.0}
+        key_lost, value_lost = [0.0] * n, [0.0] * n
+        for count in range(1, n):
+            groups = key_groups[count - 1], value_groups[count - 1]
+            key_map, value_map = method.key_maps(groups[0], keys), method.value_maps(groups[1], values)
+            key_lost[count - 1] = lost_key_energy(key_map, groups[0], keys)
+            value_lost[count - 1] = lost_value_energy(value_map, groups[1], values)
+            if count in probed:
+                key_measured[count] = _error(probe, output, key_map, groups[0], None, None) / energy
+                value_measured[count] = _error(probe, output, None, None, value_map, groups[1]) / energy
+        key_cost, value_cost = _between(key_lost, key_measured), _between(value_lost, value_measured)
     return LayerSurvey(
         key_pairs,
         value_pairs,
@@ -194,18 +234,19 @@ def _value_energy(moments: ValueMoments) -> list[float]:
     return (energy / energy.sum().clamp_min(1e-300)).tolist()
 
 
-def _probed(n: int) -> list[int]:
-    return [count for count in range(1, n) if n <= 8 or count & (count - 1) == 0]
-
-
-def _interpolate(costs: list[float], n: int) -> list[float]:
-    known = [*_probed(n), n]
-    result = list(costs)
-    for low, high in itertools.pairwise(known):
-        for count in range(low + 1, high):
-            share = (count - low) / (high - low)
-            result[count - 1] = costs[low - 1] * (1 - share) + costs[high - 1] * share
-    return result
+def _between(lost: list[float], measured: dict[int, float]) -> list[float]:
+    """Measured costs where there are any; elsewhere the lost energy, scaled like the nearest measured counts."""
+    scale = {c: math.log((cost + TINY) / (lost[c - 1] + TINY)) for c, cost in measured.items() if cost > 0}
+    costs = []
+    for count, energy in enumerate(lost, start=1):
+        below = max((c for c in scale if c <= count), default=None)
+        above = min((c for c in scale if c >= count), default=below)
+        if count in measured or below is None or above is None:
+            costs.append(measured.get(count, energy))
+            continue
+        share = 0.0 if above == below else (count - below) / (above - below)
+        costs.append((energy + TINY) * math.exp(scale[below] * (1 - share) + scale[above] * share))
+    return costs
 
 
 def _error(

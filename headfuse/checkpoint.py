@@ -14,7 +14,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
+from headfuse.architectures import ARCHITECTURES
 from headfuse.errors import CheckpointError, HeadfuseError, OutputError, UnsupportedModelError
 from headfuse.plan import FusionPlan
 
@@ -64,20 +66,22 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         CheckpointError: when there is no such folder and no such repository can be reached.
     """
     folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError("is a file", where=name, fix="give the model's folder, the one that holds config.json")
+    try:
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise CheckpointError("is a file", where=name, fix="give the model's folder, with config.json in it")
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=name, fix="check the path") from None
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError("no such folder", where=name, fix="give a model folder or a hub id like org/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
             snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack", "*.gguf"])
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the hub, the network and the cache raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"neither a local folder nor a repository that the hub gives ({reason})",
@@ -111,9 +115,13 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the strict configs of transformers raise many kinds
-        reason = " ".join(str(error).split())[:300]
         if not _is_known(model_type):
-            reason = f"model_type {model_type!r} is not known to the installed transformers"
+            raise UnsupportedModelError(
+                f"model_type {model_type!r} is not known to the installed transformers",
+                where=path,
+                fix=f"supported: {', '.join(sorted(ARCHITECTURES))}",
+            ) from None
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(reason, where=path, fix="use the config.json that came with the model") from None
 
 
@@ -124,13 +132,18 @@ def _is_known(model_type: str) -> bool:
 
 
 def _read_json(path: Path, fix: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: when there is none; `fix` is for a file that is missing.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError("no such file", where=path, fix=fix) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=path, fix=fix) from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path, fix="check its permissions") from None
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5000 digits
         raise CheckpointError(f"is not valid JSON: {error}", where=path, fix="restore the original file") from None
     if not isinstance(value, dict):
         raise CheckpointError("must hold a JSON object", where=path, fix="restore the original file")
@@ -145,7 +158,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: for missing, pickled, truncated, empty or corrupt files, missing shards, and an index that
-            names a file outside the folder.
+            names a file outside the folder or does not agree with the shards.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -158,6 +171,12 @@ class Checkpoint:
         for file in self.files:
             handle = self._open(file)
             for name in handle.keys():  # noqa: SIM118  no mapping
+                if name in self._file_of:
+                    raise CheckpointError(
+                        f"tensor {name} is in {self._file_of[name]} as well",
+                        where=folder / file,
+                        fix="the shards are of two checkpoints: copy or download the model again",
+                    )
                 self._file_of[name] = file
                 entry = handle.get_slice(name)
                 self.shapes[name] = tuple(entry.get_shape())
@@ -171,12 +190,24 @@ class Checkpoint:
                 self.dtypes[name] = DTYPES[code]
         if not self._file_of:
             raise CheckpointError("holds no tensors", where=folder / self.files[0], fix="restore the original file")
+        for name, file in _weight_map(folder).items():
+            if self._file_of.get(name) != file:
+                raise CheckpointError(
+                    f"puts tensor {name} into {file}, which does not hold it",
+                    where=folder / INDEX,
+                    fix="index and shards do not belong together: copy or download both again",
+                )
 
     def _open(self, file: str) -> Any:
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(self.folder / file, framework="pt")
-            except (SafetensorError, OSError, ValueError) as error:
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise CheckpointError(
+                    f"cannot be read: {reason}", where=self.folder / file, fix="check its permissions"
+                ) from None
+            except (SafetensorError, ValueError) as error:
                 raise CheckpointError(
                     f"is not a complete safetensors file ({error})",
                     where=self.folder / file,
@@ -194,7 +225,11 @@ class Checkpoint:
         try:
             tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"tensor {name} cannot be read ({error})", where=self.folder) from None
+            raise CheckpointError(
+                f"tensor {name} cannot be read ({error})",
+                where=self.folder / self._file_of[name],
+                fix="copy or download the file again",
+            ) from None
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"tensor {name} holds NaN or infinity",
@@ -208,29 +243,21 @@ class Checkpoint:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    if (folder / INDEX).exists():
-        index = _read_json(folder / INDEX, "restore the original file")
-        weight_map = index.get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(f, str) for f in weight_map.values())
-        ):
-            raise CheckpointError("has no weight_map", where=folder / INDEX, fix="restore the original file")
-        files = sorted(set(weight_map.values()))
-        for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors") or "\\" in file:
+    """Names of the safetensors files, the single one before an index, as transformers chooses."""
+    try:
+        if (folder / SINGLE).is_file():
+            return [SINGLE]
+        if (folder / INDEX).exists():
+            files = sorted(set(_weight_map(folder).values()))
+            missing = [file for file in files if not (folder / file).is_file()]
+            if missing:
                 raise CheckpointError(
-                    f"names {file!r}, which is not a safetensors file of this folder",
-                    where=folder / INDEX,
-                    fix="shard names must be plain file names; do not use an index from a source that you do not trust",
+                    "this shard is missing", where=folder / missing[0], fix="copy or download it again"
                 )
-            if not (folder / file).is_file():
-                raise CheckpointError("this shard is missing", where=folder / file, fix="copy or download it again")
-        return files
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+            return files
+        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=folder, fix="check its permissions") from None
     if pickles:
         raise CheckpointError(
             f"the weights are pickled ({pickles[0]}), and unpickling runs code",
@@ -238,6 +265,23 @@ def _weight_files(folder: Path) -> list[str]:
             fix="convert them once, where you trust them: load with transformers, then save_pretrained(folder)",
         )
     raise CheckpointError(f"no weights: neither {SINGLE} nor {INDEX}", where=folder, fix="copy or download the weights")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name by the index, whose files are plain names in this folder; empty without an index."""
+    if (folder / SINGLE).is_file() or not (folder / INDEX).exists():
+        return {}
+    weight_map = _read_json(folder / INDEX, "restore the original file").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError("has no weight_map", where=folder / INDEX, fix="restore the original file")
+    for file in weight_map.values():
+        if Path(file).name != file or not file.endswith(".safetensors") or "\\" in file or "\0" in file:
+            raise CheckpointError(
+                f"names {file!r}, which is not a safetensors file of this folder",
+                where=folder / INDEX,
+                fix="shard names must be plain file names; do not use an index from a source that you do not trust",
+            )
+    return weight_map
 
 
 def fingerprint(folder: Path) -> str:
@@ -258,7 +302,7 @@ def file_sha256(path: Path) -> str:
                 else _digest(stream)
             )
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path, fix="check its permissions") from None
 
 
 def _digest(stream: Any) -> str:  # Python 3.10
@@ -281,6 +325,9 @@ class SafetensorsWriter:
         folder: where the files go.
         tensors: name -> (dtype, shape), in file order.
         resume: continue files that an interrupted run left.
+
+    Raises:
+        OutputError: when those files are not the ones that this run writes.
     """
 
     def __init__(
@@ -322,8 +369,14 @@ class SafetensorsWriter:
         for name in names:
             self._place[name] = (file, start + header[name]["data_offsets"][0])
         path = self.folder / file
-        if resume and path.exists() and path.stat().st_size == start + offset:
-            return
+        if resume:  # a new file would hold zeros where the interrupted run says that layers are done
+            if path.exists() and path.stat().st_size == start + offset:
+                with path.open("rb") as stream:
+                    if stream.read(start) == len(text).to_bytes(8, "little") + text:
+                        return
+            raise OutputError(
+                "is not what the interrupted run wrote", where=path, fix="start anew with --overwrite, without --resume"
+            )
         with path.open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             stream.flush()
@@ -335,10 +388,22 @@ class SafetensorsWriter:
         if tuple(tensor.shape) != tuple(shape):
             raise AssertionError(f"{name}: laid out as {shape}, computed as {tuple(tensor.shape)}")
         file, offset = self._place[name]
-        data = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)
+        converted = tensor.detach().to("cpu", dtype)
+        if dtype.is_floating_point and not torch.isfinite(converted).all():
+            raise HeadfuseError(
+                f"tensor {name} is beyond the range of {str(dtype).removeprefix('torch.')}",
+                where="--dtype",
+                fix="write bfloat16 or float32",
+            )
+        data = converted.contiguous().flatten().view(torch.uint8)
         with (self.folder / file).open("r+b") as stream:
             stream.seek(offset)
             stream.write(data.numpy().tobytes())
+
+    def sync(self) -> None:
+        """Bring what is written to the disk, so that a record of it never outlives it."""
+        for file in self.files:
+            _sync(self.folder / file)
 
     def read(self, name: str) -> torch.Tensor:
         """Read back a tensor that was written before."""
@@ -373,69 +438,135 @@ _LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def output_folder(path: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+def output_folder(
+    path: Path, *, overwrite: bool = False, resume: bool = False, reads: Iterable[Path] = ()
+) -> Iterator[Path]:
     """A folder that appears under its name only when it is complete.
 
     Yields `<path>.partial/`, locked against a second process. On success `state/` and `resume.json` are removed and
     the folder is renamed. After a failure it stays only where `resume.json` says that something can go on.
 
+    Args:
+        path: the final name.
+        overwrite: replace what has this name, and an interrupted run.
+        resume: keep what an interrupted run left.
+        reads: models that the run reads, which the output may neither be, nor hold, nor lie in.
+
     Raises:
         OutputError: when the output exists without `overwrite`, an interrupted run is in the way, another process
             writes the same output, or the disk refuses.
     """
+    path = _absolute(path)
+    check_output(path, overwrite=overwrite, resume=resume, reads=reads)
     partial = partial_folder(path)
-    check_output(path, overwrite=overwrite, resume=resume)
     try:
-        if partial.exists() and overwrite and not resume:
-            with _locked(partial):
-                pass
-            shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _output_error(path, error) from None
     with _locked(partial):
         try:
+            if not (resume and (partial / RESUME).exists()):
+                _clear(partial)
             yield partial
-            shutil.rmtree(partial / STATE, ignore_errors=True)
-            (partial / RESUME).unlink(missing_ok=True)
-            _replace(partial, path, overwrite)
+            _publish(partial, path, overwrite)
         except BaseException as error:
-            if partial.exists() and not (partial / RESUME).exists():
+            resumable = (partial / RESUME).exists()
+            if partial.exists() and not resumable:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-                raise _output_error(path, error) from None
+                raise _output_error(path, error, resumable) from None
+            if resumable and not isinstance(error, Exception):
+                error.args = (f"{partial} keeps what is done: go on with --resume",)
             raise
 
 
-_DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EFBIG,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENOTDIR,
-}
+_FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_DISK_ERRORS = {*_FULL_DISK, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EBUSY}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What flock says on network file systems that do not have it."""
 
 
 def partial_folder(path: Path) -> Path:
     """Where an output is built."""
+    path = _absolute(path)
     return path.with_name(path.name + ".partial")
 
 
-def check_output(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+def _absolute(path: Path) -> Path:
+    """The path without `..` and with a name, also for `.`, whose last part is empty."""
+    return Path(os.path.abspath(path))
+
+
+def check_output(path: Path, *, overwrite: bool = False, resume: bool = False, reads: Iterable[Path] = ()) -> None:
     """Raise OutputError, before any work, when `path` cannot be the output of a new run."""
-    if path.exists() and not overwrite:
-        raise OutputError(
-            "the output already exists", where=path, fix="pass --overwrite to replace it, or another --output"
-        )
-    if (partial_folder(path) / RESUME).exists() and not (resume or overwrite):
-        raise OutputError(
-            "an interrupted run is here",
-            where=partial_folder(path),
-            fix="pass --resume to go on, or --overwrite to start anew",
-        )
+    path, partial = _absolute(path), partial_folder(path)
+    try:
+        for folder in reads:
+            _check_apart(path, partial, folder)
+        if os.path.lexists(path):
+            if not overwrite:
+                raise OutputError(
+                    "the output already exists", where=path, fix="pass --overwrite to replace it, or another --output"
+                )
+            if not _replaceable(path):
+                raise OutputError(
+                    "is not a model folder, so --overwrite leaves it alone",
+                    where=path,
+                    fix="move it away yourself, or choose another --output",
+                )
+        if not os.path.lexists(partial):
+            return
+        resumable = (partial / RESUME).exists()
+        ours = resumable or (partial / _LOCK).exists() or (partial.is_dir() and not any(partial.iterdir()))
+        if not ours:
+            raise OutputError(
+                "is in the way: the output is built under this name",
+                where=partial,
+                fix="move it away, or choose another --output",
+            )
+        if resumable and not (resume or overwrite):
+            with _locked(partial):  # another process that is at work deserves another answer
+                pass
+            raise OutputError(
+                "an interrupted run is here",
+                where=partial,
+                fix="pass --resume to go on, or --overwrite to start anew",
+            )
+    except OSError as error:
+        raise _output_error(path, error) from None
+
+
+def _check_apart(path: Path, partial: Path, source: Path) -> None:
+    fix = "choose another --output: a source is never touched"
+    ours, theirs = _identity(source), _lineage(source)
+    for target in (path, partial):
+        if ours is not None and _identity(target) == ours:
+            raise OutputError("is a model that this run reads", where=target, fix=fix)
+        if ours is not None and ours in _lineage(target):
+            raise OutputError("lies inside a model that this run reads", where=target, fix=fix)
+        if _identity(target) in theirs:
+            raise OutputError("holds a model that this run reads", where=target, fix=fix)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode: equal however a path is spelt."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _lineage(path: Path) -> set[tuple[int, int]]:
+    real = path.resolve()
+    return {identity for folder in (real, *real.parents) if (identity := _identity(folder)) is not None}
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether --overwrite may replace this: an empty folder, or one with a config or a plan in it."""
+    if not path.is_dir():
+        return path.is_symlink()
+    return any((path / name).exists() for name in ("config.json", "plan.json")) or not any(path.iterdir())
 
 
 @contextlib.contextmanager
@@ -443,49 +574,87 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         stream = (folder / _LOCK).open("w")
     except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing is in it when it is ours
         raise _output_error(folder, error) from None
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            stale = _identity(folder / _LOCK) != (os.fstat(stream.fileno()).st_dev, os.fstat(stream.fileno()).st_ino)
+        except OSError as error:
+            stale = error.errno not in _NO_LOCKS
+        if stale:  # locked by another process, or by one that has just finished with the folder
             raise OutputError(
                 "another process is writing here", where=folder, fix="wait for it, or choose another --output"
-            ) from None
+            )
         yield
 
 
-def _replace(partial: Path, path: Path, overwrite: bool) -> None:
-    (partial / _LOCK).unlink(missing_ok=True)
+def _clear(partial: Path) -> None:
+    """Drop what a run left that nothing can go on with; the lock stays."""
+    for entry in partial.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _LOCK:
+            entry.unlink()
+
+
+def _publish(partial: Path, path: Path, overwrite: bool) -> None:
+    """Give a finished folder its name; the one that it replaces goes last."""
     for file in partial.iterdir():
         _sync(file)
-    _sync(partial)
-    if not path.exists():
-        partial.rename(path)
-    elif overwrite:
-        old = path.with_name(path.name + ".old")
-        path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    else:
+    if os.path.lexists(path) and not (overwrite and _replaceable(path)):
         raise OutputError("the output appeared while this run was working", where=path, fix="choose another --output")
+    old = None
+    if os.path.lexists(path):
+        old = Path(tempfile.mkdtemp(prefix=f"{path.name}.old-", dir=path.parent)) / path.name
+        try:
+            path.rename(old)
+        except BaseException:
+            if not os.path.lexists(old):
+                old.parent.rmdir()
+            raise
+    try:
+        shutil.rmtree(partial / STATE, ignore_errors=True)
+        (partial / RESUME).unlink(missing_ok=True)
+        (partial / _LOCK).unlink(missing_ok=True)
+        _sync(partial)
+        partial.rename(path)
+    except BaseException:
+        if old is not None and not path.exists():
+            old.rename(path)
+            old.parent.rmdir()
+        raise
     _sync(path.parent)
+    if old is not None:
+        if old.is_symlink():  # what it points to is not ours
+            old.unlink()
+        shutil.rmtree(old.parent)
 
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that cannot sync a folder
+            raise
     finally:
         os.close(descriptor)
 
 
-def _output_error(path: Path, error: OSError) -> OutputError:
+def _output_error(path: Path, error: OSError, resumable: bool = False) -> HeadfuseError:
+    named = _absolute(Path(error.filename)) if isinstance(error.filename, str) else path
+    if error.errno not in _FULL_DISK and not str(named).startswith(str(path)) and not path.is_relative_to(named):
+        return CheckpointError(f"cannot be read: {error.strerror}", where=named, fix="check its permissions")
     fix = {
         errno.ENOSPC: "free some space or choose an --output on another disk",
         errno.EDQUOT: "free some of your quota or choose an --output on another disk",
         errno.EFBIG: "raise the limit on file size (ulimit -f) or choose another file system",
     }.get(error.errno or 0, "choose an --output that you may write to")
-    return OutputError(f"cannot be written: {error.strerror}", where=path, fix=fix)
+    return OutputError(
+        f"cannot be written: {error.strerror}", where=path, fix=fix + ("; then go on with --resume" * resumable)
+    )
 
 
 # ---------------------------------------------------------------- beside the weights

@@ -79,13 +79,14 @@ def fuse(
     config = config or FuseConfig()
     source = Source.open(model, trust_remote_code)
     output = output or default_output(model, source, config)
-    check_output(output, overwrite=overwrite, resume=resume)
+    place: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "reads": [source.folder]}
+    check_output(output, **place)
     check_budget(config, source.heads)
     ready = None if plan is None else reviewed_plan(plan, source)
     options = {"config": config.to_yaml(), "dtype": dtype, "plan": None if ready is None else ready.to_json()}
     text = source.calibration_text(config, trust_remote_code)
     streamed = StreamedModel(source.checkpoint, source.config, pick_device(device))
-    with output_folder(output, overwrite=overwrite, resume=resume) as partial:
+    with output_folder(output, **place) as partial:
         ready = _resumed_plan(partial, source, options) or ready
         ready = ready or make_plan(source, config, survey(source, streamed, text, config, on_progress))
         writer, done = _open_writer(source, streamed, ready, partial, options)

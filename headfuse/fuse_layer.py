@@ -55,33 +55,20 @@ def refit_output(
         layer: the plan of the layer.
         heads: the source's heads.
     """
-    size = heads.num_attention_heads * heads.head_dim
+    size, owner = heads.num_attention_heads * heads.head_dim, head_of_source(layer.value_groups)
     gram = torch.zeros(size, size, dtype=torch.float64)
-    cross = torch.zeros(size, size, dtype=torch.float64)
-    owner = head_of_source(layer.value_groups)
-    for capture in captures:
-        values = torch.stack(
-            [
-                torch.einsum(
-                    "jab,jntb->nta",
-                    value_maps.write[list(g)].to(capture.value),
-                    capture.value[:, list(g)].transpose(0, 1),
-                )
-                for g in layer.value_groups
-            ],
-            dim=1,
-        )[:, owner].repeat_interleave(heads.queries_per_head, dim=1)  # [B, n_q, T, d]
-        z = (
-            (capture.probabilities(fused_keys[0].reconstruct(capture.key, fused_keys[1])) @ values)
-            .transpose(1, 2)
-            .flatten(2)
-            .flatten(0, 1)
-        )
-        target = capture.output.flatten(2).flatten(0, 1)
-        gram += capture.weight * (z.T @ z).double().cpu()
-        cross += capture.weight * (target.T @ z).double().cpu()
+    cross = torch.zeros(heads.hidden_size, size, dtype=torch.float64)
     start, wanted = folded.flatten(1), source.double().flatten(1)
-    residual = wanted @ cross - start @ gram
+    for capture in captures:
+        values = value_maps.fuse(capture.value, layer.value_groups)[:, owner]
+        attention = capture.probabilities(fused_keys[0].reconstruct(capture.key, fused_keys[1]))
+        z = attention @ values.repeat_interleave(heads.queries_per_head, dim=1)  # [B, n_q, T, d]
+        z = z.transpose(1, 2).flatten(2).flatten(0, 1)
+        target = capture.output.flatten(2).flatten(0, 1)
+        # the residual itself, not a difference of two products: it vanishes on heads that are truly redundant
+        missing = target @ wanted.to(target).T - z @ start.to(z).T  # [B T, D]
+        gram += capture.weight * (z.T @ z).double().cpu()
+        cross += capture.weight * (missing.T @ z).double().cpu()
     ridge = REFIT_RIDGE * gram.diagonal().mean()
     gram.diagonal().add_(ridge.clamp_min(1e-300))
-    return (start + torch.linalg.solve(gram, residual.T).T).view_as(folded)
+    return (start + torch.linalg.solve(gram, cross.T).T).view_as(folded)

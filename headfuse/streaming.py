@@ -19,6 +19,7 @@ from headfuse.checkpoint import Checkpoint
 from headfuse.errors import CheckpointError, UnsupportedModelError
 
 _CAPTURE = "headfuse_capture"
+_RESTORE = "config.json and the weights do not belong together: restore both from one source"
 BATCH_TOKENS = 512
 """Tokens that go through a layer at once; one window where it is longer."""
 
@@ -84,15 +85,36 @@ class StreamedModel:
         AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
         self.checkpoint, self.device = checkpoint, device
         self.arch = architecture_of(config.model_type)
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, attn_implementation=_CAPTURE, dtype=torch.float32)
-        self.model.eval()
         self.num_layers = config.num_hidden_layers
+        self._check_layer_count()
+        try:
+            with torch.device("meta"):
+                self.model = AutoModelForCausalLM.from_config(config, attn_implementation=_CAPTURE, dtype=torch.float32)
+        except Exception as error:  # a field that no check of transformers caught, such as an unknown activation
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise CheckpointError(
+                f"describes no model that can be built ({reason})",
+                where=checkpoint.folder / "config.json",
+                fix="use the config.json that came with the model",
+            ) from None
+        self.model.eval()
         self.layers: list[nn.Module] = [
             self.model.get_submodule(self.arch.layer_prefix(i)) for i in range(self.num_layers)
         ]
         self._check_tensors()
         self._load_outer()
+
+    def _check_layer_count(self) -> None:
+        """Before the model is built: a config with a wrong number of layers may mean millions."""
+        stored = 0
+        while any(name.startswith(self.arch.layer_prefix(stored) + ".") for name in self.checkpoint.shapes):
+            stored += 1
+        if stored != self.num_layers:
+            raise CheckpointError(
+                f"the weights have {stored} layers, config.json says {self.num_layers}",
+                where=self.checkpoint.folder,
+                fix=_RESTORE,
+            )
 
     def _check_tensors(self) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
@@ -113,7 +135,7 @@ class StreamedModel:
             raise CheckpointError(
                 f"tensor {problems[0]}{more}",
                 where=self.checkpoint.folder,
-                fix="config.json and the weights do not belong together: restore both from one source",
+                fix=_RESTORE,
             )
 
     def _load_outer(self) -> None:

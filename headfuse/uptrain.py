@@ -192,16 +192,15 @@ def uptrain(
     _check(recipe, dtype, log_every=log_every, checkpoint_every=checkpoint_every, threads=threads)
     folder, output = resolve_model(model), output or default_output(model)
     teacher_folder, teacher_name = _find_teacher(folder, teacher) if loss == "kl" else (None, None)
-    if output.resolve() in (folder.resolve(), teacher_folder and teacher_folder.resolve()):
-        raise OutputError("is a model that this run reads", where=output, fix="choose another --output")
-    check_output(output, overwrite=overwrite, resume=resume)
+    reads = [folder] if teacher_folder is None else [folder, teacher_folder]
+    check_output(output, overwrite=overwrite, resume=resume, reads=reads)
     check_context(read_config(folder, trust_remote_code), sequence_length)
     if data == DEFAULT_DATA:
         logger.warning("the packaged text is short, generic prose; give --data of the kind that the model is used on")
     if threads is not None:
         torch.set_num_threads(threads)
 
-    with output_folder(output, overwrite=overwrite, resume=resume) as partial:
+    with output_folder(output, overwrite=overwrite, resume=resume, reads=reads) as partial:
         inputs = {"model": fingerprint(folder), "teacher": teacher_name, "data": data_name(data)}
         run = _Run(partial, recipe, inputs, resume)
         tokenizer = load_tokenizer(folder, trust_remote_code)
