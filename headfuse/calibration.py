@@ -16,7 +16,7 @@ from headfuse.streaming import AttentionCapture
 
 START_LENGTH, STARTS_PER_WINDOW, START_WEIGHT = 4, 16, 4.0
 TINY = 1e-30
-MAX_ROWS = 65536
+MAX_ROWS = 16384
 """Rows of averaged values that enter a covariance; more do not change it, and cost most on MHA models."""
 
 
@@ -85,7 +85,7 @@ def value_moments(
     n, d = heads.num_key_value_heads, heads.head_dim
     covariance = torch.zeros(n * d, n * d, dtype=torch.float64)
     rows = sum(c.query.shape[0] * c.query.shape[1] * c.query.shape[2] for c in captures)
-    stride, total = max(1, rows // max(MAX_ROWS, 8 * n * d)), 0.0
+    stride, total = max(1, rows // max(MAX_ROWS, 16 * n * d)), 0.0
     for capture in captures:
         key = None if key_maps is None else key_maps[0].reconstruct(capture.key, key_maps[1])
         step = stride if capture.query.shape[2] > 8 * stride else 1  # short windows are few: keep every row

@@ -118,8 +118,13 @@ class FuseConfig(_Strict):
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
 
     def to_yaml(self) -> str:
-        """The YAML that reproduces this config."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+        """The YAML that reproduces this config; text at an absolute path is named by its file alone."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        if Path(self.calibration.data).is_absolute():
+            data["calibration"]["data"] = Path(self.calibration.data).name
+        if self.budget.rules.total is None:
+            del data["budget"]["total"]
+        return yaml.safe_dump(data, sort_keys=False)
 
 
 def load_config(name: str | None, overrides: Mapping[str, Any]) -> FuseConfig:

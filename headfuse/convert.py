@@ -214,6 +214,7 @@ def _write_beside_weights(
         raw["dtype"] = dtype
     (partial / "config.json").write_text(json.dumps(LAYOUTS[plan.layout].config(raw, plan), indent=2) + "\n")
     copy_companions(source.folder, partial)
-    (partial / "headfuse.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    head = f"# headfuse fuse --config headfuse.yaml {plan.source.name}\n"
+    (partial / "headfuse.yaml").write_text(head + config.to_yaml(), encoding="utf-8")
     (partial / "README.md").write_text(fused_card(source, result), encoding="utf-8")
     write_plan(partial, plan)

@@ -112,8 +112,9 @@ class HeadfuseAttention(nn.Module):
         query = rotate(query, *position_embeddings, self.query_frequencies).transpose(1, 2)
         key = rotate(key, *position_embeddings, self.key_frequencies)
 
-        # Static caches size both buffers by one head count: neighbouring heads share a row of the cache.
-        folded = (batch, length, self.cache_heads, -1)
+        # Static caches size both buffers by one head count: there neighbouring heads share a row of the cache.
+        static = past_key_values is not None and past_key_values.is_compileable
+        folded = (batch, length, self.cache_heads, -1) if static else heads
         key, value = key.reshape(folded).transpose(1, 2), value.reshape(folded).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

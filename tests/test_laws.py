@@ -1,0 +1,351 @@
+"""The laws that every method, allocator, grouper, layout and family obeys: the tests iterate over the tables."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import by_head, edit_heads, fuse, logits, plant, run, tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import headfuse
+from headfuse.architectures import ARCHITECTURES
+from headfuse.budget import ALLOCATORS, BudgetRules, sensitivity
+from headfuse.errors import BudgetError
+from headfuse.fusion import FUSION_METHODS
+from headfuse.grouping import GROUPERS
+from headfuse.layouts import LAYOUTS
+from headfuse.plan import FusionPlan, HeadLayout, check_partition
+from headfuse.similarity import aligned_similarity, linear_cka, redundancy
+
+families = pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+methods = pytest.mark.parametrize("method", sorted(FUSION_METHODS))
+layouts = pytest.mark.parametrize("layout", sorted(LAYOUTS))
+allocators = pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
+
+
+# 1
+@layouts
+@methods
+@families
+def test_full_budget_copies_bit_for_bit(tmp_path: Path, model_type: str, method: str, layout: str) -> None:
+    model = tiny_model(tmp_path / "model", model_type)
+    fuse(model, tmp_path / "out", "--budget", 1, "--method", method, "--layout", layout)
+    source, fused = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(source[name], fused[name]) for name in source.keys() | fused.keys())
+    assert torch.equal(logits(model), logits(tmp_path / "out"))
+
+
+# 2
+@allocators
+@layouts
+@families
+@pytest.mark.parametrize("method", [name for name, method in FUSION_METHODS.items() if method.lossless])
+def test_planted_groups_are_found_and_lossless(
+    tmp_path: Path, model_type: str, method: str, layout: str, allocator: str
+) -> None:
+    model = tiny_model(tmp_path / "model", model_type)
+    plant(model, [[0, 3], [1, 2]])
+    document = fuse(
+        model, tmp_path / "out", "--budget", "1/2", "--layout", layout, "--method", method, "--allocator", allocator
+    )
+    assert document["kv_ratio"] == 0.5
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@layouts
+def test_planted_groups_of_a_gqa_source(tmp_path: Path, layout: str) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2", kv_heads=2)
+    plant(model, [[0, 1]])
+    fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", layout)
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=1e-5, atol=1e-5)
+
+
+# 3
+@families
+def test_mean_is_three_lines(tmp_path: Path, model_type: str) -> None:
+    model = tiny_model(tmp_path / "model", model_type)
+    fuse(model, tmp_path / "out", "-b", "1/2", "--method", "mean", "--grouping", "neighbours", "--layout", "gqa")
+    source, fused = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    for name, tensor in source.items():
+        if "k_proj" in name or "v_proj" in name:
+            tensor = tensor.unflatten(0, (2, 2, 8)).double().mean(1).flatten(0, 1).float()
+        torch.testing.assert_close(fused[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+# 4
+@layouts
+@pytest.mark.parametrize("method", [name for name, method in FUSION_METHODS.items() if not method.order_dependent])
+def test_order_of_heads_does_not_matter(tmp_path: Path, method: str, layout: str) -> None:
+    for name in ("plain", "permuted"):
+        tiny_model(tmp_path / name, "qwen2")
+
+    def permute(attention: Any) -> None:
+        order = [2, 0, 3, 1]
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            for heads in by_head(projection):
+                heads.copy_(heads[order].clone())
+        weight = attention.o_proj.weight.data.view(32, 4, 8)
+        weight.copy_(weight[:, order].clone())
+
+    edit_heads(tmp_path / "permuted", permute)
+    for name in ("plain", "permuted"):
+        fuse(tmp_path / name, tmp_path / f"{name}-out", "-b", "1/2", "--method", method, "--layout", layout)
+    torch.testing.assert_close(logits(tmp_path / "plain-out"), logits(tmp_path / "permuted-out"), rtol=1e-4, atol=1e-4)
+
+
+# 5
+SHAPE = HeadLayout(
+    model_type="llama", num_hidden_layers=3, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8
+)
+
+
+def falling_costs(seed: int) -> list[list[float]]:
+    table = torch.rand(2 * SHAPE.num_hidden_layers, 4, generator=torch.Generator().manual_seed(seed))
+    table = table.flip(1).cumsum(1).flip(1)
+    return (table - table[:, -1:]).tolist()
+
+
+@allocators
+@pytest.mark.parametrize("seed", range(3))
+def test_allocators_spend_the_budget_and_no_more(allocator: str, seed: int) -> None:
+    costs, before = falling_costs(seed), float("inf")
+    for total in range(6, 25):
+        rules = BudgetRules(Fraction(total, SHAPE.total_heads))
+        budget = rules.allocate(allocator, SHAPE, costs)
+        assert budget == rules.allocate(allocator, SHAPE, costs)
+        counts = budget.key_heads + budget.value_heads
+        assert sum(counts) == total
+        assert all(1 <= count <= 4 for count in counts)
+        loss = sum(row[count - 1] for row, count in zip(costs, counts, strict=True))
+        assert loss <= before + 1e-9
+        before = loss
+
+
+@pytest.mark.parametrize("total", [6, 9, 13, 20])
+def test_sensitivity_is_optimal(total: int) -> None:
+    costs, limits = falling_costs(7), [(1, 4)] * 6
+    losses = [
+        sum(row[count - 1] for row, count in zip(costs, counts, strict=True))
+        for counts in itertools.product(range(1, 5), repeat=6)
+        if sum(counts) == total
+    ]
+    chosen = sensitivity(total, limits, costs)
+    assert sum(row[count - 1] for row, count in zip(costs, chosen, strict=True)) == pytest.approx(min(losses))
+
+
+@allocators
+def test_rules_of_a_budget_hold(allocator: str) -> None:
+    costs = falling_costs(1)
+    budget = BudgetRules(Fraction(3, 4), keep_layers=(1,), min_value_heads=2).allocate(allocator, SHAPE, costs)
+    assert (budget.key_heads[1], budget.value_heads[1]) == (4, 4)
+    assert min(budget.value_heads) >= 2
+    assert budget.total == 18
+    budget = BudgetRules((Fraction(1, 2), Fraction(1, 4))).allocate(allocator, SHAPE, costs)
+    assert (sum(budget.key_heads), sum(budget.value_heads)) == (6, 3)
+    budget = BudgetRules(None, key_heads=(1, 2, 3), value_heads=(4, 1, 1)).allocate(allocator, SHAPE, costs)
+    assert (budget.key_heads, budget.value_heads) == ((1, 2, 3), (4, 1, 1))
+    budget = BudgetRules(Fraction(1, 2), key_heads=(1, 2, 3)).allocate(allocator, SHAPE, costs)
+    assert (budget.key_heads, sum(budget.value_heads)) == ((1, 2, 3), 6)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        BudgetRules(Fraction(1, 5)),
+        BudgetRules(Fraction(1, 2), min_key_heads=4),
+        BudgetRules(Fraction(1, 2), min_key_heads=5),
+        BudgetRules(Fraction(1, 2), keep_layers=(3,)),
+        BudgetRules(Fraction(1, 2), keep_layers=(0, 1)),
+        BudgetRules(None, key_heads=(1, 2), value_heads=(1, 1)),
+        BudgetRules(None, key_heads=(1, 2, 5), value_heads=(1, 1, 1)),
+        BudgetRules((Fraction(1, 2), Fraction(1, 8))),
+    ],
+)
+def test_impossible_rules_are_refused(rules: BudgetRules) -> None:
+    with pytest.raises(BudgetError, match=r"\n"):
+        rules.allocate("uniform", SHAPE)
+
+
+@pytest.mark.parametrize(("budget", "count"), [("1/4", 1), ("1/3", 1), ("0.5", 2), ("0.9", 2), ("1", 4)])
+def test_gqa_takes_the_largest_shape_within_the_budget(budget: str, count: int) -> None:
+    result = BudgetRules(Fraction(budget)).allocate_gqa(SHAPE)
+    assert result.key_heads == result.value_heads == (count,) * 3
+
+
+def test_a_budget_rounds_within_half_a_head() -> None:
+    for total in range(6, 25):
+        for part in (Fraction(-49, 100), Fraction(49, 100)):
+            share = min(Fraction(1), (total + part) / 24)
+            if total + part >= 6 - Fraction(1, 2):
+                assert BudgetRules(share).allocate("uniform", SHAPE).total == total
+
+
+# 6, 7
+@layouts
+@families
+def test_saved_folder_reloads_and_its_cache_is_the_promised_one(tmp_path: Path, model_type: str, layout: str) -> None:
+    model = tiny_model(tmp_path / "model", model_type)
+    document = fuse(model, tmp_path / "out", "--budget", "0.5", "--layout", layout)
+    import headfuse.modeling  # noqa: F401  registers decoupled models
+
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokens = torch.randint(300, (1, 12))
+    with torch.no_grad():
+        cache = loaded(tokens, use_cache=True).past_key_values
+    assert [layer.keys.shape[1] for layer in cache.layers] == document["key_heads"]
+    assert [layer.values.shape[1] for layer in cache.layers] == document["value_heads"]
+    nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert nbytes == 12 * document["kv_bytes_per_token"]["after"]
+    assert document["kv_bytes_per_token"]["after"] / document["kv_bytes_per_token"]["before"] == document["kv_ratio"]
+
+
+@layouts
+@families
+def test_cached_decoding_equals_the_full_pass(tmp_path: Path, model_type: str, layout: str) -> None:
+    model = tiny_model(tmp_path / "model", model_type)
+    fuse(model, tmp_path / "out", "--budget", "0.5", "--layout", layout)
+    loaded = headfuse.load(tmp_path / "out")
+    tokens = torch.randint(1, 300, (2, 10), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), tokens], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :3] = 0
+    with torch.no_grad():
+        full = loaded(tokens).logits
+        cache, steps = None, []
+        for i in range(10):
+            step = loaded(tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            steps.append(step.logits)
+        left = loaded(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(left[:, 3:], full, rtol=1e-4, atol=1e-4)
+
+
+@layouts
+def test_folder_works_where_headfuse_is_not_installed(tmp_path: Path, layout: str) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2")
+    fuse(model, tmp_path / "out", "--budget", "0.25", "--layout", layout)
+    expected = logits(tmp_path / "out")
+    torch.save(expected, tmp_path / "expected.pt")
+    script = f"""
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *args):
+        if name.split(".")[0] == "headfuse":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code={layout == "decoupled"})
+tokens = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(2))
+with torch.no_grad():
+    torch.testing.assert_close(model(tokens).logits, torch.load({str(tmp_path / "expected.pt")!r}))
+mask = torch.ones_like(tokens); mask[0, :5] = 0
+model.generate(tokens, attention_mask=mask, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0)
+"""
+    environment = {"HF_HOME": str(tmp_path / "hf"), "PATH": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# 8
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_sharded_source_gives_the_same_bytes(tmp_path: Path, dtype: str) -> None:
+    model = tiny_model(tmp_path / "model", dtype=dtype)
+    sharded = tiny_model(tmp_path / "sharded", dtype=dtype)
+    AutoModelForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(sharded, max_shard_size="20KB")
+    (sharded / "model.safetensors").unlink()
+    for source in (model, sharded):
+        fuse(source, tmp_path / f"{source.name}-out", "--budget", "0.5")
+    one, many = (load_file(tmp_path / f"{name}-out/model.safetensors") for name in ("model", "sharded"))
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    assert one["model.norm.weight"].dtype == getattr(torch, dtype)
+
+
+# 9, 10
+@layouts
+def test_runs_are_reproducible_from_seed_plan_and_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    model, out = tiny_model(tmp_path / "model"), tmp_path / "out"
+    fuse(model, out, "--budget", "0.5", "--layout", layout)
+    plan = FusionPlan.from_json((out / "plan.json").read_text())
+    assert FusionPlan.from_json(plan.to_json()) == plan
+    fuse(model, tmp_path / "seed", "--budget", "0.5", "--layout", layout)
+    fuse(model, tmp_path / "plan", "--budget", "0.5", "--plan", out / "plan.json")
+    monkeypatch.chdir(tmp_path)  # headfuse.yaml names the text without its folder
+    run("fuse", model, "-o", tmp_path / "yaml", "--config", out / "headfuse.yaml", "-q")
+    weights = (out / "model.safetensors").read_bytes()
+    for name in ("seed", "plan", "yaml"):
+        assert (tmp_path / name / "model.safetensors").read_bytes() == weights, name
+    assert (tmp_path / "seed/plan.json").read_bytes() == (out / "plan.json").read_bytes()
+
+
+def test_outputs_hold_no_absolute_path(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    fuse(model, tmp_path / "out", "--budget", "0.5")
+    for file in (tmp_path / "out").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+
+
+def test_written_plan_knows_the_checksums(tmp_path: Path) -> None:
+    import hashlib
+
+    model = tiny_model(tmp_path / "model")
+    fuse(model, tmp_path / "out", "--budget", "0.5")
+    files = json.loads((tmp_path / "out/plan.json").read_text())["files"]
+    assert files.keys() == {file.name for file in (tmp_path / "out").iterdir()} - {"plan.json"}
+    for name, digest in files.items():
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
+
+
+# groupers and similarity
+@pytest.mark.parametrize("grouper", sorted(GROUPERS))
+def test_groupers_return_partitions(grouper: str) -> None:
+    cost = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    pairs = (cost + cost.T).fill_diagonal_(0).tolist()
+    for count in range(1, 9):
+        groups = GROUPERS[grouper](pairs, count, False)
+        check_partition(groups, 8, grouper)
+        assert len(groups) == count
+        if 8 % count == 0:
+            assert {len(group) for group in GROUPERS[grouper](pairs, count, True)} == {8 // count}
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_cluster_finds_planted_groups(equal: bool) -> None:
+    wanted = ((0, 5, 7), (1, 2, 8), (3, 4, 6))
+    owner = {head: index for index, group in enumerate(wanted) for head in group}
+    noise = torch.rand(9, 9, generator=torch.Generator().manual_seed(0))
+    cost = [
+        [0.0 if owner[i] == owner[j] else 1 + float(noise[min(i, j), max(i, j)]) for j in range(9)] for i in range(9)
+    ]
+    assert GROUPERS["cluster"](cost, 3, equal) == wanted
+
+
+def test_similarity_is_one_for_equal_heads_and_zero_for_unrelated_ones() -> None:
+    weight = torch.randn(1, 4, 16).repeat(3, 1, 1)
+    rotation = torch.linalg.qr(torch.randn(4, 4))[0]
+    weight[1] = rotation @ weight[0]
+    weight[2] = 0
+    weight[2, :, :4], weight[:2, :, :4] = torch.eye(4), 0
+    cka = linear_cka(weight)
+    torch.testing.assert_close(cka[0, 1], torch.tensor(1.0, dtype=cka.dtype))
+    torch.testing.assert_close(cka[0, 2], torch.tensor(0.0, dtype=cka.dtype))
+    assert redundancy(cka) == pytest.approx(1 / 3)
+    energy = torch.tensor([1.0, 1.0, 2.0])
+    lost = torch.tensor([[0.0, 0.0, 1.5], [0.0, 0.0, 0.75], [1.5, 0.75, 0.0]])
+    assert aligned_similarity(lost, energy)[0].tolist() == [1, 1, 0]
+    assert aligned_similarity(lost, energy)[1, 2] == pytest.approx(0.5)
