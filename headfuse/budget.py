@@ -112,7 +112,7 @@ class BudgetRules:
         """
         limits, n = self.limits(heads), heads.num_key_value_heads
         shapes = [c for c in range(1, n + 1) if n % c == 0 and all(low <= c <= high for low, high in limits)]
-        if not shapes:
+        if not shapes or self.keep_layers:
             raise BudgetError(
                 "layout gqa has one head count for all layers, for keys and values alike",
                 where="budget",

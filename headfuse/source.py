@@ -59,7 +59,9 @@ class Source:
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit and calibration.sequence_length > limit:
             raise ConfigError(
-                f"{calibration.sequence_length} is longer than the model's {limit} positions", where="--sequence-length"
+                f"{calibration.sequence_length} is longer than the model's {limit} positions",
+                where="--sequence-length",
+                fix=f"choose {limit} or less",
             )
         documents = read_documents(calibration.data, seed=config.seed)
         windows = token_windows(

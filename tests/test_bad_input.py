@@ -45,7 +45,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def edit_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(model / "model.safetensors")
     change(tensors)
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
@@ -104,23 +104,23 @@ def config(text: str) -> Callable[[Path], object]:
 K = "model.layers.0.self_attn.k_proj.weight"
 MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda m: shutil.rmtree(m), "no such folder"),
-    "no config": (lambda m: (m / "config.json").unlink(), "this is not a model folder"),
+    "no config": (lambda m: os.remove(m / "config.json"), "this is not a model folder"),
     "config is not JSON": (config("{'model_type':"), "not valid JSON"),
     "config is a list": (config("[]"), "JSON object"),
-    "config is binary": (lambda m: (m / "config.json").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+    "config is binary": (lambda m: (m / "config.json").write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
     "no model_type": (config("{}"), "model_type"),
     "unsupported family": (lambda m: edit_json(m / "config.json", model_type="gpt2"), "llama, mistral, qwen2"),
     "unknown family": (lambda m: edit_json(m / "config.json", model_type="nosuch"), "nosuch"),
     "quantised": (lambda m: edit_json(m / "config.json", quantization_config={"quant_method": "gptq"}), "quantised"),
     "other hidden size": (lambda m: edit_json(m / "config.json", hidden_size=64), "config.json makes it"),
-    "more layers": (lambda m: edit_json(m / "config.json", num_hidden_layers=3), "layers.2"),
-    "fewer layers": (lambda m: edit_json(m / "config.json", num_hidden_layers=1), "layers.1"),
+    "more layers": (lambda m: edit_json(m / "config.json", num_hidden_layers=3), "config.json says 3"),
+    "fewer layers": (lambda m: edit_json(m / "config.json", num_hidden_layers=1), "config.json says 1"),
     "other head count": (lambda m: edit_json(m / "config.json", num_key_value_heads=2), "k_proj"),
     "heads do not divide": (lambda m: edit_json(m / "config.json", num_key_value_heads=3), "multiple"),
-    "no heads": (lambda m: edit_json(m / "config.json", num_attention_heads=0), "num_attention_heads"),
+    "no heads": (lambda m: edit_json(m / "config.json", num_attention_heads=0), "config.json"),
     "heads are text": (lambda m: edit_json(m / "config.json", num_attention_heads="four"), "num_attention_heads"),
     "pickled weights": (pickled, "pickled"),
-    "no weights": (lambda m: (m / "model.safetensors").unlink(), "no weights"),
+    "no weights": (lambda m: os.remove(m / "model.safetensors"), "no weights"),
     "truncated weights": (
         lambda m: os.truncate(m / "model.safetensors", (m / "model.safetensors").stat().st_size - 100),
         "complete",
@@ -132,7 +132,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors": (weights(struct.pack("<Q", 2) + b"{}"), "no tensors"),
     "overlapping tensors": (lambda m: header(m, overlap), "complete"),
     "unknown dtype": (lambda m: header(m, lambda h: h[K].update(dtype="F8_E4M3")), "model.safetensors"),
-    "missing shard": (lambda m: min(shard(m).parent.glob("model-*.safetensors")).unlink(), "missing"),
+    "missing shard": (lambda m: os.remove(min(shard(m).parent.glob("model-*.safetensors"))), "missing"),
     "index outside the folder": (lambda m: rename_shard(m, "../model.safetensors"), "plain file names"),
     "index with absolute path": (lambda m: rename_shard(m, "/etc/passwd"), "plain file names"),
     "index names a pickle": (lambda m: rename_shard(m, "model.bin"), "plain file names"),
@@ -144,7 +144,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "extra tensor": (lambda m: edit_tensors(m, lambda t: t.update(more=torch.ones(1))), "more"),
     "NaN": (lambda m: edit_tensors(m, lambda t: t[K].fill_(float("nan"))), "NaN"),
     "infinity": (lambda m: edit_tensors(m, lambda t: t["lm_head.weight"][0].fill_(float("inf"))), "infinity"),
-    "no tokenizer": (lambda m: [f.unlink() for f in m.glob("tokenizer*")], "tokenizer"),
+    "no tokenizer": (lambda m: list(map(os.remove, m.glob("tokenizer*"))), "tokenizer"),
     "broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer"),
 }
 
@@ -164,8 +164,8 @@ def test_bad_models(model: Path, tmp_path: Path, name: str) -> None:
     [
         (None, "no such"),
         (b"", "no text"),
-        (b"  \n ", "no text"),
-        (b"the head", "too short"),
+        (b"  \n ", "are needed"),
+        (b"the head", "are needed"),
         (b"\x00\xff\xfe\x01" * 100, "UTF-8"),
     ],
 )
@@ -181,7 +181,7 @@ def test_bad_text(model: Path, tmp_path: Path, content: bytes | None, expected: 
 @pytest.mark.parametrize("content", ["{", "[]", '{"no": "text"}', '{"text": 3}', '"only a string"'])
 def test_bad_jsonl(model: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "data.jsonl").write_text(content + "\n")
-    assert "data.jsonl" in refused(tmp_path / "out", model, "--data", tmp_path / "data.jsonl")
+    assert "data.jsonl" in refused(tmp_path / "out", model, "--data", tmp_path / "data.jsonl", "--sequence-length", 32)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,9 @@ def test_bad_options(model: Path, tmp_path: Path) -> None:
     refused(out, model, "--layout", "other", code=2)
     assert "positions" in refused(out, model, "--sequence-length", 4096)
     if not torch.cuda.is_available():
-        assert "--device" in refused(out, model, "--device", "cuda", "--data", tmp_path / "text.txt")
+        assert "--device" in refused(
+            out, model, "--device", "cuda", "--data", tmp_path / "text.txt", "--sequence-length", 32
+        )
 
 
 def test_bad_plans(model: Path, tmp_path: Path) -> None:
@@ -275,8 +277,17 @@ def test_an_existing_output_is_left_alone(model: Path, tmp_path: Path, kind: str
         (out / "mine").write_text("mine")
     assert "--overwrite" in run("fuse", model, "-o", out, code=1)
     assert (out if kind == "file" else out / "mine").read_text() == "mine"
+    # --overwrite is for models: what is no model folder stays even then
+    assert "move it away" in run("fuse", model, "-o", out, "--overwrite", code=1)
+    assert (out if kind == "file" else out / "mine").read_text() == "mine"
+
+
+def test_overwrite_replaces_a_model(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fuse(model, out, "--budget", "0.25")
     fuse(model, out, "--budget", "0.5", "--overwrite")
-    assert (out / "plan.json").exists()
+    assert json.loads((out / "plan.json").read_text())["budget"] == "0.5"
+    assert not out.with_name("out.partial").exists()
 
 
 def test_the_source_is_never_the_output(model: Path, tmp_path: Path) -> None:
