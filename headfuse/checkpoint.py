@@ -433,6 +433,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 RESUME = "resume.json"
+"""What the interrupted run in a folder was; its presence says that something can go on."""
 STATE = "state"
 _LOCK = ".lock"
 
@@ -490,6 +491,30 @@ def partial_folder(path: Path) -> Path:
     """Where an output is built."""
     path = _absolute(path)
     return path.with_name(path.name + ".partial")
+
+
+def read_resume(partial: Path, command: str) -> dict[str, Any] | None:
+    """What `write_resume` kept of the interrupted run in this folder; None where there is no such run.
+
+    Raises:
+        OutputError: when it is damaged, or of another command.
+    """
+    path = partial / RESUME
+    if not path.exists():
+        return None
+    fix = "start anew with --overwrite, without --resume"
+    try:
+        state = _read_json(path, fix)
+    except CheckpointError as error:
+        raise OutputError(error.what, where=path, fix=fix) from None
+    if state.get("command") != command:
+        raise OutputError(f"the interrupted run here is not one of `headfuse {command}`", where=partial, fix=fix)
+    return state
+
+
+def write_resume(partial: Path, command: str, state: Mapping[str, Any]) -> None:
+    """Make the run in this folder one that `--resume` can go on with."""
+    write_whole(partial / RESUME, json.dumps({"command": command, **state}, indent=1) + "\n")
 
 
 def _absolute(path: Path) -> Path:
@@ -686,9 +711,10 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees all of it or what was there before."""
+    """Write a small file so that a reader sees all of it or what was there before, also after a power failure."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(text, encoding="utf-8")
+    _sync(fresh)
     fresh.replace(path)
 
 

@@ -12,11 +12,35 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from headfuse import __version__
 from headfuse.errors import GateError, HeadfuseError
 
+_UsageError: Any = typer.BadParameter.__mro__[1]
+"""click's class; typer brings its own copy of click or not, so it has no import that always works."""
+
+
+class _Commands(TyperGroup):
+    """The commands; a usage error is one JSON document, too, where `--json` was given."""
+
+    as_json = False
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        self.as_json = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            if self.as_json:
+                _print_failure(error.format_message(), None, "see --help")
+            raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -336,8 +360,8 @@ def _log(silent: bool) -> Any:
 def _execute(
     work: Callable[[], tuple[dict[str, Any], Any]], threads: int | None, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
-    """Run a command; print its document; turn expected failures into one message and an exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    """Run a command; print its document; turn every failure into one message and an exit code."""
+    previous = signal.signal(signal.SIGTERM, _terminated)
     try:
         if threads:
             import torch
@@ -345,18 +369,23 @@ def _execute(
             torch.set_num_threads(threads)
         _calm_libraries(verbose)
         document, render = work()
-    except HeadfuseError as error:
+    except (KeyboardInterrupt, _Terminated) as error:
+        what, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else ("terminated", 143)
+        fix = str(error) or "nothing was written; run it again"
         if as_json:
-            detail = {"what": error.what, "where": error.where, "fix": error.fix}
-            typer.echo(json.dumps({"schema_version": 1, "output": None, "error": detail}))
-        typer.echo(f"error: {error}", err=True)
+            _print_failure(what, None, fix)
+        typer.echo(f"{what}\n  {fix}", err=True)
+        raise typer.Exit(code) from None
+    except Exception as error:
+        expected = error if isinstance(error, HeadfuseError) else _explained(error)
+        if as_json:
+            _print_failure(expected.what, expected.where, expected.fix)
+        if verbose and error is not expected:
+            raise
+        typer.echo(f"error: {expected}", err=True)
         raise typer.Exit(3 if isinstance(error, GateError) else 1) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(130) from None
-    except _Terminated:
-        typer.echo("terminated", err=True)
-        raise typer.Exit(143) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     if as_json:
         typer.echo(json.dumps(document))
     elif quiet:
@@ -366,6 +395,26 @@ def _execute(
         from rich.console import Console
 
         render(document, Console())
+
+
+def _print_failure(what: str, where: str | None, fix: str | None) -> None:
+    error = {"what": what, "where": where, "fix": fix}
+    typer.echo(json.dumps({"schema_version": 1, "output": None, "error": error}))
+
+
+def _explained(error: Exception) -> HeadfuseError:
+    """An error that no check foresaw, in the shape of those that were."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return HeadfuseError(error.strerror, where=error.filename, fix="check the path, its permissions and the disk")
+    if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
+        return HeadfuseError(
+            f"out of memory: {reason}", fix="give fewer --samples or a smaller --sequence-length, or another --device"
+        )
+    return HeadfuseError(
+        f"unexpected {type(error).__name__}: {reason}",
+        fix="this is a fault of headfuse: run again with --verbose and report the traceback",
+    )
 
 
 class _Terminated(BaseException):

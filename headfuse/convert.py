@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import headfuse
 from headfuse.architectures import AttentionWeights
 from headfuse.calibration import START_WEIGHT, CalibrationText
 from headfuse.card import fused_card
 from headfuse.checkpoint import (
     DTYPE_NAMES,
-    RESUME,
     STATE,
     SafetensorsWriter,
     check_output,
     copy_companions,
     output_folder,
     read_plan,
+    read_resume,
     write_plan,
+    write_resume,
     write_whole,
 )
 from headfuse.config import FuseConfig
@@ -83,8 +88,14 @@ def fuse(
     check_output(output, **place)
     check_budget(config, source.heads)
     ready = None if plan is None else reviewed_plan(plan, source)
-    options = {"config": config.to_yaml(), "dtype": dtype, "plan": None if ready is None else ready.to_json()}
     text = source.calibration_text(config, trust_remote_code)
+    options = {
+        "headfuse": headfuse.__version__,
+        "config": config.to_yaml(),
+        "text": _digest(text),
+        "dtype": dtype,
+        "plan": None if ready is None else ready.to_json(),
+    }
     streamed = StreamedModel(source.checkpoint, source.config, pick_device(device))
     with output_folder(output, **place) as partial:
         ready = _resumed_plan(partial, source, options) or ready
@@ -144,12 +155,20 @@ class Done:
     """The layers that are written, on disk for `--resume`."""
 
     path: Path
+    writer: SafetensorsWriter
     layers: list[int]
 
     def add(self, layer_idx: int) -> None:
-        """Record one more layer."""
+        """Record one more layer, once its weights are on the disk."""
+        self.writer.sync()
         self.layers.append(layer_idx)
         write_whole(self.path, json.dumps(self.layers))
+
+
+def _digest(text: CalibrationText) -> str:
+    """Hash of the tokens: a file of the same name may hold another text when a run goes on."""
+    tokens = torch.cat([text.statistics, text.held_out])
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 def _resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> FusionPlan | None:
@@ -158,16 +177,19 @@ def _resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> Fus
     Raises:
         ConfigError: when that run had another source or other options.
     """
-    if not (partial / RESUME).exists():
+    state = read_resume(partial, "fuse")
+    if state is None:
         return None
-    state = json.loads((partial / RESUME).read_text(encoding="utf-8"))
-    plan = read_plan(partial / STATE / "plan.json")
-    same = state.get("options") == options and plan.source == source.identity()
-    if not same:
+    before = state.get("options", {})
+    changed = [name for name in options if options[name] != before.get(name)]
+    plan = None if changed else read_plan(partial / STATE / "plan.json")
+    if plan is not None and plan.source != source.identity():
+        changed = ["source"]
+    if changed:
         raise ConfigError(
-            "the interrupted run here had another source or other options",
+            f"the interrupted run here was another one: it differs in {', '.join(changed)}",
             where=partial,
-            fix="give the options of that run with --resume, or --overwrite to start anew",
+            fix="give --resume the source and the options of that run, or start anew with --overwrite alone",
         )
     return plan
 
@@ -178,7 +200,7 @@ def _open_writer(
     """Lay out the output files, copy what does not change, and read which layers an earlier run finished."""
     state, checkpoint, arch, d = partial / STATE, source.checkpoint, streamed.arch, source.heads.head_dim
     dtype = None if options["dtype"] is None else DTYPE_NAMES[options["dtype"]]
-    resumed = (partial / RESUME).exists() and (state / "done.json").exists()
+    done = _layers_done(state / "done.json")
     counts: dict[str, int] = {}
     for layer in plan.layers:
         prefix = arch.attention_prefix(layer.layer_idx)
@@ -192,16 +214,25 @@ def _open_writer(
         kept = (counts[name] * d, *shape[1:]) if name in counts else shape
         stored = checkpoint.dtypes[name]
         spec[name] = (dtype if dtype is not None and stored.is_floating_point else stored, kept)
-    writer = SafetensorsWriter(partial, spec, resume=resumed)
-    if not resumed:
+    writer = SafetensorsWriter(partial, spec, resume=done is not None)
+    if done is None:
         state.mkdir(exist_ok=True)
         write_whole(state / "plan.json", plan.to_json())
-        write_whole(partial / RESUME, json.dumps({"command": "fuse", "options": options}))
+        write_resume(partial, "fuse", {"options": options})
     in_layers = tuple(arch.layer_prefix(i) + "." for i in range(streamed.num_layers))
     for name in spec:
         if not name.startswith(in_layers):
             writer.write(name, checkpoint.read(name))
-    return writer, Done(state / "done.json", json.loads((state / "done.json").read_text()) if resumed else [])
+    return writer, Done(state / "done.json", writer, done or [])
+
+
+def _layers_done(path: Path) -> list[int] | None:
+    """What an interrupted run finished; None, and everything is done again, where nothing says so."""
+    try:
+        layers = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return layers if isinstance(layers, list) else None
 
 
 def _write_beside_weights(

@@ -35,8 +35,10 @@ from headfuse.checkpoint import (
     output_folder,
     read_config,
     read_plan,
+    read_resume,
     resolve_model,
     write_plan,
+    write_resume,
 )
 from headfuse.errors import CheckpointError, ConfigError, HeadfuseError, OutputError, UnsupportedModelError
 from headfuse.evaluate import check_context, check_vocabulary, model_name, nll_per_window
@@ -335,7 +337,7 @@ class _Run:
     def __init__(self, folder: Path, recipe: Recipe, inputs: dict[str, Any], resume: bool) -> None:
         self.folder, self.recipe, self.inputs = folder, recipe, inputs
         self.step, self.epochs, self.figures = 0, 0, dict[str, float | None]()
-        saved = json.loads((folder / RESUME).read_text()) if resume and (folder / RESUME).exists() else None
+        saved = read_resume(folder, "uptrain") if resume else None
         if saved is None:
             shutil.rmtree(folder / STATE, ignore_errors=True)
             (folder / RESUME).unlink(missing_ok=True)
@@ -380,10 +382,7 @@ class _Run:
         self.step, self.epochs = step, epochs
         names = ("step", "epochs", "inputs", "figures")
         saved = {"recipe": asdict(self.recipe), **{name: getattr(self, name) for name in names}}
-        temporary = self.folder / STATE / RESUME
-        temporary.write_text(json.dumps(saved, indent=1) + "\n")
-        _sync(temporary)
-        temporary.replace(self.folder / RESUME)
+        write_resume(self.folder, "uptrain", saved)
         for old in (self.folder / STATE).glob("step-*"):
             if old != path:
                 shutil.rmtree(old)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headfuse.analysis import analyze, plot
-from headfuse.checkpoint import output_folder
+from headfuse.checkpoint import check_output, output_folder, resolve_model
 from headfuse.config import load_config
 
 
@@ -26,13 +26,16 @@ def run(
     log: Console,
 ) -> dict[str, Any]:
     """Run the command; with an output folder, also write plan.json and the heat maps there."""
+    settings, reads = load_config(config, overrides), [resolve_model(model)]
+    if output is not None:
+        check_output(output, overwrite=overwrite, reads=reads)
     with log.status("reading") as status:
         result = analyze(
-            model, load_config(config, overrides), device=device, trust_remote_code=trust_remote_code,
+            model, settings, device=device, trust_remote_code=trust_remote_code,
             on_progress=lambda phase, done, total: status.update(f"{phase}: layer {done} of {total}"),
         )  # fmt: skip
     if output is not None:
-        with output_folder(output, overwrite=overwrite) as partial:
+        with output_folder(output, overwrite=overwrite, reads=reads) as partial:
             (partial / "plan.json").write_text(result.plan.to_json())
             plot(result, partial)
     budget = result.plan.head_budget
