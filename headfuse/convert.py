@@ -28,7 +28,7 @@ from headfuse.checkpoint import (
     write_whole,
 )
 from headfuse.config import FuseConfig
-from headfuse.errors import ConfigError
+from headfuse.errors import ConfigError, HeadfuseError
 from headfuse.fuse_layer import fuse_layer
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS, expand
@@ -182,7 +182,7 @@ def _resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> Fus
         return None
     before = state.get("options", {})
     changed = [name for name in options if options[name] != before.get(name)]
-    plan = None if changed else read_plan(partial / STATE / "plan.json")
+    plan = None if changed else _plan_of(partial)
     if plan is not None and plan.source != source.identity():
         changed = ["source"]
     if changed:
@@ -192,6 +192,14 @@ def _resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> Fus
             fix="give --resume the source and the options of that run, or start anew with --overwrite alone",
         )
     return plan
+
+
+def _plan_of(partial: Path) -> FusionPlan:
+    try:
+        return read_plan(partial / STATE / "plan.json")
+    except HeadfuseError as error:
+        fix = "start anew with --overwrite, without --resume"
+        raise ConfigError(error.what, where=error.where, fix=fix) from None
 
 
 def _open_writer(
