@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from headfuse import __version__
-from headfuse.errors import GateError, HeadfuseError
+from headfuse.errors import HeadfuseError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
 """click's class; typer brings its own copy of click or not, so it has no import that always works."""
@@ -286,6 +286,9 @@ def uptrain(
 def evaluate(
     model: Model,
     baseline: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
+    gate: Annotated[
+        str | None, typer.Option(metavar="GATES", help="Limits to keep, or a YAML file of them; exit code 3 if not.")
+    ] = None,
     data: Data = None,
     samples: Samples = 24,
     sequence_length: SequenceLength = 512,
@@ -304,7 +307,7 @@ def evaluate(
         from headfuse.commands import eval as command
 
         document = command.run(
-            model=model, data=data or "default", baseline=baseline, samples=samples or 24,
+            model=model, data=data or "default", baseline=baseline, gate=gate, samples=samples or 24,
             sequence_length=sequence_length or 512, seed=seed, device=device.value, dtype=dtype and dtype.value,
             threads=threads, trust_remote_code=trust_remote_code, json_output=json_output, quiet=quiet, verbose=verbose,
         )  # fmt: skip
@@ -383,7 +386,7 @@ def _execute(
         if verbose and error is not expected:
             raise
         typer.echo(f"error: {expected}", err=True)
-        raise typer.Exit(3 if isinstance(error, GateError) else 1) from None
+        raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
     if as_json:
@@ -395,6 +398,10 @@ def _execute(
         from rich.console import Console
 
         render(document, Console())
+    failed = [gate["gate"] for gate in document.get("gates", []) if not gate["passed"]]
+    if failed:
+        typer.echo(f"error: gates failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(3)
 
 
 def _print_failure(what: str, where: str | None, fix: str | None) -> None:

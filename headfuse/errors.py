@@ -45,9 +45,5 @@ class OutputError(HeadfuseError):
     """An output folder that exists, is locked, or cannot be written."""
 
 
-class GateError(HeadfuseError):
-    """A quality gate that a model did not pass (exit code 3)."""
-
-
 class MissingExtraError(HeadfuseError):
     """An optional package that this call needs and that is not installed."""

@@ -7,12 +7,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from headfuse.gates import judge, read_gates
+
 
 def run(
     *,
     model: str,
     data: str = "default",
     baseline: str | None = None,
+    gate: str | None = None,
     samples: int = 24,
     sequence_length: int = 512,
     seed: int | None = None,
@@ -27,6 +30,7 @@ def run(
     """Evaluate, with a spinner where stderr is a terminal; returns the document that `--json` prints."""
     from headfuse.evaluate import evaluate
 
+    gates = read_gates(gate) if gate else []
     console = Console(stderr=True, quiet=quiet or json_output or verbose)
     with console.status("evaluating"):
         result = evaluate(
@@ -42,7 +46,9 @@ def run(
             seed=seed,
         )
     kv_ratio = result.comparison.kv_ratio if result.comparison else None
-    return {"schema_version": 1, "command": "eval", "kv_ratio": kv_ratio, **result.to_dict()}
+    document = {"schema_version": 1, "command": "eval", "kv_ratio": kv_ratio, **result.to_dict()}
+    document["gates"] = [judged.to_dict() for judged in judge(gates, document)]
+    return document
 
 
 def render(document: dict[str, Any], console: Console) -> None:
@@ -72,6 +78,12 @@ def render(document: dict[str, Any], console: Console) -> None:
         table.add_row(name, *cells, *([ratio] if comparison is not None else []))
     console.print(table)
     console.print(f"{document['data']}: {document['protocol']}.", highlight=False, soft_wrap=True)
+    for judged in document["gates"]:
+        value = "no such figure here" if judged["value"] is None else _with_error(judged["value"], judged["stderr"])
+        threshold = "none" if judged["threshold"] is None else f"{judged['threshold']:.6g}"
+        verdict = "passed" if judged["passed"] else "FAILED"
+        line = f"gate {judged['gate']}: {verdict}, {value} against {threshold}, {judged['windows']} windows"
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
