@@ -18,6 +18,8 @@ from headfuse.cli import app
 
 WORDS = ["the", "head", "of", "a", "key", "reads", "what", "value", "it", "was", "given", "and", "no", "more"]
 VOCABULARY = 300
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 16}}
+"""What makes a family differ from llama at the size of these models."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -26,14 +28,19 @@ def _one_thread() -> None:
 
 
 def tiny_model(
-    folder: Path, model_type: str = "llama", kv_heads: int = 4, layers: int = 2, dtype: str = "float32"
+    folder: Path,
+    model_type: str = "llama",
+    kv_heads: int = 4,
+    layers: int = 2,
+    dtype: str = "float32",
+    query_heads: int = 4,
 ) -> Path:
-    """A random model of a family with four query heads, its tokenizer, and `text.txt` beside the folder."""
+    """A random model of a family, its tokenizer, and `text.txt` beside the folder."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         model_type, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=8, max_position_embeddings=128,
-        bos_token_id=None, eos_token_id=0, pad_token_id=None,
+        num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=8, max_position_embeddings=128,
+        bos_token_id=None, eos_token_id=0, pad_token_id=None, **FAMILY_OPTIONS.get(model_type, {}),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
@@ -88,18 +95,30 @@ def by_head(projection: torch.nn.Linear, d: int = 8) -> list[torch.Tensor]:
     return views if projection.bias is None else [*views, projection.bias.data.view(-1, d, 1)]
 
 
-def plant(folder: Path, groups: Sequence[Sequence[int]], d: int = 8) -> None:
+Groups = Sequence[Sequence[int]]
+
+
+def plant(folder: Path, key_groups: Groups, value_groups: Groups | None = None, d: int = 8) -> None:
     """Make the heads of each group equal up to a phase and scale per plane (keys) or an invertible map (values)."""
+    torch.manual_seed(3)
+
+    def rotation() -> torch.Tensor:
+        plane = torch.polar(torch.rand(d // 2) + 0.5, torch.rand(d // 2) * 6)
+        c, s = torch.diag(plane.real), torch.diag(plane.imag)
+        return torch.cat([torch.cat([c, -s], 1), torch.cat([s, c], 1)])
+
+    def matrix() -> torch.Tensor:
+        return torch.eye(d) + 0.3 * torch.randn(d, d)
 
     def change(attention: Any) -> None:
-        for group in groups:
-            for j in group[1:]:
-                phase = torch.polar(torch.rand(d // 2) + 0.5, torch.rand(d // 2) * 6)
-                c, s = torch.diag(phase.real), torch.diag(phase.imag)
-                key_map = torch.cat([torch.cat([c, -s], 1), torch.cat([s, c], 1)])
-                value_map = torch.eye(d) + 0.3 * torch.randn(d, d)
-                for projection, matrix in ((attention.k_proj, key_map), (attention.v_proj, value_map)):
+        for projection, groups, draw in (
+            (attention.k_proj, key_groups, rotation),
+            (attention.v_proj, key_groups if value_groups is None else value_groups, matrix),
+        ):
+            for first, *others in groups:
+                for other in others:
+                    change_of_basis = draw()
                     for heads in by_head(projection):
-                        heads[j] = matrix @ heads[group[0]]
+                        heads[other] = change_of_basis @ heads[first]
 
     edit_heads(folder, change)

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,29 +31,57 @@ families = pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 methods = pytest.mark.parametrize("method", sorted(FUSION_METHODS))
 layouts = pytest.mark.parametrize("layout", sorted(LAYOUTS))
 allocators = pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
+query_heads = pytest.mark.parametrize("query_heads", [4, 8], ids=["mha", "gqa"])
+lossless = [name for name, method in FUSION_METHODS.items() if method.lossless]
 
 
 # 1
 @layouts
-@methods
-@families
-def test_full_budget_copies_bit_for_bit(tmp_path: Path, model_type: str, method: str, layout: str) -> None:
-    model = tiny_model(tmp_path / "model", model_type)
+@pytest.mark.parametrize(
+    ("model_type", "query_heads", "method"),
+    [(family, count, "subspace") for family in sorted(ARCHITECTURES) for count in (4, 8)]
+    + [("qwen2", 8, method) for method in sorted(FUSION_METHODS) if method != "subspace"],
+)
+def test_full_budget_copies_bit_for_bit(
+    tmp_path: Path, model_type: str, query_heads: int, method: str, layout: str
+) -> None:
+    model = tiny_model(tmp_path / "model", model_type, query_heads=query_heads)
     fuse(model, tmp_path / "out", "--budget", 1, "--method", method, "--layout", layout)
     source, fused = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
-    assert all(torch.equal(source[name], fused[name]) for name in source.keys() | fused.keys())
+    assert source.keys() == fused.keys()
+    assert all(torch.equal(source[name], fused[name]) for name in source)
     assert torch.equal(logits(model), logits(tmp_path / "out"))
+
+
+@methods
+def test_heads_that_stay_alone_are_copied_bit_for_bit(tmp_path: Path, method: str) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2")
+    layers = [{"layer_idx": 0, "key_groups": [[0, 1, 2, 3]], "value_groups": [[0], [1, 2], [3]]}]
+    layers += [{"layer_idx": 1, "key_groups": [[0], [1], [2], [3]], "value_groups": [[0], [1], [2], [3]]}]
+    fuse(model, tmp_path / "first", "--budget", 1, "--method", method)
+    plan = {**json.loads((tmp_path / "first/plan.json").read_text()), "layers": layers}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    document = fuse(model, tmp_path / "out", "--plan", tmp_path / "plan.json")
+    assert (document["key_heads"], document["value_heads"]) == ([1, 4], [3, 4])
+    source, fused = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    changed = {name for name in source if not torch.equal(source[name], fused[name])}
+    assert all(name.startswith("model.layers.0.self_attn.") for name in changed)
+    for kind in ("weight", "bias"):
+        name = f"model.layers.0.self_attn.v_proj.{kind}"
+        assert torch.equal(fused[name][:8], source[name][:8])
+        assert torch.equal(fused[name][16:], source[name][24:])
 
 
 # 2
 @allocators
 @layouts
+@query_heads
 @families
-@pytest.mark.parametrize("method", [name for name, method in FUSION_METHODS.items() if method.lossless])
+@pytest.mark.parametrize("method", lossless)
 def test_planted_groups_are_found_and_lossless(
-    tmp_path: Path, model_type: str, method: str, layout: str, allocator: str
+    tmp_path: Path, model_type: str, query_heads: int, method: str, layout: str, allocator: str
 ) -> None:
-    model = tiny_model(tmp_path / "model", model_type)
+    model = tiny_model(tmp_path / "model", model_type, query_heads=query_heads)
     plant(model, [[0, 3], [1, 2]])
     document = fuse(
         model, tmp_path / "out", "--budget", "1/2", "--layout", layout, "--method", method, "--allocator", allocator
@@ -61,19 +90,28 @@ def test_planted_groups_are_found_and_lossless(
     torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=1e-5, atol=1e-5)
 
 
-@layouts
-def test_planted_groups_of_a_gqa_source(tmp_path: Path, layout: str) -> None:
-    model = tiny_model(tmp_path / "model", "qwen2", kv_heads=2)
-    plant(model, [[0, 1]])
-    fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", layout)
+@pytest.mark.parametrize("method", lossless)
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [([[0, 1, 2, 3]], [[0, 2], [1], [3]]), ([[0, 3], [1], [2]], [[3, 2, 1, 0]]), ([[0, 2, 3], [1]], [[0, 1], [2, 3]])],
+)
+def test_planted_groups_of_unequal_sizes_are_lossless(
+    tmp_path: Path, method: str, keys: list[list[int]], values: list[list[int]]
+) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
+    plant(model, keys, values)
+    document = fuse(model, tmp_path / "out", "--budget", "1/2", "--method", method)
+    assert (document["key_heads"], document["value_heads"]) == ([len(keys)] * 2, [len(values)] * 2)
     torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=1e-5, atol=1e-5)
 
 
 # 3
+@layouts
 @families
-def test_mean_is_three_lines(tmp_path: Path, model_type: str) -> None:
-    model = tiny_model(tmp_path / "model", model_type)
-    fuse(model, tmp_path / "out", "-b", "1/2", "--method", "mean", "--grouping", "neighbours", "--layout", "gqa")
+def test_mean_is_three_lines(tmp_path: Path, model_type: str, layout: str) -> None:
+    model = tiny_model(tmp_path / "model", model_type, query_heads=8)
+    options = ["--method", "mean", "--grouping", "neighbours", "--allocator", "uniform", "--layout", layout]
+    fuse(model, tmp_path / "out", "--budget", "1/2", *options)
     source, fused = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     for name, tensor in source.items():
         if "k_proj" in name or "v_proj" in name:
@@ -83,20 +121,27 @@ def test_mean_is_three_lines(tmp_path: Path, model_type: str) -> None:
 
 # 4
 @layouts
+@query_heads
 @pytest.mark.parametrize("method", [name for name, method in FUSION_METHODS.items() if not method.order_dependent])
-def test_order_of_heads_does_not_matter(tmp_path: Path, method: str, layout: str) -> None:
+def test_order_of_heads_does_not_matter(tmp_path: Path, method: str, query_heads: int, layout: str) -> None:
     for name in ("plain", "permuted"):
-        tiny_model(tmp_path / name, "qwen2")
+        tiny_model(tmp_path / name, "qwen2", query_heads=query_heads)
+    per_head, order = query_heads // 4, [2, 0, 3, 1]
+    query_order = [head * per_head + i for head in order for i in range(per_head)]
 
     def permute(attention: Any) -> None:
-        order = [2, 0, 3, 1]
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        for projection, index in (
+            (attention.q_proj, query_order),
+            (attention.k_proj, order),
+            (attention.v_proj, order),
+        ):
             for heads in by_head(projection):
-                heads.copy_(heads[order].clone())
-        weight = attention.o_proj.weight.data.view(32, 4, 8)
-        weight.copy_(weight[:, order].clone())
+                heads.copy_(heads[index].clone())
+        output = attention.o_proj.weight.data.unflatten(1, (query_heads, -1))
+        output.copy_(output[:, query_order].clone())
 
     edit_heads(tmp_path / "permuted", permute)
+    torch.testing.assert_close(logits(tmp_path / "plain"), logits(tmp_path / "permuted"), rtol=1e-4, atol=1e-4)
     for name in ("plain", "permuted"):
         fuse(tmp_path / name, tmp_path / f"{name}-out", "-b", "1/2", "--method", method, "--layout", layout)
     torch.testing.assert_close(logits(tmp_path / "plain-out"), logits(tmp_path / "permuted-out"), rtol=1e-4, atol=1e-4)
@@ -130,16 +175,18 @@ def test_allocators_spend_the_budget_and_no_more(allocator: str, seed: int) -> N
         before = loss
 
 
-@pytest.mark.parametrize("total", [6, 9, 13, 20])
-def test_sensitivity_is_optimal(total: int) -> None:
-    costs, limits = falling_costs(7), [(1, 4)] * 6
-    losses = [
-        sum(row[count - 1] for row, count in zip(costs, counts, strict=True))
-        for counts in itertools.product(range(1, 5), repeat=6)
-        if sum(counts) == total
-    ]
-    chosen = sensitivity(total, limits, costs)
-    assert sum(row[count - 1] for row, count in zip(costs, chosen, strict=True)) == pytest.approx(min(losses))
+@pytest.mark.parametrize("seed", range(4))
+def test_sensitivity_is_optimal(seed: int) -> None:
+    costs, limits = falling_costs(seed), [(1, 4), (2, 3), (1, 1), (4, 4), (1, 3), (1, 4)]
+    best: dict[int, float] = {}
+    for counts in itertools.product(*(range(low, high + 1) for low, high in limits)):
+        loss = sum(row[count - 1] for row, count in zip(costs, counts, strict=True))
+        best[sum(counts)] = min(loss, best.get(sum(counts), loss))
+    assert min(best) == 10
+    for total, loss in best.items():
+        chosen = sensitivity(total, limits, costs)
+        assert all(low <= count <= high for count, (low, high) in zip(chosen, limits, strict=True))
+        assert sum(row[count - 1] for row, count in zip(costs, chosen, strict=True)) == pytest.approx(loss)
 
 
 @allocators
@@ -175,6 +222,15 @@ def test_impossible_rules_are_refused(rules: BudgetRules) -> None:
         rules.allocate("uniform", SHAPE)
 
 
+@allocators
+def test_the_smallest_budget_that_a_refusal_names_works(allocator: str) -> None:
+    costs = falling_costs(2)
+    with pytest.raises(BudgetError) as refused:
+        BudgetRules(Fraction(1, 10), min_key_heads=2).allocate(allocator, SHAPE, costs)
+    smallest = Fraction(str(refused.value.fix).split()[-1])
+    assert BudgetRules(smallest, min_key_heads=2).allocate(allocator, SHAPE, costs).total == 9
+
+
 @pytest.mark.parametrize(("budget", "count"), [("1/4", 1), ("1/3", 1), ("0.5", 2), ("0.9", 2), ("1", 4)])
 def test_gqa_takes_the_largest_shape_within_the_budget(budget: str, count: int) -> None:
     result = BudgetRules(Fraction(budget)).allocate_gqa(SHAPE)
@@ -206,39 +262,74 @@ def test_saved_folder_reloads_and_its_cache_is_the_promised_one(tmp_path: Path, 
     assert [layer.keys.shape[1] for layer in cache.layers] == document["key_heads"]
     assert [layer.values.shape[1] for layer in cache.layers] == document["value_heads"]
     nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert nbytes == 12 * document["kv_bytes_per_token"]["after"]
+    plan = FusionPlan.from_json((tmp_path / "out/plan.json").read_text())
+    assert nbytes == 12 * plan.kv_bytes_per_token(4) == 12 * document["kv_bytes_per_token"]["after"]
     assert document["kv_bytes_per_token"]["after"] / document["kv_bytes_per_token"]["before"] == document["kv_ratio"]
+
+
+def left_padded(tokens: torch.Tensor, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last tokens of each row, zeros before them; with the attention mask."""
+    width = tokens.shape[1]
+    mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
+    return tokens * mask, mask
 
 
 @layouts
 @families
 def test_cached_decoding_equals_the_full_pass(tmp_path: Path, model_type: str, layout: str) -> None:
-    model = tiny_model(tmp_path / "model", model_type)
+    model = tiny_model(tmp_path / "model", model_type, query_heads=8)
     fuse(model, tmp_path / "out", "--budget", "0.5", "--layout", layout)
-    loaded = headfuse.load(tmp_path / "out")
-    tokens = torch.randint(1, 300, (2, 10), generator=torch.Generator().manual_seed(0))
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), tokens], dim=1)
-    mask = torch.ones_like(padded)
-    mask[:, :3] = 0
+    loaded, lengths = headfuse.load(tmp_path / "out"), [24, 19, 3]
+    tokens, mask = left_padded(torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(0)), lengths)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache, steps, bounds = None, [], [0, 4, *range(5, 25)]  # four tokens at once, then one by one
     with torch.no_grad():
-        full = loaded(tokens).logits
-        cache, steps = None, []
-        for i in range(10):
-            step = loaded(tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
+        for start, end in itertools.pairwise(bounds):
+            step = loaded(
+                tokens[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
             cache = step.past_key_values
             steps.append(step.logits)
-        left = loaded(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
-    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(left[:, 3:], full, rtol=1e-4, atol=1e-4)
+        decoded = torch.cat(steps, dim=1)
+        for row, length in enumerate(lengths):
+            alone = loaded(tokens[row : row + 1, -length:], use_cache=False).logits[0]
+            torch.testing.assert_close(decoded[row, -length:], alone, rtol=1e-4, atol=1e-4)
+
+
+GENERATE: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
 
 @layouts
-def test_folder_works_where_headfuse_is_not_installed(tmp_path: Path, layout: str) -> None:
-    model = tiny_model(tmp_path / "model", "qwen2")
-    fuse(model, tmp_path / "out", "--budget", "0.25", "--layout", layout)
-    expected = logits(tmp_path / "out")
-    torch.save(expected, tmp_path / "expected.pt")
-    script = f"""
+@families
+def test_generate_with_cache_padding_and_beams(tmp_path: Path, model_type: str, layout: str) -> None:
+    model = tiny_model(tmp_path / "model", model_type)
+    fuse(model, tmp_path / "out", "--budget", "0.5", "--layout", layout)
+    loaded = headfuse.load(tmp_path / "out")
+    tokens, mask = left_padded(torch.randint(1, 300, (2, 18), generator=torch.Generator().manual_seed(0)), [18, 7])
+    for beams in (1, 3):
+        options = {**GENERATE, "num_beams": beams}
+        with torch.no_grad():
+            both = loaded.generate(tokens, attention_mask=mask, **options)
+            alone = loaded.generate(tokens[1:, -7:], attention_mask=mask[1:, -7:], **options)
+            uncached = loaded.generate(tokens, attention_mask=mask, use_cache=False, **options)
+        assert torch.equal(both[1, -5:], alone[0, -5:])
+        assert torch.equal(both, uncached)
+
+
+def test_folders_work_where_headfuse_is_not_installed(tmp_path: Path) -> None:
+    model, expected = tiny_model(tmp_path / "model", "qwen2", query_heads=8), {}
+    tokens, mask = left_padded(torch.randint(1, 300, (2, 18), generator=torch.Generator().manual_seed(0)), [18, 7])
+    for layout in LAYOUTS:
+        fuse(model, tmp_path / layout, "--budget", "0.25", "--layout", layout)
+        loaded = headfuse.load(tmp_path / layout)
+        generated = loaded.generate(tokens, attention_mask=mask, num_beams=2, **GENERATE)
+        expected[layout] = logits(tmp_path / layout), generated
+    torch.save({"expected": expected, "tokens": tokens, "mask": mask, "options": GENERATE}, tmp_path / "expected.pt")
+    script = """
 import importlib.abc, sys
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, *args):
@@ -247,15 +338,22 @@ class Absent(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code={layout == "decoupled"})
-tokens = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(2))
-with torch.no_grad():
-    torch.testing.assert_close(model(tokens).logits, torch.load({str(tmp_path / "expected.pt")!r}))
-mask = torch.ones_like(tokens); mask[0, :5] = 0
-model.generate(tokens, attention_mask=mask, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0)
+torch.set_num_threads(1)
+saved = torch.load("expected.pt")
+fixed = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(2))
+for layout, (logits, generated) in saved["expected"].items():
+    model = AutoModelForCausalLM.from_pretrained(layout, trust_remote_code=layout == "decoupled")
+    stock = type(model).__module__ == "transformers.models.qwen2.modeling_qwen2"
+    assert stock == (layout != "decoupled"), type(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(fixed).logits, logits)
+    beams = model.generate(saved["tokens"], attention_mask=saved["mask"], num_beams=2, **saved["options"])
+    assert torch.equal(beams, generated), layout
 """
     environment = {"HF_HOME": str(tmp_path / "hf"), "PATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -266,11 +364,12 @@ def test_sharded_source_gives_the_same_bytes(tmp_path: Path, dtype: str) -> None
     sharded = tiny_model(tmp_path / "sharded", dtype=dtype)
     AutoModelForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(sharded, max_shard_size="20KB")
     (sharded / "model.safetensors").unlink()
+    assert len(list(sharded.glob("*.safetensors"))) > 2
     for source in (model, sharded):
         fuse(source, tmp_path / f"{source.name}-out", "--budget", "0.5")
     one, many = (load_file(tmp_path / f"{name}-out/model.safetensors") for name in ("model", "sharded"))
     assert one.keys() == many.keys()
-    assert all(torch.equal(one[name], many[name]) for name in one)
+    assert all(one[name].dtype == many[name].dtype and torch.equal(one[name], many[name]) for name in one)
     assert one["model.norm.weight"].dtype == getattr(torch, dtype)
 
 
@@ -322,6 +421,26 @@ def test_groupers_return_partitions(grouper: str) -> None:
         assert len(groups) == count
         if 8 % count == 0:
             assert {len(group) for group in GROUPERS[grouper](pairs, count, True)} == {8 // count}
+
+
+def test_analyze_sees_planted_pairs(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
+    plant(model, [[0, 3], [1], [2]], [[0], [1, 2, 3]])
+    text = ["--data", tmp_path / "text.txt", "--samples", 8, "--sequence-length", 32]
+    document = json.loads(run("analyze", model, "--budget", "5/8", *text, "--json").splitlines()[-1])
+    for layer in document["layers"]:
+        assert layer["key"]["groups"] == [[0, 3], [1], [2]]
+        assert layer["value"]["groups"] == [[0], [1, 2, 3]]
+        key, value = torch.tensor(layer["key"]["aligned"]), torch.tensor(layer["value"]["aligned"])
+        for matrix in (key, value, torch.tensor(layer["key"]["cka"]), torch.tensor(layer["value"]["cka"])):
+            assert torch.equal(matrix, matrix.T)
+            assert matrix.min() >= 0
+            assert matrix.max() <= 1 + 1e-6
+            torch.testing.assert_close(matrix.diagonal(), torch.ones(4))
+        pairs = key[0, 3], value[1, 2], value[1, 3], value[2, 3]
+        torch.testing.assert_close(torch.stack(pairs), torch.ones(4), rtol=0, atol=1e-5)
+        others = (key[0, 1], key[0, 2], key[1, 2], key[1, 3], key[2, 3], value[0, 1], value[0, 2], value[0, 3])
+        assert max(others) < 1 - 1e-3
 
 
 @pytest.mark.parametrize("equal", [True, False])
