@@ -438,9 +438,9 @@ def test_analyze_sees_planted_pairs(tmp_path: Path) -> None:
             assert matrix.max() <= 1 + 1e-6
             torch.testing.assert_close(matrix.diagonal(), torch.ones(4))
         pairs = key[0, 3], value[1, 2], value[1, 3], value[2, 3]
-        torch.testing.assert_close(torch.stack(pairs), torch.ones(4), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.stack(pairs), torch.ones(4), rtol=0, atol=1e-6)
         others = (key[0, 1], key[0, 2], key[1, 2], key[1, 3], key[2, 3], value[0, 1], value[0, 2], value[0, 3])
-        assert max(others) < 1 - 1e-3
+        assert max(others) < 1 - 1e-4  # close: attention averages random values to nearly one vector
 
 
 @pytest.mark.parametrize("equal", [True, False])
