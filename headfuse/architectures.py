@@ -92,7 +92,11 @@ def head_layout(config: Any, where: object = None) -> HeadLayout:
         )
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("partial_rotary_factor", 1.0) not in (None, 1.0) or head_dim % 2:
-        raise UnsupportedModelError("keys that are rotated only in part are not supported", where=where)
+        raise UnsupportedModelError(
+            "keys that are rotated only in part are not supported",
+            where=where,
+            fix="choose a model whose whole heads are rotated, of an even head_dim",
+        )
     return HeadLayout(
         model_type=config.model_type,
         num_hidden_layers=config.num_hidden_layers,

@@ -103,18 +103,16 @@ def value_moments(
 
 def lost_key_energy(maps: HeadMaps, groups: Groups, moments: KeyMoments) -> float:
     """Energy of what the fused keys do not give back, each head weighted by its queries' energy (math.md 2, keys)."""
-    f = moments.gram.shape[0]
-
-    def factors(matrix: torch.Tensor) -> torch.Tensor:  # [g, d, d] -> complex [F, g], the inverse of plane_matrix
-        real = matrix[:, :f, :f].diagonal(dim1=1, dim2=2)
-        return torch.complex(real, matrix[:, f:, :f].diagonal(dim1=1, dim2=2)).T
-
-    lost = 0.0
+    frequencies, lost = moments.gram.shape[0], 0.0
     for group in groups:
         if len(group) > 1:
             index, own = list(group), moments.of(group)
-            write, read = factors(maps.write[index]), factors(maps.read[index])
-            residual = torch.eye(len(group)) - read[:, :, None] * write[:, None, :]  # [F, g, g]
+            write, read = maps.write[index][:, :, :frequencies], maps.read[index]
+            product = torch.complex(  # R_i P_j on each plane, [F, g, g]
+                torch.einsum("ifb,jbf->fij", read[:, :frequencies], write),
+                torch.einsum("ifb,jbf->fij", read[:, frequencies:], write),
+            )
+            residual = torch.eye(len(group)) - product
             errors = torch.einsum("fij,fjk,fik->fi", residual, own.gram, residual.conj()).real
             lost += float((errors * own.query_energy.T).sum())
     return max(lost, 0.0)
@@ -134,13 +132,16 @@ def lost_value_energy(maps: HeadMaps, groups: Groups, moments: ValueMoments) -> 
     return max(lost, 0.0)
 
 
-def key_pair_cost(moments: KeyMoments) -> torch.Tensor:
-    """`[n, n]`: share of the layer's key energy lost when two heads become one (rank one per frequency)."""
+def key_pair_cost(moments: KeyMoments, slots: bool) -> torch.Tensor:
+    """`[n, n]`: share of the layer's key energy lost when two heads become one, with rotary slots or without."""
     weight = moments.query_energy.T.sqrt()
     gram = weight[:, :, None] * moments.gram * weight[:, None, :]  # [F, n, n]
     energy = gram.diagonal(dim1=1, dim2=2).real
     total, difference = energy[:, :, None] + energy[:, None, :], energy[:, :, None] - energy[:, None, :]
-    lost = (total - (difference.square() + 4 * gram.abs().square()).sqrt()) / 2  # the smaller eigenvalue
+    root = (difference.square() + 4 * gram.abs().square()).sqrt()
+    lost = (total - root) / 2  # the smaller eigenvalue
+    if slots:  # the smaller half of all eigenvalues
+        lost = torch.cat([lost, (total + root) / 2]).sort(dim=0).values[: len(lost)]
     return lost.clamp_min(0).sum(0).fill_diagonal_(0) / energy.sum().clamp_min(1e-300)
 
 
@@ -167,6 +168,7 @@ class LayerSurvey:
     key_energy: list[float]
     value_energy: list[float]
     key_groups: list[Groups]
+    key_slots: list[Groups | None]
     value_groups: list[Groups]
     shared_groups: dict[int, Groups]
     key_cost: list[float]
@@ -181,19 +183,22 @@ def survey_layer(
     method: FusionMethod,
     grouping: str,
     costs: bool,
+    slots: bool,
 ) -> LayerSurvey:
     """Measure one source layer: groups for every head count, and what fusing to that count costs.
 
-    The cost is the error of the attention output, E|y' - y|^2, over the energy of the residual stream.
+    `slots` lets fused key heads choose their rotary slots. The cost is the error of the attention output, E|y' - y|^2,
+    over the energy of the residual stream.
     """
     n = heads.num_key_value_heads
     keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
-    key_pairs, value_pairs = key_pair_cost(keys).tolist(), value_pair_cost(values).tolist()
+    key_pairs, value_pairs = key_pair_cost(keys, slots).tolist(), value_pair_cost(values).tolist()
     grouper = GROUPERS[grouping]
     both = [[a + b for a, b in zip(r, s, strict=True)] for r, s in zip(key_pairs, value_pairs, strict=True)]
     key_groups = [grouper(key_pairs, count, False) for count in range(1, n + 1)]
     value_groups = [grouper(value_pairs, count, False) for count in range(1, n + 1)]
     shared = {count: grouper(both, count, True) for count in range(1, n + 1) if n % count == 0}
+    key_slots = [method.rotary_slots(groups, keys) if slots else None for groups in key_groups]
     key_cost, value_cost = [0.0] * n, [0.0] * n
     if costs:
         energy = hidden.square().sum(-1).mean().item()
@@ -204,7 +209,10 @@ def survey_layer(
         key_lost, value_lost = [0.0] * n, [0.0] * n
         for count in range(1, n):
             groups = key_groups[count - 1], value_groups[count - 1]
-            key_map, value_map = method.key_maps(groups[0], keys), method.value_maps(groups[1], values)
+            key_map, value_map = (
+                method.key_maps(groups[0], keys, key_slots[count - 1]),
+                method.value_maps(groups[1], values),
+            )
             key_lost[count - 1] = lost_key_energy(key_map, groups[0], keys)
             value_lost[count - 1] = lost_value_energy(value_map, groups[1], values)
             if count in probed:
@@ -217,6 +225,7 @@ def survey_layer(
         _key_energy(keys),
         _value_energy(values),
         key_groups,
+        key_slots,
         value_groups,
         shared,
         key_cost,

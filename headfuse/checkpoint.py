@@ -32,6 +32,9 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """Largest shard, as in transformers' save_pretrained."""
 
+MAX_LAYERS = 10_000
+"""transformers' configs make lists of so many entries, so a damaged number could fill the memory."""
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -109,6 +112,11 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     if "auto_map" in raw and model_type != "headfuse" and not trust_remote_code and not _is_known(model_type):
         raise UnsupportedModelError(
             f"model_type {model_type!r} needs its own code", where=path, fix="pass --trust-remote-code if you trust it"
+        )
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"num_hidden_layers is {layers}", where=path, fix="use the config.json that came with the model"
         )
     if model_type == "headfuse":
         import headfuse.modeling  # noqa: F401  registers the family

@@ -31,7 +31,8 @@ from headfuse.config import FuseConfig
 from headfuse.errors import ConfigError, HeadfuseError
 from headfuse.fuse_layer import fuse_layer
 from headfuse.fusion import FUSION_METHODS
-from headfuse.layouts import LAYOUTS, expand
+from headfuse.guard import WrittenLayers
+from headfuse.layouts import LAYOUTS
 from headfuse.loading import pick_device
 from headfuse.plan import FusionPlan
 from headfuse.planning import Progress, check_budget, make_plan, reviewed_plan, survey
@@ -127,6 +128,7 @@ def _convert(
     arch, method, layout = streamed.arch, FUSION_METHODS[plan.method], LAYOUTS[plan.layout]
     windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
     before = after = streamed.embed(text.held_out)
+    guard = WrittenLayers(layout.config(streamed.model.config.to_dict(), plan), arch, streamed.device)
     for layer in plan.layers:
         prefix = arch.layer_prefix(layer.layer_idx) + "."
         tensors, captures = streamed.layer_tensors(layer.layer_idx), list[AttentionCapture]()
@@ -140,10 +142,7 @@ def _convert(
                 writer.write(prefix + name, tensor)
             done.add(layer.layer_idx)
         if len(after):
-            written = {name: writer.read(prefix + name) for name in tensors}
-            weights = expand(AttentionWeights.of_layer(written, arch, plan.heads.head_dim), layer, plan)
-            with streamed.layer(layer.layer_idx, weights.in_layer(written, arch)) as run:
-                after = run(after, None)
+            after = guard.run(layer.layer_idx, {name: writer.read(prefix + name) for name in tensors}, after)
         on_progress("fuse", layer.layer_idx + 1, len(plan.layers))
     if not len(after):
         return None, None

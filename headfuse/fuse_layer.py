@@ -26,7 +26,7 @@ def fuse_layer(
     method: FusionMethod,
 ) -> AttentionWeights:
     """Fuse one layer: keys first, then values under the fused keys' attention, then the joint refit of the output."""
-    key_maps = method.key_maps(layer.key_groups, key_moments(captures, heads))
+    key_maps = method.key_maps(layer.key_groups, key_moments(captures, heads), layer.rotary_slots)
     fused_keys = (key_maps, layer.key_groups)
     value_maps = method.value_maps(layer.value_groups, value_moments(captures, weights.output, heads, fused_keys))
     fused = fold(weights, key_maps, value_maps, layer, heads)

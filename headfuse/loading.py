@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, read_config, resolve_model
 from headfuse.errors import CheckpointError, ConfigError
+
+
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -62,6 +66,13 @@ def load_model(
     if missing:
         raise CheckpointError(
             f"tensor {missing[0]} is missing ({len(missing)} in all)",
+            where=folder,
+            fix="the weights do not match config.json",
+        )
+    beyond = sorted(name for name in report["unexpected_keys"] if _LAYER.match(name))
+    if beyond:  # transformers would leave these layers out with a warning
+        raise CheckpointError(
+            f"tensor {beyond[0]} is not in the model of config.json ({len(beyond)} in all)",
             where=folder,
             fix="the weights do not match config.json",
         )

@@ -67,6 +67,8 @@ class LayerPlan(_Frozen):
     layer_idx: int
     key_groups: Groups
     value_groups: Groups
+    rotary_slots: Groups | None = None
+    """The frequency that each slot of each fused key head carries, `[key heads, head_dim / 2]`; None: stock order."""
 
     @property
     def untouched(self) -> bool:
@@ -105,7 +107,11 @@ class FusionPlan(_Frozen):
         for layer in self.layers:
             for side, groups in (("key", layer.key_groups), ("value", layer.value_groups)):
                 check_partition(groups, heads.num_key_value_heads, f"layer {layer.layer_idx}, {side}_groups")
+            if layer.rotary_slots is not None:
+                _check_slots(layer, heads.head_dim // 2)
             if self.layout == "gqa":
+                if layer.rotary_slots is not None:
+                    raise ValueError(f"layer {layer.layer_idx}: layout gqa has rotary slots in the stock order only")
                 if layer.key_groups != layer.value_groups:
                     raise ValueError(f"layer {layer.layer_idx}: layout gqa needs key_groups equal to value_groups")
                 if len({len(group) for group in layer.key_groups}) > 1:
@@ -156,6 +162,17 @@ def check_partition(groups: Sequence[Sequence[int]], num_heads: int, where: str)
         raise ValueError(f"{where}: a group is empty")
     if sorted(head for group in groups for head in group) != list(range(num_heads)):
         raise ValueError(f"{where}: each source head 0 to {num_heads - 1} must occur in exactly one group")
+
+
+def _check_slots(layer: LayerPlan, frequencies: int) -> None:
+    slots = layer.rotary_slots or ()
+    if len(slots) != len(layer.key_groups) or any(
+        len(head) != frequencies or not all(0 <= f < frequencies for f in head) for head in slots
+    ):
+        raise ValueError(
+            f"layer {layer.layer_idx}, rotary_slots: each of {len(layer.key_groups)} key heads needs {frequencies} "
+            f"frequencies from 0 to {frequencies - 1}"
+        )
 
 
 def head_of_source(groups: Groups) -> list[int]:

@@ -12,6 +12,7 @@ from headfuse.checkpoint import read_plan
 from headfuse.config import FuseConfig
 from headfuse.errors import ConfigError
 from headfuse.fusion import FUSION_METHODS
+from headfuse.layouts import LAYOUTS
 from headfuse.plan import FusionPlan, HeadBudget, HeadLayout, LayerPlan
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel
@@ -38,13 +39,14 @@ def survey(
     """Run the source once over a part of the text and measure every layer's heads."""
     text = text.part(SURVEYED)
     windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
-    method, costs, surveys = FUSION_METHODS[config.method], _needs_costs(config), []
+    method, costs, surveys = FUSION_METHODS[config.method], _needs_costs(config), list[LayerSurvey]()
+    slots = LAYOUTS[config.layout].free_slots and method.slots is not None
     for layer_idx in range(streamed.num_layers):
         tensors, captures, inputs = streamed.layer_tensors(layer_idx), list[AttentionCapture](), windows.hidden
         with streamed.layer(layer_idx, tensors) as run:
             windows, starts = run(windows, captures), run(starts, captures)
         output = AttentionWeights.of_layer(tensors, streamed.arch, source.heads.head_dim).output
-        surveys.append(survey_layer(captures, output, inputs, source.heads, method, config.grouping, costs))
+        surveys.append(survey_layer(captures, output, inputs, source.heads, method, config.grouping, costs, slots))
         on_progress("survey", layer_idx + 1, streamed.num_layers)
     return surveys
 
@@ -72,6 +74,7 @@ def make_plan(source: Source, config: FuseConfig, surveys: list[LayerSurvey]) ->
                 layer_idx=i,
                 key_groups=s.key_groups[budget.key_heads[i] - 1],
                 value_groups=s.value_groups[budget.value_heads[i] - 1],
+                rotary_slots=s.key_slots[budget.key_heads[i] - 1],
             )
             for i, s in enumerate(surveys)
         ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headfuse.architectures import head_layout
+from headfuse.architectures import architecture_of, head_layout
 from headfuse.calibration import CalibrationText
 from headfuse.checkpoint import Checkpoint, fingerprint, read_config, resolve_model
 from headfuse.config import FuseConfig
@@ -32,9 +32,10 @@ class Source:
         """Open and check a source model: config, family, weight files."""
         folder = resolve_model(model)
         config = read_config(folder, trust_remote_code)
-        heads = head_layout(config, folder / "config.json")
+        heads, checkpoint = head_layout(config, folder / "config.json"), Checkpoint(folder)
+        _check_heads(checkpoint, heads)
         name = model if not Path(model).exists() else folder.resolve().name
-        return cls(name, folder, Checkpoint(folder), config, heads)
+        return cls(name, folder, checkpoint, config, heads)
 
     def identity(self) -> SourceModel:
         """Name and content hash, as plan.json knows the source (reads every weight file)."""
@@ -72,3 +73,26 @@ class Source:
                 "the tokenizer has more tokens than the model", where=self.folder, fix="use the model's own tokenizer"
             )
         return CalibrationText.split(windows, calibration.held_out)
+
+
+def _check_heads(checkpoint: Checkpoint, heads: HeadLayout) -> None:
+    """Compare layers and heads of config.json with the weights, before anything is planned for them.
+
+    A wrong count may mean millions of layers, and a budget for them would fill the memory.
+    """
+    arch, stored, problem = architecture_of(heads.model_type), 0, None
+    while any(name.startswith(arch.layer_prefix(stored) + ".") for name in checkpoint.shapes):
+        stored += 1
+    if stored != heads.num_hidden_layers:
+        problem = f"the weights have {stored} layers, config.json says {heads.num_hidden_layers}"
+    for projection, count in ((arch.query, heads.num_attention_heads), (arch.key, heads.num_key_value_heads)):
+        name = f"{arch.attention_prefix(0)}.{projection}.weight"
+        shape = list(checkpoint.shapes.get(name, []))
+        if problem is None and shape and shape[0] != count * heads.head_dim:
+            problem = f"tensor {name} has shape {shape}, config.json makes it {count} heads of {heads.head_dim}"
+    if problem:
+        raise CheckpointError(
+            problem,
+            where=checkpoint.folder,
+            fix="config.json and the weights do not belong together: restore both from one source",
+        )

@@ -19,7 +19,6 @@ from headfuse.checkpoint import Checkpoint
 from headfuse.errors import CheckpointError, UnsupportedModelError
 
 _CAPTURE = "headfuse_capture"
-_RESTORE = "config.json and the weights do not belong together: restore both from one source"
 BATCH_TOKENS = 512
 """Tokens that go through a layer at once; one window where it is longer."""
 
@@ -86,7 +85,6 @@ class StreamedModel:
         self.checkpoint, self.device = checkpoint, device
         self.arch = architecture_of(config.model_type)
         self.num_layers = config.num_hidden_layers
-        self._check_layer_count()
         try:
             with torch.device("meta"):
                 self.model = AutoModelForCausalLM.from_config(config, attn_implementation=_CAPTURE, dtype=torch.float32)
@@ -103,18 +101,6 @@ class StreamedModel:
         ]
         self._check_tensors()
         self._load_outer()
-
-    def _check_layer_count(self) -> None:
-        """Before the model is built: a config with a wrong number of layers may mean millions."""
-        stored = 0
-        while any(name.startswith(self.arch.layer_prefix(stored) + ".") for name in self.checkpoint.shapes):
-            stored += 1
-        if stored != self.num_layers:
-            raise CheckpointError(
-                f"the weights have {stored} layers, config.json says {self.num_layers}",
-                where=self.checkpoint.folder,
-                fix=_RESTORE,
-            )
 
     def _check_tensors(self) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
@@ -135,7 +121,7 @@ class StreamedModel:
             raise CheckpointError(
                 f"tensor {problems[0]}{more}",
                 where=self.checkpoint.folder,
-                fix=_RESTORE,
+                fix="config.json and the weights do not belong together: restore both from one source",
             )
 
     def _load_outer(self) -> None:
@@ -202,7 +188,14 @@ class StreamedModel:
                 for batch in states.hidden.split(max(1, BATCH_TOKENS // states.hidden.shape[1])):
                     result = layer(batch, **states.kwargs[layer_idx])
                     outputs.append(result[0] if isinstance(result, tuple) else result)
-            return replace(states, hidden=torch.cat(outputs))
+            hidden = torch.cat(outputs)
+            if not torch.isfinite(hidden).all():
+                raise CheckpointError(
+                    f"layer {layer_idx} computes NaN or infinity",
+                    where=self.checkpoint.folder,
+                    fix="weights or config.json are damaged: take a checkpoint that generates text",
+                )
+            return replace(states, hidden=hidden)
 
         try:
             yield run
@@ -258,7 +251,7 @@ def _capturing_attention(
     if wanted is not None:
         captures, weight = wanted
         if kwargs.get("s_aux") is not None:
-            raise UnsupportedModelError("attention sinks are not supported")
+            raise UnsupportedModelError("attention sinks are not supported", fix="choose a model without them")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         captures.append(AttentionCapture(query, key, value, output, attention_mask, scale, weight))
     return output, None

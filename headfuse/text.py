@@ -144,7 +144,7 @@ def _read_file(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield _json_text(line, f"{path}, line {number}")
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=path) from None
+        raise DataError(f"cannot be read: {error.strerror}", where=path, fix="check its permissions") from None
 
 
 def _decoded(data: bytes, where: str) -> str:

@@ -209,6 +209,7 @@ def uptrain(
         text = TrainingText(data, tokenizer, sequence_length, seed)
         student = load_model(folder, device=device, dtype="float32", trust_remote_code=trust_remote_code)
         check_vocabulary(student, tokenizer, folder)
+        _check_tensors(student, folder)
         _check_head(student, folder)
         source = None
         if teacher_folder is not None:
@@ -583,20 +584,30 @@ def _check_teacher(
     _check_head(teacher, folder)
 
 
+def _check_tensors(model: PreTrainedModel, folder: Path) -> None:
+    """Every stored tensor must be one that is trained, or the output could not hold it."""
+    missing = sorted(set(Checkpoint(folder).shapes) - set(model.state_dict()))
+    if missing:
+        raise CheckpointError(
+            f"holds a tensor that the model does not have: {missing[0]}",
+            where=folder,
+            fix="restore the weights of that model",
+        )
+
+
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, folder: Path) -> None:
     """The loss reads logits as `output embeddings (last hidden state)`: refuse a model that scales or caps them."""
     batch = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
     if not torch.allclose(model(batch).logits, model.get_output_embeddings()(_hidden(model, batch)), rtol=1e-3):
-        raise UnsupportedModelError("scales or caps its logits, which uptrain does not support", where=folder)
+        raise UnsupportedModelError(
+            "scales or caps its logits, which uptrain does not support", where=folder, fix="choose another model"
+        )
 
 
 def _write(partial: Path, source: Path, model: PreTrainedModel, dtype: str | None, result: UptrainResult) -> None:
     """Write the trained weights with names and files as in `source`, and what belongs beside them."""
     layout, weights = Checkpoint(source), model.state_dict()
-    missing = sorted(set(layout.shapes) - set(weights))
-    if missing:
-        raise CheckpointError(f"holds a tensor that the model does not have: {missing[0]}", where=source)
     forced = DTYPE_NAMES[dtype] if dtype else None
     tensors = {name: (forced or layout.dtypes[name], shape) for name, shape in layout.shapes.items()}
     writer = SafetensorsWriter(partial, tensors)

@@ -17,7 +17,11 @@ import pytest
 import torch
 from conftest import fuse, run, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from headfuse.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +36,27 @@ def model(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 
-def refused(out: Path, *args: object, code: int = 1) -> str:
-    """Run `fuse`; it must fail with a message and leave nothing at the output name. Returns the message."""
-    output = run("fuse", *args, "-o", out, code=code)
-    assert "Traceback" not in output
-    assert not out.exists()
+def refused(out: Path, *args: object, code: int = 1, command: str = "fuse") -> str:
+    """The message of a command that must fail: where, what and what to do; nothing at or beside the output name.
+
+    `--json` puts the same into exactly one document on stdout.
+    """
+    result = CliRunner().invoke(app, [command, *map(str, args), "-o", str(out), "--json"])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert "unexpected" not in result.output, "a failure that no check foresaw"
+    assert not os.path.lexists(out)
     assert not out.with_name(out.name + ".partial").exists()
-    return output
+    document = json.loads(result.stdout)
+    assert document["schema_version"] == 1
+    assert document["output"] is None
+    error = document["error"]
+    assert error["what"]
+    assert error["fix"]
+    if code == 1:
+        assert error["where"]
+        assert result.stderr == f"error: {error['where']}: {error['what']}\n  {error['fix']}\n"
+    return f"{error['where']}: {error['what']}\n  {error['fix']}"
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -93,6 +111,23 @@ def swap_shards(model: Path) -> None:
     edit_json(index, weight_map={k: names[1] if v == names[0] else names[0] for k, v in weight_map.items()})
 
 
+def twice(model: Path) -> None:
+    files = sorted(shard(model).parent.glob("model-*.safetensors"))
+    save_file({**load_file(files[0]), **load_file(files[1])}, files[0], {"format": "pt"})
+
+
+def weights_folder(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").mkdir()
+
+
+def larger_tokenizer(model: Path) -> None:
+    """A word of the text gets an id that the model does not have."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([*(f"<{number}>" for number in range(40)), AddedToken("reads")])
+    tokenizer.save_pretrained(model)
+
+
 def weights(content: bytes) -> Callable[[Path], object]:
     return lambda model: (model / "model.safetensors").write_bytes(content)
 
@@ -116,6 +151,11 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "more layers": (lambda m: edit_json(m / "config.json", num_hidden_layers=3), "config.json says 3"),
     "fewer layers": (lambda m: edit_json(m / "config.json", num_hidden_layers=1), "config.json says 1"),
     "other head count": (lambda m: edit_json(m / "config.json", num_key_value_heads=2), "k_proj"),
+    "a billion layers": (lambda m: edit_json(m / "config.json", num_hidden_layers=10**9), "num_hidden_layers"),
+    "far more layers": (lambda m: edit_json(m / "config.json", num_hidden_layers=99), "config.json says 99"),
+    "more query heads": (lambda m: edit_json(m / "config.json", num_attention_heads=8), "q_proj"),
+    "other vocabulary": (lambda m: edit_json(m / "config.json", vocab_size=400), "config.json makes it"),
+    "unknown activation": (lambda m: edit_json(m / "config.json", hidden_act="nosuch"), "nosuch"),
     "heads do not divide": (lambda m: edit_json(m / "config.json", num_key_value_heads=3), "multiple"),
     "no heads": (lambda m: edit_json(m / "config.json", num_attention_heads=0), "config.json"),
     "heads are text": (lambda m: edit_json(m / "config.json", num_attention_heads="four"), "num_attention_heads"),
@@ -134,7 +174,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown dtype": (lambda m: header(m, lambda h: h[K].update(dtype="F8_E4M3")), "model.safetensors"),
     "missing shard": (lambda m: os.remove(min(shard(m).parent.glob("model-*.safetensors"))), "missing"),
     "index outside the folder": (lambda m: rename_shard(m, "../model.safetensors"), "plain file names"),
-    "index with absolute path": (lambda m: rename_shard(m, "/etc/passwd"), "plain file names"),
+    "index with absolute path": (lambda m: rename_shard(m, "/etc/model.safetensors"), "plain file names"),
+    "index into a folder": (lambda m: rename_shard(m, "sub/model.safetensors"), "plain file names"),
     "index names a pickle": (lambda m: rename_shard(m, "model.bin"), "plain file names"),
     "index without weight_map": (lambda m: edit_json(shard(m), weight_map=[]), "weight_map"),
     "index is not JSON": (lambda m: shard(m).write_text("{"), "not valid JSON"),
@@ -144,19 +185,70 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "extra tensor": (lambda m: edit_tensors(m, lambda t: t.update(more=torch.ones(1))), "more"),
     "NaN": (lambda m: edit_tensors(m, lambda t: t[K].fill_(float("nan"))), "NaN"),
     "infinity": (lambda m: edit_tensors(m, lambda t: t["lm_head.weight"][0].fill_(float("inf"))), "infinity"),
+    "a tensor in two shards": (twice, "as well"),
+    "weights are a folder": (weights_folder, "no weights"),
+    "tokenizer of another model": (larger_tokenizer, "more tokens than the model"),
     "no tokenizer": (lambda m: list(map(os.remove, m.glob("tokenizer*"))), "tokenizer"),
     "broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer"),
 }
+
+
+SMALL = ("--samples", 4, "--sequence-length", 32, "--budget", 1)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bad_models(model: Path, tmp_path: Path, name: str) -> None:
     damage, expected = MODELS[name]
     damage(model)
-    message = refused(tmp_path / "out", model, "--data", tmp_path / "text.txt", "--samples", 4, "--sequence-length", 32)
-    assert expected in message
-    assert message.startswith("error: ")
-    assert "\n  " in message, "no word about what to do"
+    assert expected in refused(tmp_path / "out", model, "--data", tmp_path / "text.txt", *SMALL)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("command", ["analyze", "eval", "uptrain"])
+def test_bad_models_in_the_other_commands(model: Path, tmp_path: Path, name: str, command: str) -> None:
+    """They may do with what `fuse` cannot, but what they refuse they refuse in the same way."""
+    MODELS[name][0](model)
+    more = {"uptrain": ("--loss", "ce", "--tokens", 256, "-o", tmp_path / "out"), "analyze": ("-o", tmp_path / "out")}
+    options = ("--data", tmp_path / "text.txt", "--sequence-length", 32, "--json", *more.get(command, ()))
+    result = CliRunner().invoke(app, [str(part) for part in (command, model, *options)])
+    assert result.exit_code in (0, 1), result.output
+    assert "unexpected" not in result.output
+    document = json.loads(result.stdout)
+    if result.exit_code:
+        assert all(document["error"].values()), document
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.partial").exists()
+    else:
+        assert name in ACCEPTED[command]
+
+
+ACCEPTED = {
+    "analyze": set[str](),
+    "eval": {"extra tensor"},
+    "uptrain": set[str](),
+}
+
+
+def test_shards_may_be_links_out_of_the_folder(model: Path, tmp_path: Path) -> None:
+    """As in the cache of the hub."""
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(shard(model).parent.glob("model-*.safetensors"))):
+        file.rename(tmp_path / f"blobs/{number}")
+        file.symlink_to(tmp_path / f"blobs/{number}")
+    assert fuse(model, tmp_path / "out", "--budget", "0.5")["kv_ratio"] == 0.5
+
+
+def test_activations_that_are_not_finite(model: Path, tmp_path: Path) -> None:
+    edit_tensors(model, lambda t: [t[f"model.layers.1.mlp.{name}_proj.weight"].fill_(1e38) for name in ("up", "down")])
+    assert "layer 1" in refused(tmp_path / "out", model, "--data", tmp_path / "text.txt", *SMALL)
+
+
+def test_weights_beyond_the_range_of_the_dtype(model: Path, tmp_path: Path) -> None:
+    edit_tensors(model, lambda tensors: tensors["lm_head.weight"][0].fill_(1e5))
+    data = ("--data", tmp_path / "text.txt", *SMALL)
+    message = run("fuse", model, "-o", tmp_path / "out", *data, "--dtype", "float16", code=1)
+    assert "lm_head.weight is beyond the range of float16" in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.config import load_config
+from headfuse.checkpoint import DTYPE_NAMES
+from headfuse.config import FuseConfig, load_config
 from headfuse.convert import default_output, fuse
+from headfuse.estimate import estimate
 from headfuse.layouts import LAYOUTS
 from headfuse.planning import check_budget
 from headfuse.source import Source
@@ -34,7 +36,7 @@ def run(
     """Run the command; the result document."""
     settings = load_config(config, overrides)
     if dry_run:
-        return _dry_run(model, settings, output, trust_remote_code)
+        return _dry_run(model, settings, output, device, dtype, trust_remote_code)
     if settings.calibration.data == "default":
         log.print(
             "calibrating on the packaged text, generic prose: --data with text like the model's own use is better"
@@ -60,13 +62,14 @@ def run(
     }
 
 
-def _dry_run(model: str, settings: Any, output: Path | None, trust_remote_code: bool) -> dict[str, Any]:
+def _dry_run(
+    model: str, settings: FuseConfig, output: Path | None, device: str, dtype: str | None, trust_remote_code: bool
+) -> dict[str, Any]:
     source = Source.open(model, trust_remote_code)
     budget = check_budget(settings, source.heads)
-    checkpoint = source.checkpoint
-    layer = sum(s[0] * (s[1] if len(s) > 1 else 1) for n, s in checkpoint.shapes.items() if ".layers.0." in n)
-    tokens = settings.calibration.samples * settings.calibration.sequence_length
-    width = 4 * source.heads.hidden_size + 2 * source.heads.num_attention_heads * source.heads.head_dim
+    cost = estimate(source, settings, device)
+    itemsize = next(iter(source.checkpoint.dtypes.values())).itemsize if dtype is None else DTYPE_NAMES[dtype].itemsize
+    per_head = source.heads.head_dim * itemsize
     return {
         "schema_version": 1,
         "command": "fuse",
@@ -74,17 +77,22 @@ def _dry_run(model: str, settings: Any, output: Path | None, trust_remote_code: 
         "output": str(output or default_output(model, source, settings)),
         "layout": settings.layout,
         "kv_ratio": budget.total / source.heads.total_heads,
+        "kv_bytes_per_token": {"before": source.heads.total_heads * per_head, "after": budget.total * per_head},
         "heads": {"source": source.heads.total_heads, "kept": budget.total},
-        "source_bytes": checkpoint.nbytes,
-        "memory_bytes_estimate": 4 * (layer + tokens * width),
+        "source_bytes": source.checkpoint.nbytes,
+        "estimate": {"memory_bytes": cost.memory_bytes, "seconds": cost.seconds},
     }
 
 
 def render(document: Mapping[str, Any], console: Console) -> None:
     """Print the result as a table."""
     if document.get("dry_run"):
-        for key in ("output", "layout", "kv_ratio", "heads", "source_bytes", "memory_bytes_estimate"):
-            console.print(f"{key}: {document[key]}", soft_wrap=True)
+        kv, cost = document["kv_bytes_per_token"], document["estimate"]
+        console.print(f"would write {document['output']}, layout {document['layout']}", soft_wrap=True)
+        console.print(f"KV cache kept: {document['kv_ratio']:.4f}, {kv['before']} -> {kv['after']} bytes per token")
+        console.print(
+            f"about {cost['memory_bytes'] / 1e9:.1f} GB of memory and {cost['seconds']:.0f} s on this machine"
+        )
         return
     table = Table(title=f"KV cache kept: {document['kv_ratio']:.4f}")
     for column in ("", "source", "fused"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from headfuse.fusion import align, mean, select, subspace
-from headfuse.fusion.maps import HeadMaps, KeyMoments, ValueMoments, plane_matrix
+from headfuse.fusion.maps import HeadMaps, KeyMoments, ValueMoments, plane_matrix, slot_matrix
 from headfuse.plan import Groups
 
 Maps = tuple[torch.Tensor, torch.Tensor]
@@ -18,11 +18,13 @@ Maps = tuple[torch.Tensor, torch.Tensor]
 class FusionMethod:
     """A method as functions of one group's moments.
 
-    `keys` gives complex factors `[g, F]`, `values` maps `[g, d, d]`, each for writing and for reading.
+    `keys` gives complex factors `[g, slots]`, `values` maps `[g, d, d]`, each for writing and for reading;
+    `slots`, where the method has it, chooses the frequency of each slot of a fused key head.
     """
 
-    keys: Callable[[KeyMoments], Maps]
+    keys: Callable[[KeyMoments, tuple[int, ...]], Maps]
     values: Callable[[ValueMoments], Maps]
+    slots: Callable[[KeyMoments], tuple[int, ...]] | None = None
     refits_output: bool = False
     """Refit the layer's output projection jointly by least squares."""
     order_dependent: bool = False
@@ -30,14 +32,26 @@ class FusionMethod:
     lossless: bool = False
     """Exact on heads that are equal up to a function-preserving map."""
 
-    def key_maps(self, groups: Groups, moments: KeyMoments) -> HeadMaps:
+    def rotary_slots(self, groups: Groups, moments: KeyMoments) -> Groups | None:
+        """The frequency of each slot of each fused key head; None where all are in the stock order."""
+        stock = tuple(range(moments.query_energy.shape[1]))
+        choose = self.slots
+        if choose is None:
+            return None
+        slots = tuple(choose(moments.of(group)) if len(group) > 1 else stock for group in groups)
+        return None if all(head == stock for head in slots) else slots
+
+    def key_maps(self, groups: Groups, moments: KeyMoments, slots: Groups | None = None) -> HeadMaps:
         """Write and read maps of all key heads of a layer; single heads keep the identity."""
         n, frequencies = moments.query_energy.shape
-        maps = _identity(n, 2 * frequencies)
-        for group in groups:
+        maps, stock = _identity(n, 2 * frequencies), tuple(range(frequencies))
+        for i, group in enumerate(groups):
             if len(group) > 1:
-                write, read = self.keys(moments.of(group))
-                maps.write[list(group)], maps.read[list(group)] = plane_matrix(write), plane_matrix(read)
+                carried = stock if slots is None else slots[i]
+                write, read = self.keys(moments.of(group), carried)
+                select = slot_matrix(carried)
+                maps.write[list(group)] = plane_matrix(write) @ select
+                maps.read[list(group)] = select.T @ plane_matrix(read)
         return maps
 
     def value_maps(self, groups: Groups, moments: ValueMoments) -> HeadMaps:
@@ -58,5 +72,5 @@ FUSION_METHODS: dict[str, FusionMethod] = {
     "mean": FusionMethod(mean.keys, mean.values),
     "first": FusionMethod(select.first_keys, select.first_values, order_dependent=True),
     "align": FusionMethod(align.keys, align.values),
-    "subspace": FusionMethod(subspace.keys, subspace.values, refits_output=True, lossless=True),
+    "subspace": FusionMethod(subspace.keys, subspace.values, subspace.slots, refits_output=True, lossless=True),
 }

@@ -9,7 +9,7 @@ from headfuse.fusion.maps import KeyMoments, ValueMoments
 ITERATIONS = 100
 
 
-def keys(moments: KeyMoments) -> tuple[torch.Tensor, torch.Tensor]:
+def keys(moments: KeyMoments, slots: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """One unit phase per head and frequency (the rotations that commute with RoPE); factors `[g, F]`."""
     gram = moments.gram  # [F, g, g]
     g = gram.shape[-1]

@@ -83,3 +83,9 @@ def plane_matrix(c: torch.Tensor) -> torch.Tensor:
     """Multiplication by `c [..., F]` on each plane, as real `[..., d, d]` matrices: it commutes with RoPE."""
     real, imag = torch.diag_embed(c.real), torch.diag_embed(c.imag)
     return torch.cat([torch.cat([real, -imag], dim=-1), torch.cat([imag, real], dim=-1)], dim=-2)
+
+
+def slot_matrix(slots: tuple[int, ...]) -> torch.Tensor:
+    """`[d, d]`: puts the plane of frequency slots[s] into slot s; the identity for the stock order."""
+    select = torch.nn.functional.one_hot(torch.tensor(slots), len(slots)).double()
+    return torch.block_diag(select, select)

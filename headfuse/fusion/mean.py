@@ -7,7 +7,7 @@ import torch
 from headfuse.fusion.maps import KeyMoments, ValueMoments
 
 
-def keys(moments: KeyMoments) -> tuple[torch.Tensor, torch.Tensor]:
+def keys(moments: KeyMoments, slots: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Complex write and read factors `[g, F]`: 1/g and 1."""
     one = torch.ones_like(moments.query_energy, dtype=torch.complex128)
     return one / len(one), one

@@ -8,9 +8,9 @@ from headfuse.fusion import mean
 from headfuse.fusion.maps import KeyMoments, ValueMoments
 
 
-def first_keys(moments: KeyMoments) -> tuple[torch.Tensor, torch.Tensor]:
+def first_keys(moments: KeyMoments, slots: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Complex write and read factors `[g, F]`."""
-    write, read = mean.keys(moments)
+    write, read = mean.keys(moments, slots)
     return _only_first(write * len(write)), read
 
 

@@ -10,21 +10,43 @@ CUT = 1e-10
 """Eigenvalues below this share of the largest are numerical noise."""
 
 
-def keys(moments: KeyMoments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rank one per frequency, each head weighted by the energy of its queries; complex factors `[g, F]`."""
-    gram, energy = moments.gram, moments.query_energy.T  # [F, g, g], [F, g]
+def slots(moments: KeyMoments) -> tuple[int, ...]:
+    """The frequency of each of the d/2 slots of a fused head: the largest eigenvalues over all frequencies and ranks.
+
+    Strong frequencies get several slots, weak ones none (math.md 2, rotary slots).
+    """
+    eigenvalues = torch.linalg.eigvalsh(_weighted(moments)).flip(1)  # [F, g], falling
+    frequencies, ranks = eigenvalues.shape
+    order = sorted(
+        ((f, r) for f in range(frequencies) for r in range(ranks)),
+        key=lambda c: (-float(eigenvalues[c]), c[1], c[0]),
+    )
+    return tuple(sorted(f for f, _ in order[:frequencies]))
+
+
+def keys(moments: KeyMoments, slots: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best components of each slot's frequency, heads weighted by their queries' energy; factors `[g, slots]`."""
+    index = torch.tensor(slots)
+    rank = torch.tensor([slots[:i].count(f) for i, f in enumerate(slots)])  # a frequency's slots take its ranks in turn
+    energy = moments.query_energy.T  # [F, g]
+    eigenvalues, vectors = torch.linalg.eigh(_weighted(moments))
+    top = eigenvalues[index, -1 - rank].clamp_min(0)[:, None]  # [S, 1]
+    u, gram, energy = vectors[index, :, -1 - rank], moments.gram[index], energy[index]
     weight = energy.sqrt()
-    weighted = weight[:, :, None] * gram * weight[:, None, :]
-    eigenvalues, vectors = torch.linalg.eigh(weighted)
-    top, u = eigenvalues[:, -1:].clamp_min(0), vectors[:, :, -1]  # [F, 1], [F, g]
     write = u.conj() * weight  # s = sum_j conj(u_j) a_j k_j has energy `top`
-    read = torch.einsum("fji,fi->fj", gram, weight * u) / top.clamp_min(1e-300)  # regression of k_j on s
-    live = top > CUT * top.max()
+    read = torch.einsum("sji,si->sj", gram, weight * u) / top.clamp_min(1e-300)  # regression of k_j on s
+    live = top > CUT * eigenvalues.max()
     scale = ((read.abs().square() * energy).sum(1, keepdim=True) / energy.sum(1, keepdim=True).clamp_min(1e-300)).sqrt()
     scale = torch.where(live, scale, torch.ones_like(scale)).clamp_min(1e-150)
     write = torch.where(live, write * scale, torch.zeros_like(write))
     read = torch.where(live, read / scale, torch.zeros_like(read))
     return write.T.contiguous(), read.T.contiguous()
+
+
+def _weighted(moments: KeyMoments) -> torch.Tensor:
+    """The Gram matrices `[F, g, g]` of a_j k_j."""
+    weight = moments.query_energy.T.sqrt()
+    return weight[:, :, None] * moments.gram * weight[:, None, :]
 
 
 def values(moments: ValueMoments) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
     from headfuse.modeling import AUTO_MAP
 
     budget = plan.head_budget
+    slots = [layer.rotary_slots and [list(head) for head in layer.rotary_slots] for layer in plan.layers]
     return {
         "model_type": "headfuse",
         "architectures": ["HeadfuseForCausalLM"],
@@ -24,13 +25,10 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
         "num_value_heads": list(budget.value_heads),
         "key_head_of_query": [head_of_query(layer.key_groups, plan.heads) for layer in plan.layers],
         "value_head_of_query": [head_of_query(layer.value_groups, plan.heads) for layer in plan.layers],
-        "rotary_slots": None,
+        "rotary_slots": None if all(table is None for table in slots) else slots,
     }
 
 
 def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
     """Nothing to move: the maps are in the config."""
     return weights
-
-
-restore = arrange

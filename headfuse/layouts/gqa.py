@@ -20,13 +20,3 @@ def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> At
     if weights.query_bias is not None:
         weights.query_bias = weights.query_bias[order]
     return weights
-
-
-def restore(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
-    """The inverse of `arrange`."""
-    order = query_order(layer.key_groups, plan.heads)
-    back = sorted(range(len(order)), key=order.__getitem__)
-    weights.query, weights.output = weights.query[back], weights.output[:, back]
-    if weights.query_bias is not None:
-        weights.query_bias = weights.query_bias[back]
-    return weights

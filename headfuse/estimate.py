@@ -1,0 +1,71 @@
+"""What a conversion will cost, from headers alone: `headfuse fuse --dry-run`."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from headfuse.calibration import MAX_ROWS, START_LENGTH, STARTS_PER_WINDOW
+from headfuse.config import FuseConfig
+from headfuse.loading import pick_device
+from headfuse.planning import SURVEYED
+from headfuse.source import Source
+
+LIBRARIES = 450 * 10**6
+"""Bytes that the process takes with its libraries loaded."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory in bytes and time in seconds."""
+
+    memory_bytes: int
+    seconds: float
+
+
+def estimate(source: Source, config: FuseConfig, device: str = "auto") -> Estimate:
+    """Count what convert.py holds at once and multiplies, at the speed of a matrix product measured here.
+
+    Args:
+        source: the opened source.
+        config: the options of the conversion.
+        device: as for `fuse`.
+    """
+    heads, calibration = source.heads, config.calibration
+    length, width, d = calibration.sequence_length, heads.hidden_size, heads.head_dim
+    held_out = round(calibration.samples * calibration.held_out) * length
+    seen = calibration.samples * length - held_out
+    seen += seen // length * STARTS_PER_WINDOW * START_LENGTH
+    layers, queries, pairs = heads.num_hidden_layers, heads.num_attention_heads * d, heads.num_key_value_heads * d
+    outer = sum(math.prod(s) for name, s in source.checkpoint.shapes.items() if ".layers." not in name)
+    layer = (sum(map(math.prod, source.checkpoint.shapes.values())) - outer) // layers
+    head = source.config.vocab_size * width
+
+    hidden = 2 * (seen + 2 * held_out) * width  # input and output of a layer
+    captures = seen * (2 * queries + 2 * pairs)
+    attention = 4 * heads.num_attention_heads * length**2 + length * source.config.vocab_size
+    statistics = 2 * (3 * queries**2 + 4 * pairs**2)  # float64
+    memory = LIBRARIES + 4 * (outer + 2 * layer + hidden + captures + attention + statistics)
+
+    once = 2 * layer * layers + 4 * queries * length * layers  # of one token through all layers
+    per_token = 2 * queries * (queries + 2 * width) + 4 * queries * length  # refit of one layer
+    rows = min(seen * heads.num_attention_heads, max(MAX_ROWS, 16 * pairs))
+    moments = rows * (2 * length * pairs + 4 * pairs**2) + 30 * pairs**3  # float64 counts twice
+    passes = seen + 2 * held_out + seen * SURVEYED
+    work = passes * once + layers * (seen * per_token + 2 * moments) + 2 * 2 * held_out * head
+    return Estimate(int(memory), work / _speed(device) + source.checkpoint.nbytes / 5e8 + 5)
+
+
+def _speed(device: str) -> float:
+    """Floating-point operations per second of a float32 matrix product of a layer's size."""
+    a = torch.ones(512, 1024, device=pick_device(device))
+    b = torch.ones(1024, 1024, device=a.device)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ b)[0, 0])  # reading one number waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.numel() * b.shape[1] / best
