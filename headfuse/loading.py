@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, read_config, resolve_model
 from headfuse.errors import CheckpointError, ConfigError
 
-
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -9,7 +10,8 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +278,18 @@ def test_bad_jsonl(model: Path, tmp_path: Path, content: str) -> None:
     assert "data.jsonl" in refused(tmp_path / "out", model, "--data", tmp_path / "data.jsonl", "--sequence-length", 32)
 
 
+def test_bad_data_folders_and_kinds(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.csv").write_text("the head")
+    (tmp_path / "text.parquet").write_bytes(b"PAR1 garbage PAR1")
+    out, small = tmp_path / "out", ("--sequence-length", 32)
+    assert "holds no" in refused(out, model, "--data", tmp_path / "empty", *small)
+    assert "rename or convert" in refused(out, model, "--data", tmp_path / "text.csv", *small)
+    assert "parquet" in refused(out, model, "--data", tmp_path / "text.parquet", *small)
+    (tmp_path / "lines.jsonl").write_text("\n\n")
+    assert "no text" in refused(out, model, "--data", tmp_path / "lines.jsonl", *small)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -292,15 +306,33 @@ def test_bad_jsonl(model: Path, tmp_path: Path, content: str) -> None:
         ("layout: gqa\nbudget: {total: 0.75, keep_layers: [0]}", ["gqa"]),
         ("calibration: {held_out: 1}", ["held_out"]),
         ("calibration: {samples: 1}", ["samples"]),
-        ("- a list", ["mapping"]),
-        ("a: [", ["not valid YAML"]),
-        ("!!python/object/apply:os.system ['true']", ["not valid YAML"]),
+        ("budget: {total: 0}", ["out of range"]),
+        ("budget: {total: abc}", ["not a number"]),
+        ("budget: {allocator: unifrom}", ["'uniform'"]),
+        ("layout: gpa\nmethod: 3\nseed: -1", ["layout", "method", "seed"]),
     ],
 )  # fmt: skip
 def test_bad_yaml(model: Path, tmp_path: Path, text: str, expected: list[str]) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     message = refused(tmp_path / "out", model, "--config", tmp_path / "bad.yaml", "--data", tmp_path / "text.txt")
     assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a list", "mapping"),
+        ("a: [", "not valid YAML"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_yaml_of_options(model: Path, tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    message = run("fuse", model, "-o", tmp_path / "out", "--config", tmp_path / "bad.yaml", code=1)
+    assert "bad.yaml" in message
+    assert expected in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_packaged_config(model: Path, tmp_path: Path) -> None:
@@ -345,18 +377,37 @@ def test_bad_plans(model: Path, tmp_path: Path) -> None:
         damage(content)
         plan.write_text(json.dumps(content))
         assert expected in refused(tmp_path / "out", model, "--plan", plan)
+    other = json.loads(text)
+    other["heads"].update(num_key_value_heads=2)
+    for layer in other["layers"]:
+        layer.update(key_groups=[[0, 1]], value_groups=[[0, 1]])
+    plan.write_text(json.dumps(other))
+    assert "another shape" in refused(tmp_path / "out", model, "--plan", plan)
     plan.write_text("{")
     assert "plan.json" in refused(tmp_path / "out", model, "--plan", plan)
     assert "no such file" in refused(tmp_path / "out", model, "--plan", tmp_path / "none.json")
 
 
-def test_hub_ids_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
-    done = command("fuse", "nobody/nothing", "-o", tmp_path / "out", env=environment)
-    assert done.returncode == 1
-    assert "HF_HUB_OFFLINE" in done.stderr
+def test_a_model_and_a_dataset_of_the_hub_offline(model: Path, tmp_path: Path) -> None:
+    """In a process of its own: the libraries read HF_HUB_OFFLINE when they are imported."""
+    code = f"""
+from headfuse.cli import app
+for args in (["nobody/nothing"], [{str(model)!r}, "--data", "nobody/nothing", "--sequence-length", "32"]):
+    try:
+        app(["fuse", *args, "-o", {str(tmp_path / "out")!r}, "--json"])
+    except SystemExit as end:
+        assert end.code == 1
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    for line in done.stdout.splitlines():
+        error = json.loads(line)["error"]
+        assert error["where"] == "nobody/nothing"
+        assert "HF_HUB_OFFLINE" in error["fix"]
+        assert "unexpected" not in error["what"]
+    assert len(done.stdout.splitlines()) == 2
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -382,73 +433,248 @@ def test_overwrite_replaces_a_model(model: Path, tmp_path: Path) -> None:
     assert not out.with_name("out.partial").exists()
 
 
-def test_the_source_is_never_the_output(model: Path, tmp_path: Path) -> None:
-    before = {file.name: file.read_bytes() for file in model.iterdir()}
-    for out in (model, tmp_path / "x/../model", model / "inside", tmp_path):
-        message = run("fuse", model, "-o", out, "--overwrite", "--data", tmp_path / "text.txt", code=1)
-        assert "source" in message
-        assert {file.name: file.read_bytes() for file in model.iterdir()} == before
-    link = tmp_path / "link"
-    link.symlink_to(model)
-    assert "source" in run("fuse", model, "-o", link, "--overwrite", code=1)
+@pytest.fixture
+def untouched(model: Path) -> Iterator[None]:
+    """The source is byte for byte what it was."""
+    before = {path: path.read_bytes() for path in sorted(model.iterdir())}
+    yield
+    assert {path: path.read_bytes() for path in sorted(model.iterdir())} == before
+
+
+OUTPUTS: dict[str, Callable[[Path], Path]] = {
+    "the source": lambda model: model,
+    "the source, spelt otherwise": lambda model: model.parent / "elsewhere/../model",
+    "inside the source": lambda model: model / "inside",
+    "deep inside the source": lambda model: model / "deep/inside",
+    "around the source": lambda model: model.parent,
+    "a link to the source": lambda model: link(model.parent / "link", model),
+    "inside a link to the source": lambda model: link(model.parent / "link", model) / "inside",
+    "a name whose .partial is the source": lambda model: link(model.parent / "other.partial", model).with_suffix(""),
+}
+
+
+def link(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("command", ["fuse", "uptrain", "analyze"])
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_the_source_is_never_the_output(model: Path, name: str, options: tuple[str, ...], command: str) -> None:
+    out = OUTPUTS[name](model)
+    more = ("--loss", "ce", "--tokens", 64) if command == "uptrain" else ()
+    data = ("--data", model.parent / "text.txt", "--sequence-length", 32)
+    message = run(command, model, "-o", out, *options, *data, *more, code=1)
+    assert "a source is never touched" in message
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_source_with_the_name_of_the_partial_folder(model: Path, tmp_path: Path) -> None:
+    source = model.rename(tmp_path / "other.partial")
+    for options in ([], ["--overwrite"], ["--resume"]):
+        message = run("fuse", source, "-o", tmp_path / "other", *options, code=1)
+        assert "a source is never touched" in message
+    source.rename(model)
+
+
+def test_the_working_folder_as_output(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.` has no name; with --overwrite it must not take away whatever lies there."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/mine").write_text("mine")
+    monkeypatch.chdir(tmp_path / "work")
+    for out in (".", "", "./"):
+        assert "already exists" in run("fuse", model, "-o", out, code=1)
+        assert "move it away" in run("fuse", model, "-o", out, "--overwrite", code=1)
+    assert (tmp_path / "work/mine").read_text() == "mine"
 
 
 def test_outputs_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    data = ("--data", tmp_path / "text.txt", "--samples", 4, "--sequence-length", 32)
-    assert "cannot be written" in run("fuse", model, "-o", tmp_path / "file/out", *data, code=1)
-    assert "cannot be written" in run("fuse", model, "-o", "/proc/nowhere/out", *data, code=1)
+    data = ("--data", tmp_path / "text.txt", *SMALL)
+    assert "cannot be written" in refused(tmp_path / "file/out", model, *data)
+    assert "cannot be written" in refused(Path("/proc/nowhere/out"), model, *data)
+    assert "File name too long" in run("fuse", model, "-o", tmp_path / ("x" * 300), *data, code=1)
 
 
-def test_json_reports_a_failure_in_one_document(model: Path, tmp_path: Path) -> None:
-    (model / "config.json").unlink()
-    done = command("fuse", model, "-o", tmp_path / "out", "--json")
-    document = json.loads(done.stdout)
-    assert done.returncode == 1
-    assert document["output"] is None
-    assert document["error"]["where"].endswith("config.json")
-    assert document["error"]["fix"]
+@pytest.fixture
+def guarded() -> Iterator[Path]:
+    """A folder that this user may search but not write to; root becomes nobody for the time."""
+    folder = Path(tempfile.mkdtemp(prefix="headfuse-", dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
-def command(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    line = [sys.executable, "-m", "headfuse.cli", *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, **kwargs)
+@contextlib.contextmanager
+def unprivileged(folder: Path) -> Iterator[None]:
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
 
 
-@pytest.mark.parametrize("limit", [50_000, 8_000])
-def test_full_disk_by_file_size_limit(model: Path, tmp_path: Path, limit: int) -> None:
-    small = model / "tokenizer.json"
-    if limit < 50_000:  # let the weights pass and a file beside them fail
-        limit = (model / "model.safetensors").stat().st_size + 4096
-        content = json.loads(small.read_text())
-        small.write_text(json.dumps(content) + " " * (2 * limit))
-    done = command(
-        "fuse", model, "-o", tmp_path / "out", "--data", tmp_path / "text.txt", "--samples", 4,
-        "--sequence-length", 32, "--budget", 1,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+@pytest.mark.parametrize("closed", ["output", "model", "config.json", "model.safetensors", "text.txt", "plan.json"])
+def test_missing_permissions(pristine: Path, guarded: Path, closed: str) -> None:
+    model, text = shutil.copytree(pristine, guarded / "model"), guarded / "text.txt"
+    shutil.copy(pristine.parent / "text.txt", text)
+    data = ("--data", text, *SMALL)
+    (guarded / "plan.json").write_text("{}")
+    places = {"model": model, "text.txt": text, "plan.json": guarded / "plan.json", "output": guarded}
+    place = places.get(closed, model / closed)
+    if closed != "output":
+        place.chmod(0o000)
+    with unprivileged(guarded):
+        message = refused(guarded / "out", model, *data, *(("--plan", place) if closed == "plan.json" else ()))
+    assert "ermission" in message
+    assert str(guarded / "out" if closed == "output" else place) in message
+    place.chmod(0o755)
+
+
+def test_a_failure_that_nobody_foresaw_is_one_message(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("headfuse.convert.make_plan", fail)
+    line = ["fuse", str(model), "-o", str(tmp_path / "out"), "--data", str(tmp_path / "text.txt"), *map(str, SMALL)]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: unexpected ZeroDivisionError: division by zero\n  ")
+    assert "--verbose" in result.output
+    assert isinstance(CliRunner().invoke(app, [*line, "--verbose"]).exception, ZeroDivisionError)
+    result = CliRunner().invoke(app, [*line, "--json"])
+    assert "ZeroDivisionError" in json.loads(result.stdout)["error"]["what"]
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("args", [("--nosuch",), ("--samples", "x"), ("--samples", "1"), ("--device", "abacus")])
+def test_usage_errors_in_json(model: Path, tmp_path: Path, args: tuple[str, ...]) -> None:
+    assert args[0] in refused(tmp_path / "out", model, *args, code=2)
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+@contextlib.contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """No file of this process may grow beyond it, as on a disk that is full: writing fails with EFBIG."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "headfuse.cli", "fuse", model, "-o", tmp_path / "out", "--json"]
+    done = subprocess.run(
+        [*map(str, line), "--data", str(tmp_path / "text.txt"), *map(str, SMALL)],
+        capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert "cannot be written" in done.stderr
+    assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+    assert "cannot be written" in json.loads(done.stdout)["error"]["what"]
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_full_disk_before_the_weights(model: Path, tmp_path: Path) -> None:
+    with file_size_limit(50_000):
+        assert "ulimit" in refused(tmp_path / "out", model, "--data", tmp_path / "text.txt", *SMALL)
+
+
+def test_full_disk_while_companions_are_copied(model: Path, tmp_path: Path) -> None:
+    """The weights fit, a file beside them does not; what is done can go on when there is space."""
+    size = (model / "model.safetensors").stat().st_size + 4096
+    (model / "LICENSE").write_text("licence\n" * size)
+    data = ("--data", tmp_path / "text.txt", *SMALL)
+    with file_size_limit(size):
+        message = run("fuse", model, "-o", tmp_path / "out", *data, code=1)
+    assert "cannot be written" in message
+    assert "--resume" in message
+    assert "Traceback" not in message
     assert not (tmp_path / "out").exists()
+    run("fuse", model, "-o", tmp_path / "out", *data, "--resume")
+    assert (tmp_path / "out/LICENSE").read_bytes() == (model / "LICENSE").read_bytes()
 
 
-def test_full_disk_on_a_small_file_system(model: Path, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    try:
-        done = command(
-            "fuse", model, "-o", small / "out", "--data", tmp_path / "text.txt", "--samples", 4,
-            "--sequence-length", 32, "--budget", 1,
-        )  # fmt: skip
-        assert done.returncode == 1
-        assert "free some space" in done.stderr
-        assert not list(small.iterdir())
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+def test_full_disk_while_analyze_writes(model: Path, tmp_path: Path) -> None:
+    with file_size_limit(1000):
+        message = refused(tmp_path / "out", model, "--data", tmp_path / "text.txt", *SMALL, command="analyze")
+    assert "cannot be written" in message
+
+
+PAGE = 4096
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A file system of so many pages; a second call changes its size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def mount(pages: int) -> Path:
+        nonlocal mounted
+        option = f"{'remount,' * mounted}size={pages * PAGE}"
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(folder)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"mounting a small file system is not permitted here: {done.stderr.strip()}")
+        mounted = True
+        return folder
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_at_every_size(model: Path, tmp_path: Path, small_disk: Callable[[int], Path]) -> None:
+    """From too small for the weights up to one page short: whichever file is the one that fails, nothing is half done.
+
+    Where the weights were laid out, `--resume` completes the run once there is space.
+    """
+    data = ("--data", tmp_path / "text.txt", *SMALL)
+    run("fuse", model, "-o", tmp_path / "whole", *data)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    weights = -(-len(files["model.safetensors"]) // PAGE)
+    outcomes = set()
+    for pages in range(weights - 1, weights + 100):
+        disk = small_disk(pages)
+        result = CliRunner().invoke(app, ["fuse", str(model), "-o", str(disk / "out"), *map(str, data)])
+        if result.exit_code == 0:
+            break
+        assert result.exit_code == 1, result.output
+        assert "No space left" in result.output
+        assert "free some space" in result.output
+        assert "Traceback" not in result.output
+        assert not (disk / "out").exists()
+        resumable = (disk / "out.partial/resume.json").exists()
+        assert resumable == ("--resume" in result.output)
+        assert resumable == (disk / "out.partial").exists()
+        present = {file.name for file in (disk / "out.partial").iterdir()} if resumable else set()
+        outcomes.add(frozenset(present & files.keys()))
+        if resumable:
+            small_disk(weights + 100)
+            run("fuse", model, "-o", disk / "out", *data, "--resume")
+            assert {file.name: file.read_bytes() for file in (disk / "out").iterdir()} == files
+            shutil.rmtree(disk / "out")
+    else:
+        pytest.fail("never large enough")
+    for name in ("config.json", "tokenizer.json"):
+        assert any(name in present for present in outcomes), "no failure was after this file was begun"
+    assert frozenset() in outcomes, "no failure was before the weights"
+    assert len(outcomes) >= 4
