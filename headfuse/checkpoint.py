@@ -209,6 +209,8 @@ class Checkpoint:
     def _open(self, file: str) -> Any:
         if file not in self._handles:
             try:
+                with (self.folder / file).open("rb"):  # safetensors calls every file that it cannot open missing
+                    pass
                 self._handles[file] = safe_open(self.folder / file, framework="pt")
             except OSError as error:
                 reason = error.strerror or str(error)

@@ -178,11 +178,18 @@ def _text_field(record: Any, where: str) -> str:
     return record["text"].encode("utf-8", "replace").decode("utf-8")  # a lone surrogate escape becomes "?"
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
-    from datasets import load_dataset
+def _load_dataset(*args: Any, **kwargs: Any) -> Iterable[Any]:
+    """The rows of a dataset, as they come."""
+    import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it raises, too: one message is enough
+    rows: Iterable[Any] = datasets.load_dataset(*args, **kwargs, streaming=True)
+    return rows
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
     try:
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        rows = _load_dataset("parquet", data_files=str(path), split="train")
         for number, row in enumerate(rows, 1):
             yield _text_field(row, f"{path}, row {number}")
     except DataError:
@@ -194,10 +201,8 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 def _read_hub(data: str, name: str, config: str | None, split: str) -> Iterator[str]:
-    from datasets import load_dataset
-
     try:
-        rows = load_dataset(name, config, split=split, streaming=True)
+        rows = _load_dataset(name, config, split=split)
         for number, row in enumerate(rows, 1):
             yield _text_field(row, f"{data}, row {number}")
     except DataError:

@@ -527,6 +527,8 @@ def test_missing_permissions(pristine: Path, guarded: Path, closed: str) -> None
     shutil.copy(pristine.parent / "text.txt", text)
     data = ("--data", text, *SMALL)
     (guarded / "plan.json").write_text("{}")
+    for file in model.iterdir():
+        file.chmod(0o644)
     places = {"model": model, "text.txt": text, "plan.json": guarded / "plan.json", "output": guarded}
     place = places.get(closed, model / closed)
     if closed != "output":
