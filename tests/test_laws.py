@@ -35,6 +35,10 @@ query_heads = pytest.mark.parametrize("query_heads", [4, 8], ids=["mha", "gqa"])
 lossless = [name for name, method in FUSION_METHODS.items() if method.lossless]
 
 
+def read_plan(folder: Path) -> FusionPlan:
+    return FusionPlan.from_json((folder / "plan.json").read_text())
+
+
 # 1
 @layouts
 @pytest.mark.parametrize(
@@ -102,6 +106,23 @@ def test_planted_groups_of_unequal_sizes_are_lossless(
     plant(model, keys, values)
     document = fuse(model, tmp_path / "out", "--budget", "1/2", "--method", method)
     assert (document["key_heads"], document["value_heads"]) == ([len(keys)] * 2, [len(values)] * 2)
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [name for name in lossless if FUSION_METHODS[name].slots is not None])
+def test_unrelated_keys_of_half_the_frequencies_share_one_head(tmp_path: Path, method: str) -> None:
+    """Two heads that leave half of the rotary planes empty fill the slots of one head, two slots a frequency."""
+    model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
+
+    def change(attention: Any) -> None:
+        for heads in by_head(attention.k_proj):
+            heads[:2, [0, 2, 4, 6]] = 0  # planes 0 and 2 of heads 0 and 1; plane f is (f, f + 4)
+
+    edit_heads(model, change)
+    (tmp_path / "options.yaml").write_text(f"budget: {{key_heads: [3, 3], value_heads: [4, 4]}}\nmethod: {method}\n")
+    fuse(model, tmp_path / "out", "--config", tmp_path / "options.yaml")
+    assert [layer.key_groups[0] for layer in read_plan(tmp_path / "out").layers] == [(0, 1)] * 2
+    assert json.loads((tmp_path / "out/config.json").read_text())["rotary_slots"][0][0] == [1, 1, 3, 3]
     torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=1e-5, atol=1e-5)
 
 
@@ -262,7 +283,7 @@ def test_saved_folder_reloads_and_its_cache_is_the_promised_one(tmp_path: Path, 
     assert [layer.keys.shape[1] for layer in cache.layers] == document["key_heads"]
     assert [layer.values.shape[1] for layer in cache.layers] == document["value_heads"]
     nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    plan = FusionPlan.from_json((tmp_path / "out/plan.json").read_text())
+    plan = read_plan(tmp_path / "out")
     assert nbytes == 12 * plan.kv_bytes_per_token(4) == 12 * document["kv_bytes_per_token"]["after"]
     assert document["kv_bytes_per_token"]["after"] / document["kv_bytes_per_token"]["before"] == document["kv_ratio"]
 
@@ -380,7 +401,7 @@ def test_runs_are_reproducible_from_seed_plan_and_yaml(
 ) -> None:
     model, out = tiny_model(tmp_path / "model"), tmp_path / "out"
     fuse(model, out, "--budget", "0.5", "--layout", layout)
-    plan = FusionPlan.from_json((out / "plan.json").read_text())
+    plan = read_plan(out)
     assert FusionPlan.from_json(plan.to_json()) == plan
     fuse(model, tmp_path / "seed", "--budget", "0.5", "--layout", layout)
     fuse(model, tmp_path / "plan", "--budget", "0.5", "--plan", out / "plan.json")
