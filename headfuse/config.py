@@ -14,9 +14,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from headfuse.budget import ALLOCATORS, BudgetRules, parse_budget
 from headfuse.errors import ConfigError
+from headfuse.grouping import GROUPERS
 from headfuse.plan import Layout
 
 METHODS = ("mean", "first", "align", "subspace")
+"""The names in FUSION_METHODS, written out because that table needs torch."""
 
 
 def _one_of(*names: str) -> AfterValidator:
@@ -111,7 +113,7 @@ class FuseConfig(_Strict):
 
     budget: BudgetConfig = BudgetConfig()
     method: Annotated[str, _one_of(*METHODS)] = "subspace"
-    grouping: Annotated[str, _one_of("cluster", "neighbours")] = "cluster"
+    grouping: Annotated[str, _one_of(*GROUPERS)] = "cluster"
     layout: Layout = "decoupled"
     preset: Literal["fast"] = "fast"
     calibration: CalibrationConfig = CalibrationConfig()
