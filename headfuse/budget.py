@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,8 +22,11 @@ def parse_budget(text: str) -> Fraction:
     Raises:
         ValueError: unless it is a number above 0 and at most 1.
     """
+    text = str(text).strip()
     try:
-        value = Fraction(str(text).strip())
+        if len(text) > 40 or re.search(r"[eE][-+]?\d{3}", text):  # 1e-999999999 is a fraction of a gigabyte
+            raise ValueError
+        value = Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{text!r} is not a number: write a decimal or a fraction, like 0.25 or 1/4") from None
     if not 0 < value <= 1:

@@ -95,14 +95,12 @@ class LossName(str, Enum):
 
 
 def _budget(text: str) -> str:
-    from fractions import Fraction
+    from headfuse.budget import parse_budget
 
     try:
-        value = Fraction(text.strip())
-    except (ValueError, ZeroDivisionError):
-        raise typer.BadParameter(f"{text!r} is not a number: write a decimal or a fraction, like 0.25 or 1/4") from None
-    if not 0 < value <= 1:
-        raise typer.BadParameter(f"{text} is out of range: kept KV bytes over the source's, above 0 and at most 1")
+        parse_budget(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     return text.strip()
 
 

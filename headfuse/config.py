@@ -176,15 +176,16 @@ def _read_yaml(name: str) -> dict[str, Any]:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot be read: {error}", where=name) from None
+            raise ConfigError(f"cannot be read: {error}", where=name, fix="give a YAML file in UTF-8") from None
     try:
         raw = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"is not valid YAML: {' '.join(str(error).split())}", where=name) from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"is not valid YAML: {reason}", where=name, fix="see the README for an example") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError("must hold a mapping of options", where=name)
+        raise ConfigError("must hold a mapping of options", where=name, fix="see the README for an example")
     return raw
 
 

@@ -348,7 +348,7 @@ def test_unknown_packaged_config(model: Path, tmp_path: Path) -> None:
     assert "headfuse-25" in refused(tmp_path / "out", model, "--config", "headfuse-26")
 
 
-@pytest.mark.parametrize("budget", ["0", "-1", "1.5", "nan", "inf", "abc", "", "1/0"])
+@pytest.mark.parametrize("budget", ["0", "-1", "1.5", "nan", "inf", "abc", "", "1/0", "1e-999999999"])
 def test_bad_budgets_are_usage_errors(model: Path, tmp_path: Path, budget: str) -> None:
     assert "--budget" in refused(tmp_path / "out", model, f"--budget={budget}", code=2)
 
