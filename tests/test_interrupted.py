@@ -78,7 +78,9 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         line = [sys.executable, "-m", "headfuse.cli", *place.line(*args)]
         deadline = time.monotonic() + PATIENCE
         while True:
-            process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(
+                line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+            )
             processes.append(process)
             while process.poll() is None and layers_done(place) < 2:
                 assert time.monotonic() < deadline
@@ -94,6 +96,11 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in processes:
         process.kill()
         process.communicate()
+
+
+def heed_ctrl_c() -> None:
+    """A shell that starts the tests in the background has its children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def layers_done(place: Workplace) -> int:
