@@ -28,7 +28,7 @@ def fused_card(source: Source, result: FuseResult) -> str:
     if result.nll_before is not None and result.nll_after is not None:
         lines += [
             f"| NLL per token, held-out calibration text | {result.nll_before:.4f} | {result.nll_after:.4f} |",
-            f"| perplexity | {math.exp(result.nll_before):.2f} | {math.exp(min(result.nll_after, 50)):.2f} |",
+            f"| perplexity | {_perplexity(result.nll_before)} | {_perplexity(result.nll_after)} |",
         ]
     lines += [
         "",
@@ -39,6 +39,11 @@ def fused_card(source: Source, result: FuseResult) -> str:
         *rows,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _perplexity(nll: float) -> str:
+    """The figure, unless it is so large that it says nothing, or is beyond a float."""
+    return f"{math.exp(nll):.2f}" if nll < 20 else "above 10^8"
 
 
 def _licence(source: Source) -> list[str]:

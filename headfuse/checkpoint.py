@@ -68,6 +68,8 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: when there is no such folder and no such repository can be reached.
     """
+    if not name:  # Path("") would be the working directory: an unset variable of a script
+        raise CheckpointError("the model's name is empty", where="MODEL", fix="give a model folder or a hub id")
     folder = Path(name)
     try:
         if folder.is_dir():

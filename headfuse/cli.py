@@ -136,7 +136,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupte
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed.")]
 Device = Annotated[DeviceName, typer.Option(help="Where to compute.")]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype of the written weights; default the source's.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more; tracebacks of unexpected errors.")]

@@ -125,7 +125,7 @@ class FuseConfig(_Strict):
         if Path(self.calibration.data).is_absolute():
             data["calibration"]["data"] = Path(self.calibration.data).name
         if self.budget.rules.total is None:
-            del data["budget"]["total"]
+            data["budget"].pop("total", None)
         return yaml.safe_dump(data, sort_keys=False)
 
 
@@ -158,6 +158,18 @@ def load_config(name: str | None, overrides: Mapping[str, Any]) -> FuseConfig:
         ) from None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without keys that are there twice, of which the plain loader drops the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
@@ -168,9 +180,8 @@ def _read_yaml(name: str) -> dict[str, Any]:
                 for p in (resources.files("headfuse") / "data").iterdir()
                 if p.name.endswith(".yaml")
             )
-            raise ConfigError(
-                "no such config", where=name, fix=f"give a YAML file or a packaged name: {', '.join(names)}"
-            )
+            fix = f"give a YAML file or a packaged name: {', '.join(names)}"
+            raise ConfigError("no such config", where=name or "--config", fix=fix)
         text = packaged.read_text(encoding="utf-8")
     else:
         try:
@@ -178,8 +189,8 @@ def _read_yaml(name: str) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot be read: {error}", where=name, fix="give a YAML file in UTF-8") from None
     try:
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        raw = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
         reason = " ".join(str(error).split())
         raise ConfigError(f"is not valid YAML: {reason}", where=name, fix="see the README for an example") from None
     if raw is None:

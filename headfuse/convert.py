@@ -35,7 +35,7 @@ from headfuse.guard import WrittenLayers
 from headfuse.layouts import LAYOUTS
 from headfuse.loading import pick_device
 from headfuse.plan import FusionPlan
-from headfuse.planning import Progress, check_budget, make_plan, reviewed_plan, survey
+from headfuse.planning import Progress, adopt, check_budget, make_plan, reviewed_plan, survey
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel, ignorable
 
@@ -84,11 +84,15 @@ def fuse(
     """
     config = config or FuseConfig()
     source = Source.open(model, trust_remote_code)
-    output = output or default_output(model, source, config)
+    ready = None
+    if plan is not None:
+        ready, config = reviewed_plan(plan, source, config)
+    output = output or default_output(model, source, config, ready)
     place: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "reads": [source.folder]}
     check_output(output, **place)
-    check_budget(config, source.heads)
-    ready = None if plan is None else reviewed_plan(plan, source)
+    ready = ready and adopt(ready, source)
+    if ready is None:
+        check_budget(config, source.heads)
     text = source.calibration_text(config, trust_remote_code)
     options = {
         "headfuse": headfuse.__version__,
@@ -110,10 +114,11 @@ def fuse(
     return result
 
 
-def default_output(model: str, source: Source, config: FuseConfig) -> Path:
+def default_output(model: str, source: Source, config: FuseConfig, plan: FusionPlan | None = None) -> Path:
     """`<model>-headfuse-<budget>` beside the model; in the working directory for a hub id."""
+    label = config.budget.label if plan is None else f"{plan.kv_ratio:.4g}"
     parent = Path(model).resolve().parent if Path(model).exists() else Path.cwd()
-    return parent / f"{source.name.rsplit('/')[-1]}-headfuse-{config.budget.label}"
+    return parent / f"{source.name.rsplit('/')[-1]}-headfuse-{label}"
 
 
 def _convert(

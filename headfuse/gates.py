@@ -69,7 +69,7 @@ def read_gates(text: str) -> list[Gate]:
         else:
             content = path.read_text(encoding="utf-8")
         raw = yaml.safe_load(content)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise ConfigError(
             f"cannot be read as gates: {reason}", where=text, fix='give a YAML file or gates such as "ppl_ratio<=1.05"'

@@ -68,7 +68,7 @@ class Source:
         windows = token_windows(
             documents, tokenizer, calibration.sequence_length, calibration.samples, required=2, where=calibration.data
         )
-        if windows.max() >= self.config.vocab_size:
+        if int(windows.max()) >= self.config.vocab_size:  # as integers: a damaged size may be beyond int64
             raise CheckpointError(
                 "the tokenizer has more tokens than the model", where=self.folder, fix="use the model's own tokenizer"
             )

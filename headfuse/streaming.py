@@ -112,6 +112,11 @@ class StreamedModel:
             if name in expected and shape != expected[name]
         ]
         problems += [
+            f"{name} holds {str(dtype).removeprefix('torch.')} numbers, not weights"
+            for name, dtype in self.checkpoint.dtypes.items()
+            if name in expected and not dtype.is_floating_point
+        ]
+        problems += [
             f"{name} is not in the model of config.json"
             for name in self.checkpoint.shapes
             if name not in expected and not ignorable(name)

@@ -90,6 +90,8 @@ def cut(text: str, limit: int) -> Iterator[str]:
 
 def _open(data: str) -> Iterator[str]:
     path = Path(data)
+    if not data:  # Path("") would be the working directory: an unset variable of a script
+        raise DataError("the name of the text is empty", where="--data", fix="give a text file, or leave it out")
     if data == DEFAULT_DATA:
         return _packaged()
     if path.is_dir():
@@ -282,7 +284,8 @@ def _token_lists(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -
         if number:
             if tokenizer.eos_token_id is None:
                 fix = "give one .txt file, or set eos_token in tokenizer_config.json"
-                raise DataError("the tokenizer has no EOS token to join documents with", fix=fix)
+                where = tokenizer.name_or_path
+                raise DataError("the tokenizer has no EOS token to join documents with", where=where, fix=fix)
             yield [tokenizer.eos_token_id]
         for piece in cut(document, _TOKENISED_CHARACTERS):
             yield tokenizer(piece, add_special_tokens=False, verbose=False).input_ids

@@ -16,7 +16,8 @@ headfuse analyze $model --budget 0.25 --data $seen --samples 16 --output $out/an
 headfuse fuse $model --budget 0.25 --layout gqa --method mean --grouping neighbours --data $seen --samples 16 \
     --output $out/mean --overwrite --quiet
 headfuse fuse $model --budget 0.25 --data $seen --output $out/fused --overwrite
-headfuse uptrain $out/fused --teacher $model --data $seen --tokens 30k --output $out/uptrained --overwrite
+headfuse uptrain $out/fused --teacher $model --data $seen --tokens 30k --learning-rate 1e-4 \
+    --output $out/uptrained --overwrite
 for name in mean fused uptrained; do
     headfuse eval $out/$name --baseline $model --data $unseen --json >$out/$name.json
 done

@@ -102,6 +102,12 @@ def overlap(content: dict[str, Any]) -> None:
     second["data_offsets"] = first["data_offsets"]
 
 
+def beyond(content: dict[str, Any]) -> None:
+    first, *_, last = (entry for name, entry in content.items() if name != "__metadata__")
+    last["data_offsets"][1] += 10**9
+    last["shape"] = [10**9 // 4, *first["shape"]]
+
+
 def pickled(model: Path) -> None:
     (model / "model.safetensors").unlink()
     torch.save({}, model / "pytorch_model.bin")
@@ -166,6 +172,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "far more layers": (lambda m: edit_json(m / "config.json", num_hidden_layers=99), "config.json says 99"),
     "more query heads": (lambda m: edit_json(m / "config.json", num_attention_heads=8), "q_proj"),
     "other vocabulary": (lambda m: edit_json(m / "config.json", vocab_size=400), "config.json makes it"),
+    "vocabulary beyond 64 bits": (lambda m: edit_json(m / "config.json", vocab_size=10**30), "config.json"),
     "unknown activation": (lambda m: edit_json(m / "config.json", hidden_act="nosuch"), "nosuch"),
     "heads do not divide": (lambda m: edit_json(m / "config.json", num_key_value_heads=3), "multiple"),
     "no heads": (lambda m: edit_json(m / "config.json", num_attention_heads=0), "config.json"),
@@ -182,6 +189,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "header is no JSON": (weights(struct.pack("<Q", 4) + b"{{{{"), "complete"),
     "no tensors": (weights(struct.pack("<Q", 2) + b"{}"), "no tensors"),
     "overlapping tensors": (lambda m: header(m, overlap), "complete"),
+    "offsets beyond the file": (lambda m: header(m, beyond), "complete"),
+    "negative offsets": (lambda m: header(m, lambda h: h[K].update(data_offsets=[-8, 8])), "complete"),
+    "a nested header": (weights(struct.pack("<Q", 10**5) + b"[" * 10**5), "complete"),
+    "integers for weights": (lambda m: header(m, lambda h: h[K].update(dtype="I32")), "holds int32 numbers"),
     "unknown dtype": (lambda m: header(m, lambda h: h[K].update(dtype="F8_E4M3")), "model.safetensors"),
     "missing shard": (lambda m: os.remove(min(shard(m).parent.glob("model-*.safetensors"))), "missing"),
     "index outside the folder": (lambda m: rename_shard(m, "../model.safetensors"), "plain file names"),
@@ -235,8 +246,8 @@ def test_bad_models_in_the_other_commands(model: Path, tmp_path: Path, name: str
 
 
 ACCEPTED = {
-    "eval": {"extra tensor"},
-    "uptrain": set[str](),
+    "eval": {"extra tensor", "integers for weights"},
+    "uptrain": {"integers for weights"},
 }
 
 
@@ -299,6 +310,32 @@ def test_bad_data_folders_and_kinds(model: Path, tmp_path: Path) -> None:
     assert "no text" in refused(out, model, "--data", tmp_path / "lines.jsonl", *small)
 
 
+def test_several_texts_need_a_token_between_them(model: Path, tmp_path: Path) -> None:
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "two.jsonl").write_text('{"text": "the head"}\n' * 2)
+    message = refused(tmp_path / "out", model, "--data", tmp_path / "two.jsonl", *SMALL)
+    assert message.startswith("/model: the tokenizer has no EOS token")
+
+
+def test_an_empty_name_is_not_the_working_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a script passes when its variable is not set."""
+    data = ("--data", tmp_path / "text.txt", *SMALL)
+    monkeypatch.chdir(model)
+    assert refused(tmp_path / "out", "", *data).startswith("MODEL: ")
+    monkeypatch.chdir(tmp_path)
+    assert refused(tmp_path / "out", model, "--data", "", *SMALL).startswith("--data: ")
+    assert refused(tmp_path / "out", model, "--config", "", *data).startswith("--config: ")
+    assert refused(tmp_path / "out", model, "--plan", "", *data).endswith("`headfuse fuse`")
+
+
+def test_a_loss_beyond_a_float_is_a_figure_all_the_same(model: Path, tmp_path: Path) -> None:
+    edit_tensors(model, lambda tensors: tensors["lm_head.weight"].mul_(1e5))
+    assert fuse(model, tmp_path / "out", "--budget", "0.5")["nll"]["before"] > 1000
+    assert "| perplexity | above" in (tmp_path / "out/README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -332,6 +369,9 @@ def test_bad_yaml(model: Path, tmp_path: Path, text: str, expected: list[str]) -
     [
         ("- a list", "mapping"),
         ("a: [", "not valid YAML"),
+        ("seed: 2024-13-45", "month"),
+        (f"seed: {'9' * 5000}", "digits"),
+        ("budget: {total: 0.5}\nbudget: {total: 0.75}", "'budget' is there twice"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
     ],
 )
@@ -364,6 +404,7 @@ def test_bad_options(model: Path, tmp_path: Path) -> None:
     assert "--for" in refused(out, model, "--for", "vllm", "--layout", "decoupled")
     refused(out, model, "--layout", "other", code=2)
     assert "positions" in refused(out, model, "--sequence-length", 4096)
+    assert "--threads" in refused(out, model, "--threads", 10**6, code=2)  # more than the system gives: a crash
     if not torch.cuda.is_available():
         assert "--device" in refused(
             out, model, "--device", "cuda", "--data", tmp_path / "text.txt", "--sequence-length", 32
@@ -395,6 +436,50 @@ def test_bad_plans(model: Path, tmp_path: Path) -> None:
     plan.write_text("{")
     assert "plan.json" in refused(tmp_path / "out", model, "--plan", plan)
     assert "no such file" in refused(tmp_path / "out", model, "--plan", tmp_path / "none.json")
+
+
+OTHER_THAN_THE_PLAN = {
+    "method": ("--method", "mean"),
+    "layout": ("--layout", "gqa"),
+    "layout, too": ("--for", "vllm"),
+    "budget": ("--budget", "0.75"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_THAN_THE_PLAN)
+def test_options_that_contradict_a_plan(model: Path, tmp_path: Path, name: str) -> None:
+    fuse(model, tmp_path / "good", "--budget", "0.5")
+    options = ("--plan", tmp_path / "good/plan.json", "--data", tmp_path / "text.txt", "--sequence-length", 32)
+    message = refused(tmp_path / "out", model, *options, *OTHER_THAN_THE_PLAN[name])
+    assert f"contradict the plan in {name.split(',')[0]}\n" in message
+
+
+def test_a_plan_decides_what_nobody_else_does(tmp_path: Path) -> None:
+    """The default budget is too small for this model, and is neither in the name nor in the YAML of the output."""
+    model = tiny_model(tmp_path / "model", kv_heads=2)
+    fuse(model, tmp_path / "good", "--budget", "0.5", "--layout", "gqa")
+    options = ("--plan", tmp_path / "good/plan.json", "--data", tmp_path / "text.txt", *SMALL[:4])
+    out = tmp_path / "model-headfuse-0.5"
+    assert str(out) in run("fuse", model, *options, "--dry-run")
+    run("fuse", model, *options)
+    assert (out / "plan.json").exists()
+    assert "layout: gqa" in (out / "headfuse.yaml").read_text()
+    again = run("fuse", model, *options, "--config", out / "headfuse.yaml", "-o", tmp_path / "again", "-q")
+    assert again.strip() == str(tmp_path / "again")
+    weights = [folder / "model.safetensors" for folder in (out, tmp_path / "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_plan_of_other_weights_is_used_with_a_warning(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fuse(model, tmp_path / "good", "--budget", "0.5")
+    plan = ("--plan", tmp_path / "good/plan.json")
+    fuse(model, tmp_path / "same", *plan)
+    assert not caplog.records
+    edit_tensors(model, lambda tensors: tensors["lm_head.weight"].mul_(2))
+    fuse(model, tmp_path / "out", *plan)
+    assert ["made on other weights" in record.message for record in caplog.records] == [True]
 
 
 def test_a_model_and_a_dataset_of_the_hub_offline(model: Path, tmp_path: Path) -> None:

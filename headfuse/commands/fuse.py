@@ -14,7 +14,7 @@ from headfuse.config import FuseConfig, load_config
 from headfuse.convert import default_output, fuse
 from headfuse.estimate import estimate
 from headfuse.layouts import LAYOUTS
-from headfuse.planning import check_budget
+from headfuse.planning import check_budget, reviewed_plan
 from headfuse.source import Source
 
 
@@ -36,7 +36,7 @@ def run(
     """Run the command; the result document."""
     settings = load_config(config, overrides)
     if dry_run:
-        return _dry_run(model, settings, output, device, dtype, trust_remote_code)
+        return _dry_run(model, settings, output, plan, device, dtype, trust_remote_code)
     if settings.calibration.data == "default":
         log.print(
             "calibrating on the packaged text, generic prose: --data with text like the model's own use is better"
@@ -63,10 +63,19 @@ def run(
 
 
 def _dry_run(
-    model: str, settings: FuseConfig, output: Path | None, device: str, dtype: str | None, trust_remote_code: bool
+    model: str,
+    settings: FuseConfig,
+    output: Path | None,
+    plan: Path | None,
+    device: str,
+    dtype: str | None,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     source = Source.open(model, trust_remote_code)
-    budget = check_budget(settings, source.heads)
+    ready = None
+    if plan is not None:
+        ready, settings = reviewed_plan(plan, source, settings)
+    budget = check_budget(settings, source.heads) if ready is None else ready.head_budget
     cost = estimate(source, settings, device)
     itemsize = next(iter(source.checkpoint.dtypes.values())).itemsize if dtype is None else DTYPE_NAMES[dtype].itemsize
     per_head = source.heads.head_dim * itemsize
@@ -74,7 +83,7 @@ def _dry_run(
         "schema_version": 1,
         "command": "fuse",
         "dry_run": True,
-        "output": str(output or default_output(model, source, settings)),
+        "output": str(output or default_output(model, source, settings, ready)),
         "layout": settings.layout,
         "kv_ratio": budget.total / source.heads.total_heads,
         "kv_bytes_per_token": {"before": source.heads.total_heads * per_head, "after": budget.total * per_head},
