@@ -56,7 +56,9 @@ def load_model(
         model, report = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=wanted, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # configs and weights that do not fit raise many kinds
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"cannot be loaded: {reason}", where=folder, fix="the files do not belong together"
