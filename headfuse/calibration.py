@@ -171,8 +171,25 @@ class LayerSurvey:
     key_slots: list[Groups | None]
     value_groups: list[Groups]
     shared_groups: dict[int, Groups]
-    key_cost: list[float]
-    value_cost: list[float]
+    costs: dict[str, SideCosts]
+    """Of the sides `key` and `value`, where the allocator reads costs."""
+
+
+@dataclass(frozen=True)
+class SideCosts:
+    """What keeping 1 to n key heads or value heads of a layer costs.
+
+    `lost [n]` is the closed form's lost energy; `measured` gives the cost of some counts, 0 for n; `maps` are those of
+    the measured counts below n.
+    """
+
+    lost: list[float]
+    measured: dict[int, float]
+    maps: dict[int, tuple[HeadMaps, Groups]]
+
+    def row(self) -> list[float]:
+        """The row of the cost table, `[n]`."""
+        return _between(self.lost, self.measured)
 
 
 def survey_layer(
@@ -184,11 +201,12 @@ def survey_layer(
     grouping: str,
     costs: bool,
     slots: bool,
+    every_count: bool = False,
 ) -> LayerSurvey:
     """Measure one source layer: groups for every head count, and what fusing to that count costs.
 
     `slots` lets fused key heads choose their rotary slots. The cost is the error of the attention output, E|y' - y|^2,
-    over the energy of the residual stream.
+    over the energy of the residual stream, measured at counts that are powers of two, or at `every_count`.
     """
     n = heads.num_key_value_heads
     keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
@@ -199,26 +217,25 @@ def survey_layer(
     value_groups = [grouper(value_pairs, count, False) for count in range(1, n + 1)]
     shared = {count: grouper(both, count, True) for count in range(1, n + 1) if n % count == 0}
     key_slots = [method.rotary_slots(groups, keys) if slots else None for groups in key_groups]
-    key_cost, value_cost = [0.0] * n, [0.0] * n
+    measured = dict[str, SideCosts]()
     if costs:
         energy = hidden.square().sum(-1).mean().item()
         ordinary = [capture for capture in captures if capture.weight == 1]
         probe = ordinary[: max(1, len(ordinary) // 4)]
-        probed = [count for count in range(1, n) if count & (count - 1) == 0]
-        key_measured, value_measured = {n: 0.0}, {n: 0.0}
-        key_lost, value_lost = [0.0] * n, [0.0] * n
+        sides = {side: SideCosts([0.0] * n, {n: 0.0}, {}) for side in ("key", "value")}
         for count in range(1, n):
             groups = key_groups[count - 1], value_groups[count - 1]
             key_map, value_map = (
                 method.key_maps(groups[0], keys, key_slots[count - 1]),
                 method.value_maps(groups[1], values),
             )
-            key_lost[count - 1] = lost_key_energy(key_map, groups[0], keys)
-            value_lost[count - 1] = lost_value_energy(value_map, groups[1], values)
-            if count in probed:
-                key_measured[count] = _error(probe, output, key_map, groups[0], None, None) / energy
-                value_measured[count] = _error(probe, output, None, None, value_map, groups[1]) / energy
-        key_cost, value_cost = _between(key_lost, key_measured), _between(value_lost, value_measured)
+            sides["key"].lost[count - 1] = lost_key_energy(key_map, groups[0], keys)
+            sides["value"].lost[count - 1] = lost_value_energy(value_map, groups[1], values)
+            if every_count or count & (count - 1) == 0:
+                sides["key"].maps[count], sides["value"].maps[count] = (key_map, groups[0]), (value_map, groups[1])
+                sides["key"].measured[count] = _error(probe, output, key_map, groups[0], None, None) / energy
+                sides["value"].measured[count] = _error(probe, output, None, None, value_map, groups[1]) / energy
+        measured = sides
     return LayerSurvey(
         key_pairs,
         value_pairs,
@@ -228,8 +245,7 @@ def survey_layer(
         key_slots,
         value_groups,
         shared,
-        key_cost,
-        value_cost,
+        measured,
     )
 
 

@@ -348,6 +348,7 @@ class SafetensorsWriter:
         self.folder = folder
         self._place: dict[str, tuple[str, int]] = {}
         self.dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
+        self.shapes = {name: shape for name, (_, shape) in tensors.items()}
         self._spec = dict(tensors)
         shards: list[list[str]] = [[]]
         size = 0

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from headfuse import __version__
 from headfuse.errors import HeadfuseError
+from headfuse.presets import PRESETS
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
 """click's class; typer brings its own copy of click or not, so it has no import that always works."""
@@ -68,6 +69,7 @@ class PresetName(str, Enum):
     """Presets of `fuse`."""
 
     fast = "fast"
+    best = "best"
 
 
 class DeviceName(str, Enum):
@@ -125,7 +127,9 @@ Allocator = Annotated[str | None, typer.Option(help="sensitivity (default) or un
 Grouping = Annotated[str | None, typer.Option(help="cluster (default) or neighbours.")]
 Layout = Annotated[LayoutName | None, typer.Option(help="How the result lies on disk.")]
 For = Annotated[Runtime | None, typer.Option("--for", help="Pick the layout that this runtime loads.")]
-Preset = Annotated[PresetName | None, typer.Option(help="fast: closed form, about two forward passes over the text.")]
+Preset = Annotated[
+    PresetName | None, typer.Option(help="; ".join(f"{name}: {preset.cost}" for name, preset in PRESETS.items()) + ".")
+]
 Data = Annotated[str | None, typer.Option(help="Text: .txt, .jsonl, .parquet, a folder, or a hub dataset id.")]
 Samples = Annotated[int | None, typer.Option(min=2, help="Windows of text.")]
 SequenceLength = Annotated[int | None, typer.Option(min=8, help="Tokens per window.")]

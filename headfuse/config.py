@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +16,7 @@ from headfuse.budget import ALLOCATORS, BudgetRules, parse_budget
 from headfuse.errors import ConfigError
 from headfuse.grouping import GROUPERS
 from headfuse.plan import Layout
+from headfuse.presets import PRESETS
 
 METHODS = ("mean", "first", "align", "subspace")
 """The names in FUSION_METHODS, written out because that table needs torch."""
@@ -115,7 +116,7 @@ class FuseConfig(_Strict):
     method: Annotated[str, _one_of(*METHODS)] = "subspace"
     grouping: Annotated[str, _one_of(*GROUPERS)] = "cluster"
     layout: Layout = "decoupled"
-    preset: Literal["fast"] = "fast"
+    preset: Annotated[str, _one_of(*PRESETS)] = "fast"
     calibration: CalibrationConfig = CalibrationConfig()
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
 

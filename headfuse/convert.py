@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,32 @@ from headfuse.checkpoint import (
 )
 from headfuse.config import FuseConfig
 from headfuse.errors import ConfigError, HeadfuseError
+from headfuse.evaluate import nll_per_window
 from headfuse.fuse_layer import fuse_layer
 from headfuse.fusion import FUSION_METHODS
 from headfuse.guard import WrittenLayers
 from headfuse.layouts import LAYOUTS
-from headfuse.loading import pick_device
+from headfuse.loading import load_model, pick_device
 from headfuse.plan import FusionPlan
 from headfuse.planning import Progress, adopt, check_budget, make_plan, reviewed_plan, survey
+from headfuse.presets import PRESETS
+from headfuse.refine_model import Targets, attention_parameters, refine_model
 from headfuse.source import Source
-from headfuse.streaming import AttentionCapture, StreamedModel, ignorable
+from headfuse.streaming import AttentionCapture, HiddenStates, StreamedModel, ignorable
+
+logger = logging.getLogger(__name__)
+
+NOTHING_LOST = 1e-4
+"""NLL in nats; a difference this small is rounding, and training would only add noise to it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a conversion: NLL of the held-out windows after it, and whether its weights were kept."""
+
+    name: str
+    nll: float | None
+    kept: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,10 +64,15 @@ class FuseResult:
 
     output: Path
     plan: FusionPlan
+    stages: tuple[Stage, ...]
     nll_before: float | None
-    nll_after: float | None
     kv_bytes_before: int
     kv_bytes_after: int
+
+    @property
+    def nll_after(self) -> float | None:
+        """NLL of the held-out windows with the written weights."""
+        return [stage.nll for stage in self.stages if stage.kept][-1]
 
 
 def fuse(
@@ -106,11 +129,16 @@ def fuse(
         ready = _resumed_plan(partial, source, options) or ready
         ready = ready or make_plan(source, config, survey(source, streamed, text, config, on_progress))
         writer, done = _open_writer(source, streamed, ready, partial, options)
-        nll = _convert(streamed, text, ready, writer, done, on_progress)
+        _write_config(partial, source, ready, dtype)
+        before, closed_form, last = _convert(streamed, text, ready, writer, done, on_progress)
+        stages = [closed_form]
+        if _refines(config, ready, before, closed_form):
+            targets = Targets(text.statistics, streamed.last_hidden_state(last))
+            stages.append(_refine(partial, writer, streamed, text, targets, closed_form, config, on_progress))
         itemsize = next(iter(writer.dtypes.values())).itemsize
         kv_bytes = source.heads.kv_bytes_per_token(itemsize), ready.kv_bytes_per_token(itemsize)
-        result = FuseResult(output, ready, *nll, *kv_bytes)
-        _write_beside_weights(partial, source, result, config, dtype)
+        result = FuseResult(output, ready, tuple(stages), before, *kv_bytes)
+        _write_beside_weights(partial, source, result, config)
     return result
 
 
@@ -128,8 +156,11 @@ def _convert(
     writer: SafetensorsWriter,
     done: Done,
     on_progress: Progress,
-) -> tuple[float | None, float | None]:
-    """Fuse layer after layer; NLL of the held-out windows before and after."""
+) -> tuple[float | None, Stage, HiddenStates]:
+    """Fuse layer after layer.
+
+    Returns the source's NLL on the held-out windows, the stage, and what the source made of the statistics windows.
+    """
     arch, method, layout = streamed.arch, FUSION_METHODS[plan.method], LAYOUTS[plan.layout]
     windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
     before = after = streamed.embed(text.held_out)
@@ -149,9 +180,61 @@ def _convert(
         if len(after):
             after = guard.run(layer.layer_idx, {name: writer.read(prefix + name) for name in tensors}, after)
         on_progress("fuse", layer.layer_idx + 1, len(plan.layers))
-    if not len(after):
-        return None, None
-    return streamed.nll(before, text.held_out), streamed.nll(after, text.held_out)
+    figures = [streamed.nll(states, text.held_out) if len(states) else None for states in (before, after)]
+    return figures[0], Stage("closed form", figures[1]), windows
+
+
+def _refines(config: FuseConfig, plan: FusionPlan, before: float | None, closed_form: Stage) -> bool:
+    """Whether the preset refines this model: published baselines, and what has lost nothing, stay as they are."""
+    if not PRESETS[config.preset].model_passes or not FUSION_METHODS[plan.method].refits_output:
+        return False
+    if before is None or closed_form.nll is None:
+        logger.warning("preset %s refines only under the guard of held-out text, and none is held out", config.preset)
+        return False
+    return closed_form.nll > before + NOTHING_LOST
+
+
+def _refine(
+    partial: Path,
+    writer: SafetensorsWriter,
+    streamed: StreamedModel,
+    text: CalibrationText,
+    targets: Targets,
+    closed_form: Stage,
+    config: FuseConfig,
+    on_progress: Progress,
+) -> Stage:
+    """Refine the whole model; its weights are written only if the held-out loss falls.
+
+    They are complete in the state folder before the first one is overwritten, so that an interrupted run goes on.
+    """
+    folder, arch = partial / STATE / "refined", streamed.arch
+    record = folder / "nll.json"
+    attention = tuple(arch.attention_prefix(i) + "." for i in range(streamed.num_layers))
+    spec = {name: (torch.float32, shape) for name, shape in writer.shapes.items() if name.startswith(attention)}
+    finished = record.exists()
+    folder.mkdir(exist_ok=True)
+    refined = SafetensorsWriter(folder, spec, resume=finished)
+    if not finished:
+        model = load_model(partial, device=str(streamed.device), dtype="float32")
+        refine_model(
+            model,
+            arch,
+            targets,
+            PRESETS[config.preset].model_passes,
+            config.seed,
+            lambda done, total: on_progress("refine", done, total),
+        )
+        for name, parameter in attention_parameters(model, arch).items():
+            refined.write(name, parameter)
+        nll = nll_per_window(model, text.held_out).mean().item()
+        refined.sync()
+        write_whole(record, json.dumps({"closed form": closed_form.nll, "refined": nll}))
+    figures = json.loads(record.read_text(encoding="utf-8"))
+    stage = Stage("refine model", figures["refined"], figures["refined"] < figures["closed form"])
+    for name in spec if stage.kept else ():
+        writer.write(name, refined.read(name))
+    return stage
 
 
 @dataclass
@@ -247,15 +330,17 @@ def _layers_done(path: Path) -> list[int] | None:
     return layers if isinstance(layers, list) else None
 
 
-def _write_beside_weights(
-    partial: Path, source: Source, result: FuseResult, config: FuseConfig, dtype: str | None
-) -> None:
-    """Everything but the weights: config, tokenizer and licence, headfuse.yaml, card, plan.json with checksums."""
-    raw, plan = source.raw_config(), result.plan
+def _write_config(partial: Path, source: Source, plan: FusionPlan, dtype: str | None) -> None:
+    raw = source.raw_config()
     if dtype is not None:
         raw.pop("torch_dtype", None)
         raw["dtype"] = dtype
     (partial / "config.json").write_text(json.dumps(LAYOUTS[plan.layout].config(raw, plan), indent=2) + "\n")
+
+
+def _write_beside_weights(partial: Path, source: Source, result: FuseResult, config: FuseConfig) -> None:
+    """Everything but weights and config: tokenizer and licence, headfuse.yaml, card, plan.json with checksums."""
+    plan = result.plan
     copy_companions(source.folder, partial)
     head = f"# headfuse fuse --config headfuse.yaml {plan.source.name}\n"
     (partial / "headfuse.yaml").write_text(head + config.to_yaml(), encoding="utf-8")

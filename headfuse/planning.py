@@ -13,8 +13,10 @@ from headfuse.checkpoint import read_plan
 from headfuse.config import BudgetConfig, FuseConfig
 from headfuse.errors import ConfigError
 from headfuse.fusion import FUSION_METHODS
+from headfuse.importance import EndLossProbes, probe_tokens
 from headfuse.layouts import LAYOUTS
 from headfuse.plan import FusionPlan, HeadBudget, HeadLayout, LayerPlan
+from headfuse.presets import PRESETS, Preset
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel
 
@@ -44,14 +46,34 @@ def survey(
     windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
     method, costs, surveys = FUSION_METHODS[config.method], _needs_costs(config), list[LayerSurvey]()
     slots = LAYOUTS[config.layout].free_slots and method.slots is not None
+    preset = PRESETS[config.preset]
+    probes = _probes(source, streamed, text, preset) if costs and preset.end_loss_probes else None
     for layer_idx in range(streamed.num_layers):
         tensors, captures, inputs = streamed.layer_tensors(layer_idx), list[AttentionCapture](), windows.hidden
         with streamed.layer(layer_idx, tensors) as run:
             windows, starts = run(windows, captures), run(starts, captures)
         output = AttentionWeights.of_layer(tensors, streamed.arch, source.heads.head_dim).output
-        surveys.append(survey_layer(captures, output, inputs, source.heads, method, config.grouping, costs, slots))
+        every = preset.end_loss_probes == "all"
+        layer = survey_layer(captures, output, inputs, source.heads, method, config.grouping, costs, slots, every)
+        if probes is not None:
+            fused = {(side, c): maps for side, row in layer.costs.items() for c, maps in row.maps.items()}
+            probes.advance(layer_idx, tensors, fused)
+        for row in layer.costs.values():
+            row.maps.clear()
+        surveys.append(layer)
         on_progress("survey", layer_idx + 1, streamed.num_layers)
+    for probe in probes.results() if probes is not None else ():
+        surveys[probe.layer_idx].costs[probe.side].measured[probe.count] = probe.divergence
     return surveys
+
+
+def _probes(source: Source, streamed: StreamedModel, text: CalibrationText, preset: Preset) -> EndLossProbes:
+    """Probes on as many tokens as the preset can pay for, cut from the windows' beginnings."""
+    n, length = source.heads.num_key_value_heads, text.statistics.shape[1]
+    counts = n - 1 if preset.end_loss_probes == "all" else (n - 1).bit_length()
+    tokens = probe_tokens(text.statistics.numel() / SURVEYED, streamed.num_layers, counts)
+    windows = text.statistics[: max(1, tokens // length)]
+    return EndLossProbes(streamed, windows[:, : min(length, max(64, tokens))])
 
 
 def _needs_costs(config: FuseConfig) -> bool:
@@ -70,7 +92,7 @@ def make_plan(source: Source, config: FuseConfig, surveys: list[LayerSurvey]) ->
             for i, groups in enumerate(s.shared_groups[budget.key_heads[i]] for i, s in enumerate(surveys))
         ]
     else:
-        table = [s.key_cost for s in surveys] + [s.value_cost for s in surveys]
+        table = [s.costs[side].row() for side in ("key", "value") for s in surveys if s.costs]
         budget = rules.allocate(config.budget.allocator, heads, table)
         layers = [
             LayerPlan(

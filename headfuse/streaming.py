@@ -210,16 +210,27 @@ class StreamedModel:
 
     def nll(self, states: HiddenStates, windows: torch.Tensor) -> float:
         """Mean NLL per token of `windows [n, T]` given what the last layer made of them."""
-        total, last = 0.0, self.num_layers - 1
-        for state, window in zip(states.hidden, windows.to(self.device), strict=True):
-
-            def injector(index: int, state: torch.Tensor = state) -> Callable[..., torch.Tensor]:
-                return lambda hidden_states, **kwargs: state[None] if index == last else hidden_states
-
-            with _forwards(self.layers, injector), torch.no_grad():
-                logits = self.model(input_ids=window[None], use_cache=False).logits[0, :-1]
+        total, windows = 0.0, windows.to(self.device)
+        for state, window in zip(states.hidden, windows, strict=True):
+            logits = self._after_layers(self.model, state, window[None]).logits[0, :-1]
             total += nn.functional.cross_entropy(logits.float(), window[1:]).item()
         return total / len(windows)
+
+    def last_hidden_state(self, states: HiddenStates) -> torch.Tensor:
+        """What the output embeddings read `[n, T, D]`, given what the last layer made of the windows."""
+        tokens = torch.zeros(states.hidden.shape[1], dtype=torch.long, device=self.device)[None]  # of no effect
+        outputs = [self._after_layers(self.model.base_model, h, tokens).last_hidden_state for h in states.hidden]
+        return torch.cat(outputs)
+
+    def _after_layers(self, model: nn.Module, state: torch.Tensor, tokens: torch.Tensor) -> Any:
+        """The output of a model whose last layer gives `state [T, D]`."""
+        last = self.num_layers - 1
+
+        def injector(index: int) -> Callable[..., torch.Tensor]:
+            return lambda hidden_states, **kwargs: state[None] if index == last else hidden_states
+
+        with _forwards(self.layers, injector), torch.no_grad():
+            return model(input_ids=tokens, use_cache=False)
 
 
 def ignorable(name: str) -> bool:

@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.checkpoint import (
@@ -40,6 +37,7 @@ from headfuse.checkpoint import (
     write_plan,
     write_resume,
 )
+from headfuse.distillation import Objective, last_hidden_state
 from headfuse.errors import CheckpointError, ConfigError, HeadfuseError, OutputError, UnsupportedModelError
 from headfuse.evaluate import check_context, check_vocabulary, model_name, nll_per_window
 from headfuse.loading import load_model, load_tokenizer, pick_device
@@ -53,10 +51,6 @@ LOG = "train_log.jsonl"
 LEARNING_RATES = ((50e6, 5e-4), (1e9, 1e-4), (math.inf, 2e-5))
 """Default peak learning rates: (below so many parameters, rate). The first was measured on a model of 6 M."""
 
-_CHUNK_LOGITS, _CHUNK_TOKENS = 2**22, 256
-"""Logits are computed in chunks of at most so many, or of so few tokens: small blocks of memory are used again."""
-_KEPT_LOGITS = 2**26
-"""Above so many in a batch, the backward pass computes them a second time instead of keeping them."""
 _FUSED = (".k_proj.", ".v_proj.")
 
 
@@ -264,61 +258,6 @@ def default_learning_rate(parameters: float) -> float:
 def default_batch_size(tokens: int, tokens_per_window: int) -> int:
     """Windows in a batch: 8, or fewer to take 500 steps; with few tokens, more steps recover more."""
     return max(1, min(8, tokens // (500 * max(1, tokens_per_window))))
-
-
-def kl_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Forward divergence KL(teacher || student), summed over tokens; both logits are `[tokens, vocabulary]`."""
-    log_student = F.log_softmax(logits.float(), dim=-1)
-    log_teacher = F.log_softmax(teacher_logits.float(), dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-
-
-class Objective(nn.Module):
-    """A model with its training loss, computed in chunks of tokens: never all logits of a large vocabulary at once.
-
-    One module, so that whatever needs gradients happens in the forward pass that accelerate wraps.
-
-    Args:
-        model: the student.
-        chunk_tokens: tokens whose logits are computed at once; by default few where the vocabulary is large.
-        kept_logits: in a larger batch the logits are computed again in the backward pass.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, chunk_tokens: int | None = None, kept_logits: int = _KEPT_LOGITS
-    ) -> None:
-        super().__init__()
-        self.model, self.kept_logits = model, kept_logits
-        self.vocabulary = model.get_output_embeddings().weight.shape[0]
-        self.chunk_tokens = chunk_tokens or max(_CHUNK_TOKENS, _CHUNK_LOGITS // self.vocabulary)
-
-    def forward(self, batch: torch.Tensor, teacher: PreTrainedModel | None = None) -> torch.Tensor:
-        """The mean loss over the tokens of `batch [windows, length]`: KL with a teacher, cross-entropy without."""
-        hidden, head = _hidden(self.model, batch), self.model.get_output_embeddings()
-        if teacher is None:
-            hidden, targets = hidden[:, :-1], batch[:, 1:]
-        else:
-            with torch.no_grad():
-                targets = _hidden(teacher, batch)
-            teacher_head = teacher.get_output_embeddings()
-
-        def loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            if teacher is None:
-                return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
-            return kl_divergence(head(hidden), teacher_head(targets))
-
-        hidden, targets = hidden.flatten(0, 1), targets.flatten(0, 1)
-        chunks = zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True)
-        if len(hidden) * self.vocabulary <= self.kept_logits:
-            losses = [loss(*chunk) for chunk in chunks]
-        else:
-            losses = [checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.stack(losses).sum() / len(hidden)
-
-
-def _hidden(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """What the output embeddings read, `[windows, sequence_length, hidden_size]`."""
-    return model.base_model(input_ids=batch, use_cache=False).last_hidden_state
 
 
 # ---------------------------------------------------------------- the run
@@ -599,7 +538,9 @@ def _check_tensors(model: PreTrainedModel, folder: Path) -> None:
 def _check_head(model: PreTrainedModel, folder: Path) -> None:
     """The loss reads logits as `output embeddings (last hidden state)`: refuse a model that scales or caps them."""
     batch = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    if not torch.allclose(model(batch).logits, model.get_output_embeddings()(_hidden(model, batch)), rtol=1e-3):
+    if not torch.allclose(
+        model(batch).logits, model.get_output_embeddings()(last_hidden_state(model, batch)), rtol=1e-3
+    ):
         raise UnsupportedModelError(
             "scales or caps its logits, which uptrain does not support", where=folder, fix="choose another model"
         )

@@ -16,13 +16,13 @@ PACKAGE = Path(headfuse.__file__).parent
 # A module imports only from lines above its own; a folder counts as one module here.
 ORDER = [
     ["errors"],
-    ["plan", "text", "modeling"],
+    ["plan", "text", "modeling", "presets"],
     ["architectures", "similarity"],
-    ["budget", "grouping", "fusion", "layouts"],
+    ["budget", "grouping", "fusion", "layouts", "distillation"],
     ["config", "checkpoint", "gates"],
     ["loading", "streaming"],
     ["calibration", "guard"],
-    ["source", "fuse_layer"],
+    ["source", "fuse_layer", "refine_model", "importance"],
     ["planning", "evaluate", "card"],
     ["convert", "uptrain", "analysis", "estimate"],
     ["commands"],

@@ -17,19 +17,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headfuse.checkpoint import file_sha256, fingerprint, read_plan, write_plan
 from headfuse.commands import uptrain as command
+from headfuse.distillation import Objective, kl_divergence
 from headfuse.errors import ConfigError, DataError, HeadfuseError, OutputError, UnsupportedModelError
 from headfuse.loading import load_model
 from headfuse.modeling import HeadfuseConfig, HeadfuseForCausalLM
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, SourceModel
 from headfuse.uptrain import (
-    Objective,
     Progress,
     Recipe,
     UptrainResult,
     default_batch_size,
     default_learning_rate,
     default_output,
-    kl_divergence,
     learning_rate_at,
     uptrain,
 )

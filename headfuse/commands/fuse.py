@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def run(
         result = fuse(
             model, settings, output=output, plan=plan, overwrite=overwrite, resume=resume, device=device, dtype=dtype,
             trust_remote_code=trust_remote_code,
-            on_progress=lambda phase, done, total: status.update(f"{phase}: layer {done} of {total}"),
+            on_progress=lambda phase, done, total: status.update(f"{phase}: {done} of {total}"),
         )  # fmt: skip
     budget = result.plan.head_budget
     return {
@@ -57,6 +58,7 @@ def run(
         "kv_ratio": result.plan.kv_ratio,
         "kv_bytes_per_token": {"before": result.kv_bytes_before, "after": result.kv_bytes_after},
         "nll": {"before": result.nll_before, "after": result.nll_after, "text": "held-out calibration windows"},
+        "stages": [asdict(stage) for stage in result.stages],
         "key_heads": list(budget.key_heads),
         "value_heads": list(budget.value_heads),
     }
@@ -111,6 +113,9 @@ def render(document: Mapping[str, Any], console: Console) -> None:
     if nll["before"] is not None:
         table.add_row("NLL, held-out calibration text", f"{nll['before']:.4f}", f"{nll['after']:.4f}")
     console.print(table)
+    for stage in document["stages"]:
+        if not stage["kept"]:
+            console.print(f"undone: {stage['name']}, which took the held-out NLL to {stage['nll']:.4f}")
     console.print("key heads per layer:   " + " ".join(map(str, document["key_heads"])), soft_wrap=True)
     console.print("value heads per layer: " + " ".join(map(str, document["value_heads"])), soft_wrap=True)
     console.print(f"loads in: {document['loads_in']}", soft_wrap=True)
