@@ -11,11 +11,12 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -416,7 +417,7 @@ class SafetensorsWriter:
     def sync(self) -> None:
         """Bring what is written to the disk, so that a record of it never outlives it."""
         for file in self.files:
-            _sync(self.folder / file)
+            sync(self.folder / file)
 
     def read(self, name: str) -> torch.Tensor:
         """Read back a tensor that was written before."""
@@ -433,6 +434,14 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count * dtype.itemsize
+
+
+def mapped_tensor(path: Path, shape: Sequence[int]) -> torch.Tensor:
+    """A float32 tensor that lies in a file: what is written to it is in the file, a new file holds zeros."""
+    with path.open("ab") as stream:
+        _reserve(stream.fileno(), _nbytes(torch.float32, tuple(shape)))
+    size = math.prod(shape)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(tuple(shape))
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -640,7 +649,7 @@ def _clear(partial: Path) -> None:
 def _publish(partial: Path, path: Path, overwrite: bool) -> None:
     """Give a finished folder its name; the one that it replaces goes last."""
     for file in partial.iterdir():
-        _sync(file)
+        sync(file)
     if os.path.lexists(path) and not (overwrite and _replaceable(path)):
         raise OutputError("the output appeared while this run was working", where=path, fix="choose another --output")
     old = None
@@ -656,21 +665,22 @@ def _publish(partial: Path, path: Path, overwrite: bool) -> None:
         shutil.rmtree(partial / STATE, ignore_errors=True)
         (partial / RESUME).unlink(missing_ok=True)
         (partial / _LOCK).unlink(missing_ok=True)
-        _sync(partial)
+        sync(partial)
         partial.rename(path)
     except BaseException:
         if old is not None and not path.exists():
             old.rename(path)
             old.parent.rmdir()
         raise
-    _sync(path.parent)
+    sync(path.parent)
     if old is not None:
         if old.is_symlink():  # what it points to is not ours
             old.unlink()
         shutil.rmtree(old.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -727,7 +737,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small file so that a reader sees all of it or what was there before, also after a power failure."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(text, encoding="utf-8")
-    _sync(fresh)
+    sync(fresh)
     fresh.replace(path)
 
 

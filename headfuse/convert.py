@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,15 @@ from headfuse.checkpoint import (
 )
 from headfuse.config import FuseConfig
 from headfuse.errors import ConfigError, HeadfuseError
-from headfuse.evaluate import nll_per_window
 from headfuse.fuse_layer import fuse_layer
 from headfuse.fusion import FUSION_METHODS
 from headfuse.guard import WrittenLayers
 from headfuse.layouts import LAYOUTS
-from headfuse.loading import load_model, pick_device
+from headfuse.loading import pick_device
 from headfuse.plan import FusionPlan
 from headfuse.planning import Progress, adopt, check_budget, make_plan, reviewed_plan, survey
 from headfuse.presets import PRESETS
-from headfuse.refine_model import Targets, attention_parameters, refine_model
+from headfuse.refine_model import Adam, Targets, refine_model
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, HiddenStates, StreamedModel, ignorable
 
@@ -130,11 +130,14 @@ def fuse(
         ready = ready or make_plan(source, config, survey(source, streamed, text, config, on_progress))
         writer, done = _open_writer(source, streamed, ready, partial, options)
         _write_config(partial, source, ready, dtype)
-        before, closed_form, last = _convert(streamed, text, ready, writer, done, on_progress)
+        as_written = LAYOUTS[ready.layout].config(streamed.model.config.to_dict(), ready)
+        guard = WrittenLayers(as_written, streamed.arch, writer, streamed.device)
+        before, closed_form, last = _convert(streamed, guard, text, ready, done, on_progress)
         stages = [closed_form]
         if _refines(config, ready, before, closed_form):
-            targets = Targets(text.statistics, streamed.last_hidden_state(last))
-            stages.append(_refine(partial, writer, streamed, text, targets, closed_form, config, on_progress))
+            with torch.no_grad():
+                targets = Targets(text.statistics, streamed.last_hidden_state(last.hidden))
+            stages = _refine(partial, streamed, guard, text, targets, closed_form, config, on_progress)
         itemsize = next(iter(writer.dtypes.values())).itemsize
         kv_bytes = source.heads.kv_bytes_per_token(itemsize), ready.kv_bytes_per_token(itemsize)
         result = FuseResult(output, ready, tuple(stages), before, *kv_bytes)
@@ -151,9 +154,9 @@ def default_output(model: str, source: Source, config: FuseConfig, plan: FusionP
 
 def _convert(
     streamed: StreamedModel,
+    guard: WrittenLayers,
     text: CalibrationText,
     plan: FusionPlan,
-    writer: SafetensorsWriter,
     done: Done,
     on_progress: Progress,
 ) -> tuple[float | None, Stage, HiddenStates]:
@@ -164,7 +167,6 @@ def _convert(
     arch, method, layout = streamed.arch, FUSION_METHODS[plan.method], LAYOUTS[plan.layout]
     windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
     before = after = streamed.embed(text.held_out)
-    guard = WrittenLayers(layout.config(streamed.model.config.to_dict(), plan), arch, streamed.device)
     for layer in plan.layers:
         prefix = arch.layer_prefix(layer.layer_idx) + "."
         tensors, captures = streamed.layer_tensors(layer.layer_idx), list[AttentionCapture]()
@@ -175,10 +177,10 @@ def _convert(
             if not layer.untouched:
                 weights = fuse_layer(weights, captures, layer, plan.heads, method)
             for name, tensor in layout.arrange(weights, layer, plan).in_layer(tensors, arch).items():
-                writer.write(prefix + name, tensor)
+                guard.writer.write(prefix + name, tensor)
             done.add(layer.layer_idx)
         if len(after):
-            after = guard.run(layer.layer_idx, {name: writer.read(prefix + name) for name in tensors}, after)
+            after = guard.run(layer.layer_idx, after)
         on_progress("fuse", layer.layer_idx + 1, len(plan.layers))
     figures = [streamed.nll(states, text.held_out) if len(states) else None for states in (before, after)]
     return figures[0], Stage("closed form", figures[1]), windows
@@ -196,45 +198,46 @@ def _refines(config: FuseConfig, plan: FusionPlan, before: float | None, closed_
 
 def _refine(
     partial: Path,
-    writer: SafetensorsWriter,
     streamed: StreamedModel,
+    guard: WrittenLayers,
     text: CalibrationText,
     targets: Targets,
     closed_form: Stage,
     config: FuseConfig,
     on_progress: Progress,
-) -> Stage:
+) -> list[Stage]:
     """Refine the whole model; its weights are written only if the held-out loss falls.
 
     They are complete in the state folder before the first one is overwritten, so that an interrupted run goes on.
     """
-    folder, arch = partial / STATE / "refined", streamed.arch
+    folder, writer = partial / STATE / "refined", guard.writer
+    shapes = {name: writer.shapes[name] for name in guard.attention_weights()}
     record = folder / "nll.json"
-    attention = tuple(arch.attention_prefix(i) + "." for i in range(streamed.num_layers))
-    spec = {name: (torch.float32, shape) for name, shape in writer.shapes.items() if name.startswith(attention)}
-    finished = record.exists()
-    folder.mkdir(exist_ok=True)
-    refined = SafetensorsWriter(folder, spec, resume=finished)
-    if not finished:
-        model = load_model(partial, device=str(streamed.device), dtype="float32")
-        refine_model(
-            model,
-            arch,
-            targets,
-            PRESETS[config.preset].model_passes,
-            config.seed,
-            lambda done, total: on_progress("refine", done, total),
-        )
-        for name, parameter in attention_parameters(model, arch).items():
-            refined.write(name, parameter)
-        nll = nll_per_window(model, text.held_out).mean().item()
-        refined.sync()
+    if not record.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    optimizer = Adam(folder, shapes)
+    if not record.exists():
+        for name, weight in optimizer.weights.items():
+            weight.copy_(writer.read(name))
+
+        def on_step(done: int, total: int) -> None:
+            on_progress("refine", done, total)
+
+        refine_model(streamed, guard, optimizer, targets, PRESETS[config.preset].model_passes, config.seed, on_step)
+        states = streamed.embed(text.held_out)
+        for layer_idx in range(streamed.num_layers):
+            prefix = streamed.arch.layer_prefix(layer_idx) + "."
+            weights = {n: w.to(writer.dtypes[n]) for n, w in optimizer.weights.items() if n.startswith(prefix)}
+            states = guard.run(layer_idx, states, weights)
+        optimizer.sync()
+        nll = streamed.nll(states, text.held_out)
         write_whole(record, json.dumps({"closed form": closed_form.nll, "refined": nll}))
     figures = json.loads(record.read_text(encoding="utf-8"))
-    stage = Stage("refine model", figures["refined"], figures["refined"] < figures["closed form"])
-    for name in spec if stage.kept else ():
-        writer.write(name, refined.read(name))
-    return stage
+    kept = figures["refined"] < figures["closed form"]  # false for NaN, too
+    for name, weight in optimizer.weights.items() if kept else ():
+        writer.write(name, weight)
+    return [Stage(closed_form.name, figures["closed form"]), Stage("refined", figures["refined"], kept)]
 
 
 @dataclass

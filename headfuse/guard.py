@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headfuse.architectures import Architecture
+from headfuse.checkpoint import SafetensorsWriter
 from headfuse.modeling.modeling_headfuse import HeadfuseAttention
-from headfuse.streaming import HiddenStates
+from headfuse.streaming import HiddenStates, ignorable
 
 
 class WrittenLayers:
@@ -20,31 +22,67 @@ class WrittenLayers:
     Args:
         config: the fused model's config.json.
         arch: the family's table entry.
+        writer: its weights.
         device: where layers are computed.
     """
 
-    def __init__(self, config: Mapping[str, Any], arch: Architecture, device: torch.device) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], arch: Architecture, writer: SafetensorsWriter, device: torch.device
+    ) -> None:
         fields = dict(config)
         fused = AutoConfig.for_model(fields.pop("model_type"), **fields)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(fused, attn_implementation="sdpa", dtype=torch.float32)
-        model.eval()
-        self.device = device
+        model.eval().requires_grad_(False)
+        self.device, self.arch, self.writer = device, arch, writer
         self.layers = [model.get_submodule(arch.layer_prefix(i)) for i in range(fused.num_hidden_layers)]
 
-    def run(self, layer_idx: int, tensors: Mapping[str, torch.Tensor], states: HiddenStates) -> HiddenStates:
-        """Run hidden states through one written layer (tensor names relative to the layer)."""
-        layer = self.layers[layer_idx]
-        layer.load_state_dict({k: v.to(self.device, torch.float32) for k, v in tensors.items()}, assign=True)
+    def attention_weights(self) -> list[str]:
+        """Names of all attention weights."""
+        prefixes = tuple(f"{self.arch.attention_prefix(i)}." for i in range(len(self.layers)))
+        return [name for name in self.writer.shapes if name.startswith(prefixes) and not ignorable(name)]
+
+    @contextlib.contextmanager
+    def layer(self, layer_idx: int, weights: Mapping[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
+        """One layer on the device while the block runs; `weights`, by full name, replace the written ones."""
+        layer, prefix = self.layers[layer_idx], f"{self.arch.layer_prefix(layer_idx)}."
+        names = [name for name in self.writer.shapes if name.startswith(prefix) and not ignorable(name)]
+        tensors = {name: weights[name] if name in weights else self.writer.read(name) for name in names}
+        state = {name.removeprefix(prefix): t.to(self.device, torch.float32) for name, t in tensors.items()}
+        layer.load_state_dict(state, assign=True)
         for module in layer.modules():
             if isinstance(module, HeadfuseAttention):
                 for name, table in list(module.named_buffers(recurse=False)):
                     module.register_buffer(name, torch.empty_like(table, device=self.device), persistent=False)
                 module.reset_tables()
-        outputs = []
-        with torch.no_grad():
-            for window in states.hidden:
-                result = layer(window[None], **states.kwargs[layer_idx])
-                outputs.append(result[0] if isinstance(result, tuple) else result)
+        yield layer
         layer.to("meta")
+
+    def run(
+        self, layer_idx: int, states: HiddenStates, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> HiddenStates:
+        """Run hidden states through one layer, with the written weights or with others in their place."""
+        with self.layer(layer_idx, weights or {}) as layer, torch.no_grad():
+            outputs = [_output(layer, window[None], states, layer_idx) for window in states.hidden]
         return replace(states, hidden=torch.cat(outputs))
+
+    def backward(
+        self, layer_idx: int, states: HiddenStates, gradient: torch.Tensor, weights: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """From the gradient at a layer's output to those at its input `states` and, by full name, at `weights`."""
+        hidden, gradients = states.hidden.detach().requires_grad_(True), dict[str, torch.Tensor]()
+        with self.layer(layer_idx, weights) as layer:
+            for name, parameter in layer.named_parameters(prefix=self.arch.layer_prefix(layer_idx)):
+                parameter.requires_grad_(name in weights)
+            _output(layer, hidden, states, layer_idx).backward(gradient)
+            for name, parameter in layer.named_parameters(prefix=self.arch.layer_prefix(layer_idx)):
+                if parameter.grad is not None:
+                    gradients[name], parameter.grad = parameter.grad, None
+        assert hidden.grad is not None
+        return hidden.grad, gradients
+
+
+def _output(layer: torch.nn.Module, hidden: torch.Tensor, states: HiddenStates, layer_idx: int) -> torch.Tensor:
+    result = layer(hidden, **states.kwargs[layer_idx])
+    output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return output

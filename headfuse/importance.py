@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -78,8 +78,7 @@ class EndLossProbes:
 
     @torch.no_grad()
     def _logits(self, states: HiddenStates, head: torch.nn.Module) -> torch.Tensor:
-        sparse = replace(states, hidden=states.hidden[:, ::READ_TOKENS])
-        logits: torch.Tensor = head(self.streamed.last_hidden_state(sparse).flatten(0, 1))
+        logits: torch.Tensor = head(self.streamed.last_hidden_state(states.hidden[:, ::READ_TOKENS]).flatten(0, 1))
         return logits
 
 

@@ -1,21 +1,28 @@
-"""Preset `best`: the attention of all layers refined together, towards the source's output distribution.
+"""The attention of all layers refined together, towards the source's output distribution, one layer in memory.
 
 A smaller local error is not a smaller loss: errors compound, and most of a layer's error does not reach the end. This
-stage sees the end alone: KL(source || fused) over the full vocabulary on the calibration text (math.md 2 and 5).
+stage sees the end alone: KL(source || fused) over the full vocabulary on the calibration text (math.md 2 and 5). A step
+runs forward through the layers and keeps only their inputs, then backward, where each layer is computed again; weights
+and moments of the optimizer lie in mapped files, so memory does not grow with the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
-from headfuse.architectures import Architecture
-from headfuse.distillation import Objective
+from headfuse.checkpoint import mapped_tensor, sync
+from headfuse.distillation import kl_divergence
+from headfuse.guard import WrittenLayers
+from headfuse.streaming import HiddenStates, StreamedModel
 
-LEARNING_RATE, FINAL_LEARNING_RATE, WARMUP_STEPS, GRADIENT_CLIP = 1e-3, 0.05, 5, 1.0
+LEARNING_RATE, FINAL_LEARNING_RATE, WARMUP_STEPS = 0.6, 0.05, 5
+BETAS, EPSILON = (0.9, 0.95), 1e-8
+HEAD_TOKENS = 128
+"""Tokens whose logits are computed at once: small blocks of memory are used again."""
 
 
 @dataclass(frozen=True)
@@ -26,53 +33,91 @@ class Targets:
     hidden: torch.Tensor
 
 
-def attention_parameters(model: PreTrainedModel, arch: Architecture) -> dict[str, torch.nn.Parameter]:
-    """The parameters of every layer's attention, by name."""
-    prefixes = tuple(f"{arch.attention_prefix(i)}." for i in range(model.config.num_hidden_layers))
-    return {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
+class Adam:
+    """Weights in float32 with their moments, in mapped files (Kingma and Ba, 1412.6980, algorithm 1).
+
+    Args:
+        folder: where the files are; those of an earlier process are used as they are.
+        shapes: of the weights, by name.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+        def mapped(part: str) -> dict[str, torch.Tensor]:
+            return {name: mapped_tensor(folder / f"{name}.{part}", shape) for name, shape in shapes.items()}
+
+        self.folder = folder
+        self.weights, self.means, self.squares = mapped("weight"), mapped("mean"), mapped("square")
+
+    def sync(self) -> None:
+        """Bring the weights to the disk."""
+        for name in self.weights:
+            sync(self.folder / f"{name}.weight")
+
+    def step(self, name: str, gradient: torch.Tensor, rate: float, step: int) -> None:
+        """Update one weight; `step` counts from 1."""
+        gradient, mean, square = gradient.to("cpu", torch.float32), self.means[name], self.squares[name]
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.lerp_(gradient.square(), 1 - BETAS[1])
+        root = (square / (1 - BETAS[1] ** step)).sqrt_().add_(EPSILON)
+        self.weights[name].addcdiv_(mean, root, value=-rate / (1 - BETAS[0] ** step))
 
 
 def refine_model(
-    model: PreTrainedModel,
-    arch: Architecture,
+    streamed: StreamedModel,
+    layers: WrittenLayers,
+    optimizer: Adam,
     text: Targets,
     passes: float,
     seed: int,
     on_step: Callable[[int, int], None],
 ) -> None:
-    """Train the attention of a fused model in place; everything else stays as it is.
+    """Train the attention of a written model; everything else stays as it is.
 
     Args:
-        model: the fused model, in float32.
-        arch: the family's table entry.
+        streamed: the source, for what lies outside the layers.
+        layers: the fused model's layers.
+        optimizer: their attention weights, trained in place.
         text: the calibration text.
         passes: how often each window is used.
         seed: of the order of the windows.
         on_step: called with the steps done and all steps.
     """
-    model.requires_grad_(False)
-    trained = list(attention_parameters(model, arch).values())
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    objective = Objective(model)
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    steps = round(len(text.windows) * passes)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    for step, index in zip(range(steps), _shuffled(len(text.windows), seed), strict=False):
-        window, target = text.windows[index : index + 1], text.hidden[index : index + 1]
-        loss = objective(window.to(model.device), targets=target.to(model.device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        on_step(step + 1, steps)
-    model.requires_grad_(False)
+    steps, rate = round(len(text.windows) * passes), learning_rate(text.hidden.shape[-1])
+    for step, index in zip(range(1, steps + 1), _shuffled(len(text.windows), seed), strict=False):
+        states, inputs = streamed.embed(text.windows[index : index + 1]), list[HiddenStates]()
+        for layer_idx in range(streamed.num_layers):
+            inputs.append(states)
+            states = layers.run(layer_idx, states, optimizer.weights)
+        gradient, now = _end_gradient(streamed, states, text.hidden[index]), rate * _schedule(step, steps)
+        for layer_idx in reversed(range(streamed.num_layers)):
+            gradient, of_weights = layers.backward(layer_idx, inputs.pop(), gradient, optimizer.weights)
+            for name, value in of_weights.items():
+                optimizer.step(name, value, now, step)
+        on_step(step, steps)
 
 
-def _rate(step: int, steps: int) -> float:
+def learning_rate(hidden_size: int) -> float:
+    """The highest learning rate; Adam's steps on a matrix do more, the wider it is (muP, 2203.03466)."""
+    return LEARNING_RATE / hidden_size
+
+
+def _end_gradient(streamed: StreamedModel, states: HiddenStates, target: torch.Tensor) -> torch.Tensor:
+    """Gradient `[1, T, D]` of the mean KL(source || fused) with respect to the output of the last layer."""
+    head, end = streamed.model.get_output_embeddings(), states.hidden.requires_grad_(True)
+    final = streamed.last_hidden_state(end)[0]
+    hidden = final.detach().requires_grad_(True)
+    for chunk, wanted in zip(hidden.split(HEAD_TOKENS), target.to(hidden).split(HEAD_TOKENS), strict=True):
+        with torch.no_grad():
+            logits = head(wanted)
+        (kl_divergence(head(chunk), logits) / len(hidden)).backward()
+    final.backward(hidden.grad)
+    assert end.grad is not None
+    return end.grad
+
+
+def _schedule(step: int, steps: int) -> float:
     """The learning rate of a step relative to the peak: a short warm-up, then linear to its final value."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * (1 - (1 - FINAL_LEARNING_RATE) * step / steps)
+    return min(1.0, step / WARMUP_STEPS) * (1 - (1 - FINAL_LEARNING_RATE) * (step - 1) / steps)
 
 
 def _shuffled(windows: int, seed: int) -> Iterator[int]:

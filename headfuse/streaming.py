@@ -208,6 +208,7 @@ class StreamedModel:
             attention.headfuse_captures = None
             layer.to("meta")
 
+    @torch.no_grad()
     def nll(self, states: HiddenStates, windows: torch.Tensor) -> float:
         """Mean NLL per token of `windows [n, T]` given what the last layer made of them."""
         total, windows = 0.0, windows.to(self.device)
@@ -216,10 +217,10 @@ class StreamedModel:
             total += nn.functional.cross_entropy(logits.float(), window[1:]).item()
         return total / len(windows)
 
-    def last_hidden_state(self, states: HiddenStates) -> torch.Tensor:
-        """What the output embeddings read `[n, T, D]`, given what the last layer made of the windows."""
-        tokens = torch.zeros(states.hidden.shape[1], dtype=torch.long, device=self.device)[None]  # of no effect
-        outputs = [self._after_layers(self.model.base_model, h, tokens).last_hidden_state for h in states.hidden]
+    def last_hidden_state(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the output embeddings read `[n, T, D]`, given what the last layer made of the windows `[n, T, D]`."""
+        tokens = torch.zeros(hidden.shape[1], dtype=torch.long, device=self.device)[None]  # of no effect
+        outputs = [self._after_layers(self.model.base_model, h, tokens).last_hidden_state for h in hidden]
         return torch.cat(outputs)
 
     def _after_layers(self, model: nn.Module, state: torch.Tensor, tokens: torch.Tensor) -> Any:
@@ -229,7 +230,7 @@ class StreamedModel:
         def injector(index: int) -> Callable[..., torch.Tensor]:
             return lambda hidden_states, **kwargs: state[None] if index == last else hidden_states
 
-        with _forwards(self.layers, injector), torch.no_grad():
+        with _forwards(self.layers, injector):
             return model(input_ids=tokens, use_cache=False)
 
 

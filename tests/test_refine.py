@@ -1,0 +1,169 @@
+"""The refinement of a fused model: the gradient is right, the held-out loss decides, nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fuse, run, tiny_model
+from safetensors.torch import load_file
+
+import headfuse
+from headfuse import refine_model
+from headfuse.architectures import ARCHITECTURES
+from headfuse.checkpoint import Checkpoint, SafetensorsWriter
+from headfuse.distillation import Objective, last_hidden_state
+from headfuse.guard import WrittenLayers
+from headfuse.refine_model import Adam, Targets
+from headfuse.source import Source
+from headfuse.streaming import StreamedModel
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "mha-6m"
+
+
+@pytest.mark.parametrize("layout", ["decoupled", "gqa"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_layer_by_layer_is_the_whole_model_at_once(
+    tmp_path: Path, model_type: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of the streamed refinement are steps of torch's Adam on the loss of the whole model."""
+    model = tiny_model(tmp_path / "model", model_type)
+    fuse(model, tmp_path / "out", "--layout", layout, "--budget", "0.5", "--preset", "fast")
+    windows = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(3))
+    source, fused = headfuse.load(model), headfuse.load(tmp_path / "out")
+    with torch.no_grad():
+        targets = Targets(windows, last_hidden_state(source, windows))
+    monkeypatch.setattr(refine_model, "FINAL_LEARNING_RATE", 1.0)
+    monkeypatch.setattr(refine_model, "WARMUP_STEPS", 1)
+
+    opened, arch = Source.open(str(model)), ARCHITECTURES[model_type]
+    streamed = StreamedModel(opened.checkpoint, opened.config, torch.device("cpu"))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "state").mkdir()
+    writer = SafetensorsWriter(tmp_path / "state", {n: (t.dtype, tuple(t.shape)) for n, t in stored.items()})
+    for name, tensor in stored.items():
+        writer.write(name, tensor)
+    layers = WrittenLayers(fused.config.to_dict(), arch, writer, torch.device("cpu"))
+    optimizer = Adam(tmp_path / "state", {name: writer.shapes[name] for name in layers.attention_weights()})
+    for name, weight in optimizer.weights.items():
+        weight.copy_(writer.read(name))
+    order = refine_model._shuffled(len(windows), 0)
+    refine_model.refine_model(streamed, layers, optimizer, targets, 2.0, 0, lambda done, total: None)
+
+    fused.requires_grad_(False)
+    named = dict(fused.named_parameters())
+    trained = {name: named[name].requires_grad_(True) for name in optimizer.weights}
+    rate = refine_model.learning_rate(fused.get_output_embeddings().weight.shape[1])
+    whole = torch.optim.Adam(trained.values(), lr=rate, betas=refine_model.BETAS, eps=refine_model.EPSILON)
+    objective = Objective(fused)
+    for _, index in zip(range(6), order, strict=False):
+        objective(windows[index : index + 1], targets=targets.hidden[index : index + 1]).backward()
+        whole.step()
+        whole.zero_grad()
+    assert trained.keys() == {name for name in stored if ".self_attn." in name}
+    for name, parameter in trained.items():
+        moved = (parameter - stored[name]).abs().max()
+        assert moved > rate
+        # a gradient of nearly zero has no certain sign, and Adam moves by the sign
+        close = (optimizer.weights[name] - parameter).abs() < 0.02 * moved
+        assert close.float().mean() > 0.99, name
+
+
+def fuse_example(out: Path, *options: object) -> dict[str, Any]:
+    """`headfuse fuse --json` of the bundled trained model on little text."""
+    text = ("--samples", 16, "--sequence-length", 96)
+    lines = run("fuse", EXAMPLE, "-o", out, "--json", "--budget", "0.25", *text, *options).splitlines()
+    document: dict[str, Any] = json.loads(lines[-1])
+    return document
+
+
+def test_refinement_lowers_the_held_out_loss(tmp_path: Path) -> None:
+    """Only the attention weights change; what the document says is what the folder holds."""
+    document = fuse_example(tmp_path / "out", "--preset", "best")
+    closed_form, refined = document["stages"]
+    assert (closed_form["name"], refined["name"], refined["kept"]) == ("closed form", "refined", True)
+    assert refined["nll"] < closed_form["nll"] - 0.05
+    assert document["nll_after"] == refined["nll"]
+    assert not (tmp_path / "out" / "state").exists()
+    before, after = Checkpoint(EXAMPLE), Checkpoint(tmp_path / "out")
+    for name in before.shapes:
+        if ".self_attn." not in name:
+            assert torch.equal(before.read(name), after.read(name)), name
+
+
+def test_worse_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are those of the closed form when the held-out loss rose."""
+    fuse_example(tmp_path / "fast", "--allocator", "uniform", "--preset", "fast")
+    monkeypatch.setattr(refine_model, "LEARNING_RATE", 1e3)
+    document = fuse_example(tmp_path / "best", "--allocator", "uniform", "--preset", "best")
+    assert document["stages"][1]["kept"] is False
+    assert document["nll_after"] == document["stages"][0]["nll"]
+    fast, best = Checkpoint(tmp_path / "fast"), Checkpoint(tmp_path / "best")
+    assert all(torch.equal(fast.read(name), best.read(name)) for name in fast.shapes)
+
+
+@pytest.mark.parametrize("options", [("--budget", "1"), ("--method", "mean")])
+def test_what_is_not_refined(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """A lossless conversion has nothing to gain, and published baselines stay what they are."""
+    document = fuse_example(tmp_path / "out", *options, "--preset", "best")
+    assert [stage["name"] for stage in document["stages"]] == ["closed form"]
+
+
+def test_an_interrupted_refinement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped within the refinement, or while its result is written: the end is the same."""
+    options = ("--allocator", "uniform", "--preset", "best")
+    whole = fuse_example(tmp_path / "whole", *options)
+    writes, original = 0, SafetensorsWriter.write
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    def write(self: SafetensorsWriter, name: str, tensor: torch.Tensor) -> None:
+        nonlocal writes
+        writes += "self_attn" in name
+        if writes == 6 * 4 + 5:  # every layer is written once before the refined weights come
+            raise KeyboardInterrupt
+        original(self, name, tensor)
+
+    streamed = refine_model.refine_model
+    with monkeypatch.context() as patch:
+        patch.setattr("headfuse.convert.refine_model", lambda *args: streamed(*args[:-1], stop))
+        run(
+            "fuse",
+            EXAMPLE,
+            "-o",
+            tmp_path / "out",
+            "-b",
+            "0.25",
+            "--samples",
+            16,
+            "--sequence-length",
+            96,
+            *options,
+            code=130,
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsWriter, "write", write)
+        run(
+            "fuse",
+            EXAMPLE,
+            "-o",
+            tmp_path / "out",
+            "-b",
+            "0.25",
+            "--samples",
+            16,
+            "--sequence-length",
+            96,
+            *options,
+            "--resume",
+            code=130,
+        )
+    assert not (tmp_path / "out").exists()
+    resumed = fuse_example(tmp_path / "out", *options, "--resume")
+    assert resumed["stages"] == whole["stages"]
+    first, second = Checkpoint(tmp_path / "whole"), Checkpoint(tmp_path / "out")
+    assert all(torch.equal(first.read(name), second.read(name)) for name in first.shapes)
