@@ -40,6 +40,9 @@ Limits = Sequence[tuple[int, int]]
 """`[2 * layers]`: fewest and most heads of each row of the cost table."""
 
 
+Allocator = Callable[[int, Limits, CostTable | None], list[int]]
+
+
 @dataclass(frozen=True)
 class BudgetRules:
     """What a budget asks for, before anybody decides where the heads go.
@@ -53,6 +56,15 @@ class BudgetRules:
     keep_layers: tuple[int, ...] = ()
     min_key_heads: int = 1
     min_value_heads: int = 1
+    layerwise: bool = False
+
+    def leave_a_choice(self, heads: HeadLayout) -> bool:
+        """Whether several allocations meet these rules, so that costs matter."""
+        if self.total is None:
+            return False
+        chosen, limits = self.allocate("uniform", heads), self.limits(heads)
+        rows = list(zip((*chosen.key_heads, *chosen.value_heads), limits, strict=True))
+        return any(count > low for count, (low, _) in rows) and any(count < high for count, (_, high) in rows)
 
     def limits(self, heads: HeadLayout) -> list[tuple[int, int]]:
         """Fewest and most heads of every layer: key side first, then value side.
@@ -96,6 +108,8 @@ class BudgetRules:
         """
         limits, layers, side = self.limits(heads), heads.num_hidden_layers, heads.total_heads // 2
         choose = ALLOCATORS[allocator]
+        if self.layerwise:
+            return self._allocate_layers(choose, heads, limits, costs)
         if isinstance(self.total, tuple):
             keys = choose(_head_count(self.total[0], side, limits[:layers], "budget.total.key"),
                           limits[:layers], costs and costs[:layers])  # fmt: skip
@@ -107,6 +121,32 @@ class BudgetRules:
         else:
             counts = choose(_head_count(self.total, heads.total_heads, limits, "--budget"), limits, costs)
         return HeadBudget(key_heads=tuple(counts[:layers]), value_heads=tuple(counts[layers:]))
+
+    def _allocate_layers(
+        self, choose: Allocator, heads: HeadLayout, limits: Limits, costs: CostTable | None
+    ) -> HeadBudget:
+        """As many value heads as key heads in every layer: one row per layer, whose heads are pairs."""
+        layers = heads.num_hidden_layers
+        if isinstance(self.total, tuple):
+            raise BudgetError(
+                "keys and values have budgets of their own, and layerwise gives both the same heads",
+                where="budget.layerwise",
+                fix="give one total, or drop layerwise",
+            )
+        pairs = [(max(k[0], v[0]), min(k[1], v[1])) for k, v in zip(limits[:layers], limits[layers:], strict=True)]
+        if any(low > high for low, high in pairs):
+            raise BudgetError(
+                "key_heads and value_heads differ", where="budget.layerwise", fix="give the same counts for both"
+            )
+        if costs:
+            costs = [
+                [k + v for k, v in zip(keys, values, strict=True)]
+                for keys, values in zip(costs[:layers], costs[layers:], strict=True)
+            ]
+        counts: Sequence[int] = [low for low, _ in pairs]
+        if self.total is not None:
+            counts = choose(_head_count(self.total, heads.total_heads // 2, pairs, "--budget"), pairs, costs)
+        return HeadBudget(key_heads=tuple(counts), value_heads=tuple(counts))
 
     def allocate_gqa(self, heads: HeadLayout) -> HeadBudget:
         """The largest stock GQA shape under these rules: one count for all layers that divides the source's.
@@ -157,10 +197,10 @@ def uniform(total: int, limits: Limits, costs: CostTable | None = None) -> list[
     return counts
 
 
-def sensitivity(total: int, limits: Limits, costs: CostTable | None = None) -> list[int]:
+def least_cost(total: int, limits: Limits, costs: CostTable | None = None) -> list[int]:
     """The counts of least total cost: an exact dynamic programme over the table (math.md 4)."""
     if costs is None:
-        raise ValueError("sensitivity needs a cost table")
+        raise ValueError("the least cost needs a cost table")
     best = [0.0] + [math.inf] * total
     choices: list[list[int]] = []
     for row, (low, high) in zip(costs, limits, strict=True):
@@ -180,8 +220,11 @@ def sensitivity(total: int, limits: Limits, costs: CostTable | None = None) -> l
     return counts[::-1]
 
 
-ALLOCATORS: dict[str, Callable[[int, Limits, CostTable | None], list[int]]] = {
+ALLOCATORS: dict[str, Allocator] = {
     "uniform": uniform,
-    "sensitivity": sensitivity,
+    "sensitivity": least_cost,
+    "taylor": least_cost,
+    "shapley": least_cost,
 }
-"""Each spends exactly `total` heads on rows within `limits`, whose sums enclose it."""
+"""Each spends exactly `total` heads on rows within `limits`, whose sums enclose it. Those of least cost differ in their
+table: the measured cost of fusing (sensitivity), or scores of single heads (importance.py)."""

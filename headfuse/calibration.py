@@ -172,7 +172,7 @@ class LayerSurvey:
     value_groups: list[Groups]
     shared_groups: dict[int, Groups]
     costs: dict[str, SideCosts]
-    """Of the sides `key` and `value`, where the allocator reads costs."""
+    """Of the sides `key` and `value`, where the allocator reads costs of fusing."""
 
 
 @dataclass(frozen=True)

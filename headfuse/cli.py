@@ -69,6 +69,7 @@ class PresetName(str, Enum):
     """Presets of `fuse`."""
 
     fast = "fast"
+    balanced = "balanced"
     best = "best"
 
 
@@ -123,7 +124,7 @@ Budget = Annotated[
     ),
 ]
 Method = Annotated[str | None, typer.Option(help="subspace (default), align, mean, first.")]
-Allocator = Annotated[str | None, typer.Option(help="sensitivity (default) or uniform.")]
+Allocator = Annotated[str | None, typer.Option(help="sensitivity (default), taylor, shapley or uniform.")]
 Grouping = Annotated[str | None, typer.Option(help="cluster (default) or neighbours.")]
 Layout = Annotated[LayoutName | None, typer.Option(help="How the result lies on disk.")]
 For = Annotated[Runtime | None, typer.Option("--for", help="Pick the layout that this runtime loads.")]

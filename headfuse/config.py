@@ -66,6 +66,7 @@ class BudgetConfig(_Strict):
     min_key_heads: Count = 1
     min_value_heads: Count = 1
     allocator: Annotated[str, _one_of(*ALLOCATORS)] = "sensitivity"
+    layerwise: bool = False
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> BudgetConfig:
@@ -87,7 +88,13 @@ class BudgetConfig(_Strict):
         elif self.total is not None and (self.key_heads is None or self.value_heads is None):
             total = Fraction(self.total)
         return BudgetRules(
-            total, self.key_heads, self.value_heads, self.keep_layers, self.min_key_heads, self.min_value_heads
+            total,
+            self.key_heads,
+            self.value_heads,
+            self.keep_layers,
+            self.min_key_heads,
+            self.min_value_heads,
+            self.layerwise,
         )
 
     @property
@@ -116,7 +123,7 @@ class FuseConfig(_Strict):
     method: Annotated[str, _one_of(*METHODS)] = "subspace"
     grouping: Annotated[str, _one_of(*GROUPERS)] = "cluster"
     layout: Layout = "decoupled"
-    preset: Annotated[str, _one_of(*PRESETS)] = "fast"
+    preset: Annotated[str, _one_of(*PRESETS)] = "balanced"
     calibration: CalibrationConfig = CalibrationConfig()
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
 

@@ -137,7 +137,7 @@ def fuse(
         if _refines(config, ready, before, closed_form):
             with torch.no_grad():
                 targets = Targets(text.statistics, streamed.last_hidden_state(last.hidden))
-            stages = _refine(partial, streamed, guard, text, targets, closed_form, config, on_progress)
+            stages = _refine(partial, streamed, guard, writer, text, targets, closed_form, config, on_progress)
         itemsize = next(iter(writer.dtypes.values())).itemsize
         kv_bytes = source.heads.kv_bytes_per_token(itemsize), ready.kv_bytes_per_token(itemsize)
         result = FuseResult(output, ready, tuple(stages), before, *kv_bytes)
@@ -177,7 +177,7 @@ def _convert(
             if not layer.untouched:
                 weights = fuse_layer(weights, captures, layer, plan.heads, method)
             for name, tensor in layout.arrange(weights, layer, plan).in_layer(tensors, arch).items():
-                guard.writer.write(prefix + name, tensor)
+                done.writer.write(prefix + name, tensor)
             done.add(layer.layer_idx)
         if len(after):
             after = guard.run(layer.layer_idx, after)
@@ -200,6 +200,7 @@ def _refine(
     partial: Path,
     streamed: StreamedModel,
     guard: WrittenLayers,
+    writer: SafetensorsWriter,
     text: CalibrationText,
     targets: Targets,
     closed_form: Stage,
@@ -210,7 +211,7 @@ def _refine(
 
     They are complete in the state folder before the first one is overwritten, so that an interrupted run goes on.
     """
-    folder, writer = partial / STATE / "refined", guard.writer
+    folder = partial / STATE / "refined"
     shapes = {name: writer.shapes[name] for name in guard.attention_weights()}
     record = folder / "nll.json"
     if not record.exists():

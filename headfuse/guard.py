@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headfuse.architectures import Architecture
-from headfuse.checkpoint import SafetensorsWriter
+from headfuse.checkpoint import Checkpoint, SafetensorsWriter
 from headfuse.modeling.modeling_headfuse import HeadfuseAttention
 from headfuse.streaming import HiddenStates, ignorable
 
@@ -22,32 +22,36 @@ class WrittenLayers:
     Args:
         config: the fused model's config.json.
         arch: the family's table entry.
-        writer: its weights.
+        weights: the checkpoint that holds them, or that is being written.
         device: where layers are computed.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], arch: Architecture, writer: SafetensorsWriter, device: torch.device
+        self,
+        config: Mapping[str, Any],
+        arch: Architecture,
+        weights: Checkpoint | SafetensorsWriter,
+        device: torch.device,
     ) -> None:
         fields = dict(config)
         fused = AutoConfig.for_model(fields.pop("model_type"), **fields)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(fused, attn_implementation="sdpa", dtype=torch.float32)
         model.eval().requires_grad_(False)
-        self.device, self.arch, self.writer = device, arch, writer
+        self.device, self.arch, self.weights = device, arch, weights
         self.layers = [model.get_submodule(arch.layer_prefix(i)) for i in range(fused.num_hidden_layers)]
 
     def attention_weights(self) -> list[str]:
         """Names of all attention weights."""
         prefixes = tuple(f"{self.arch.attention_prefix(i)}." for i in range(len(self.layers)))
-        return [name for name in self.writer.shapes if name.startswith(prefixes) and not ignorable(name)]
+        return [name for name in self.weights.shapes if name.startswith(prefixes) and not ignorable(name)]
 
     @contextlib.contextmanager
     def layer(self, layer_idx: int, weights: Mapping[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
         """One layer on the device while the block runs; `weights`, by full name, replace the written ones."""
         layer, prefix = self.layers[layer_idx], f"{self.arch.layer_prefix(layer_idx)}."
-        names = [name for name in self.writer.shapes if name.startswith(prefix) and not ignorable(name)]
-        tensors = {name: weights[name] if name in weights else self.writer.read(name) for name in names}
+        names = [name for name in self.weights.shapes if name.startswith(prefix) and not ignorable(name)]
+        tensors = {name: weights[name] if name in weights else self.weights.read(name) for name in names}
         state = {name.removeprefix(prefix): t.to(self.device, torch.float32) for name, t in tensors.items()}
         layer.load_state_dict(state, assign=True)
         for module in layer.modules():

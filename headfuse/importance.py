@@ -1,109 +1,141 @@
-"""Probes of the end loss: KL(source || source with one side of one layer fused), for the cost table of the budget."""
+"""HEAD_IMPORTANCE: what the loss says of every single key head and value head of the source (math.md 4).
+
+The published scores of head pruning, so that their budgets can be compared with measured costs of fusing: keeping
+`count` heads of a row of the table costs the sum of the least important others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from headfuse.architectures import AttentionWeights
-from headfuse.distillation import kl_divergence
-from headfuse.fusion.maps import HeadMaps
-from headfuse.plan import Groups
+from headfuse.guard import WrittenLayers
+from headfuse.plan import HeadLayout
 from headfuse.streaming import HiddenStates, StreamedModel
 
-PROBE_COST = 3.0
-"""Price of all probes together, in forward passes over the calibration text; it decides how many tokens they see."""
-READ_TOKENS = 4
-"""One in so many tokens enters the divergence: reading logits costs more than it tells."""
+COALITIONS_PER_HEAD, COALITION_COST, MIN_TOKENS = 2, 6.0, 32
+TRUNCATED_SHARE, TRUNCATED_LOSS = 0.25, 2.0
+"""Coalitions lack at most this share of all heads, and count as at most this loss (nats a token) worse: a broken model
+says nothing about its heads."""
+RIDGE = 1e-3
 
 
-@dataclass(frozen=True)
-class Probe:
-    """One side of one layer fused to `count` heads, and the divergence that it caused in the end."""
+def taylor(streamed: StreamedModel, windows: torch.Tensor, heads: HeadLayout, seed: int) -> torch.Tensor:
+    """`[2, layers, n]`, keys and values apart: E|dL/dmask| over windows, L the language-modelling loss.
 
-    layer_idx: int
-    side: str
-    count: int
-    divergence: float
-
-
-def probe_tokens(tokens: float, layers: int, counts: int) -> int:
-    """How many tokens each of `2 layers counts` probes may see; a probe costs half a forward pass on average."""
-    return max(64, int(PROBE_COST * tokens / max(1, layers * counts)))
-
-
-class EndLossProbes:
-    """Hidden states of fused variants on their way through the source's remaining layers (math.md 4).
-
-    All variants advance together, so every layer is loaded once.
+    "Are Sixteen Heads Really Better than One?" (1905.10650), equation 2. Keys and values are linear in their
+    projections, so the gradient of a head's mask is the product of its weights with their gradient.
 
     Args:
         streamed: the source.
-        windows: the tokens that the probes see, `[k, T]`.
+        windows: tokens `[k, T]`.
+        heads: the source's heads.
+        seed: not used.
     """
+    source = WrittenLayers(streamed.model.config.to_dict(), streamed.arch, streamed.checkpoint, streamed.device)
+    importance = torch.zeros(2, heads.num_hidden_layers, heads.num_key_value_heads, dtype=torch.float64)
+    for window in windows.to(streamed.device):
+        states, inputs = streamed.embed(window[None]), list[HiddenStates]()
+        for layer_idx in range(streamed.num_layers):
+            inputs.append(states)
+            states = source.run(layer_idx, states)
+        labels = window[1:]
 
-    def __init__(self, streamed: StreamedModel, windows: torch.Tensor) -> None:
-        self.streamed, self.windows = streamed, windows
-        self.source = streamed.embed(windows)
-        self.variants: list[tuple[int, str, int, HiddenStates]] = []
+        def cross_entropy(logits: torch.Tensor, part: slice, labels: torch.Tensor = labels) -> torch.Tensor:
+            wanted = labels[part]
+            return F.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum") / len(labels)
 
-    def advance(
-        self,
-        layer_idx: int,
-        tensors: Mapping[str, torch.Tensor],
-        fused: Mapping[tuple[str, int], tuple[HeadMaps, Groups]],
-    ) -> None:
-        """Take every variant through a source layer, and start one for each `(side, count)` of this layer."""
-        started = []
-        for (side, count), (maps, groups) in fused.items():
-            changed = reconstructed(tensors, self.streamed, side, maps, groups)
-            with self.streamed.layer(layer_idx, changed) as run:
-                started.append((layer_idx, side, count, run(self.source, None)))
-        with self.streamed.layer(layer_idx, tensors) as run:
-            self.source = run(self.source, None)
-            self.variants = [(i, side, count, run(states, None)) for i, side, count, states in self.variants]
-        self.variants += started
-
-    def results(self) -> list[Probe]:
-        """The divergence of every variant, after the last layer."""
-        head = self.streamed.model.get_output_embeddings()
-        wanted = self._logits(self.source, head)
-        probes = []
-        for layer_idx, side, count, states in self.variants:
-            lost = kl_divergence(self._logits(states, head), wanted).item() / len(wanted)
-            probes.append(Probe(layer_idx, side, count, lost))
-        return probes
-
-    @torch.no_grad()
-    def _logits(self, states: HiddenStates, head: torch.nn.Module) -> torch.Tensor:
-        logits: torch.Tensor = head(self.streamed.last_hidden_state(states.hidden[:, ::READ_TOKENS]).flatten(0, 1))
-        return logits
+        gradient = streamed.end_gradient(states, cross_entropy)
+        for layer_idx in reversed(range(streamed.num_layers)):
+            prefix = streamed.arch.layer_prefix(layer_idx) + "."
+            tensors = {prefix + name: tensor.float() for name, tensor in streamed.layer_tensors(layer_idx).items()}
+            gradient, of_weights = source.backward(layer_idx, inputs.pop(), gradient, tensors)
+            own, slope = (
+                AttentionWeights.of_layer(
+                    {n.removeprefix(prefix): t for n, t in some.items()}, streamed.arch, heads.head_dim
+                )
+                for some in (tensors, of_weights)
+            )
+            importance[0, layer_idx] += _product(own.key, slope.key, own.key_bias, slope.key_bias)
+            importance[1, layer_idx] += _product(own.value, slope.value, own.value_bias, slope.value_bias)
+    return importance / len(windows)
 
 
-def reconstructed(
-    tensors: Mapping[str, torch.Tensor], streamed: StreamedModel, side: str, maps: HeadMaps, groups: Groups
-) -> dict[str, torch.Tensor]:
-    """A source layer's tensors with `key` or `value` heads replaced by what the fused heads give back of them.
+def _product(
+    weight: torch.Tensor, gradient: torch.Tensor, bias: torch.Tensor | None, bias_gradient: torch.Tensor | None
+) -> torch.Tensor:
+    total = (weight.cpu().double() * gradient.cpu().double()).sum((1, 2))
+    if bias is not None and bias_gradient is not None:
+        total += (bias.cpu().double() * bias_gradient.cpu().double()).sum(1)
+    return total.abs()
 
-    It has the source's shapes, so the source's own class computes the fused layer: read maps of keys commute with RoPE.
+
+def shapley(streamed: StreamedModel, windows: torch.Tensor, heads: HeadLayout, seed: int) -> torch.Tensor:
+    """`[2, layers, n]`: truncated Shapley values of the loss, from sampled coalitions.
+
+    After CoKV (2502.17501) and Shapley Head Pruning (2210.05709): random sets of heads are masked, all coalitions go
+    through the layers together, and the values are the least-squares additive explanation of their losses
+    (KernelSHAP, 1705.07874).
+
+    Args:
+        streamed: the source.
+        windows: tokens `[k, T]`, few: see `coalition_tokens`; each coalition sees one of them.
+        heads: the source's heads.
+        seed: of the coalitions.
     """
-    arch, d = streamed.arch, maps.read.shape[1]
-    weights = AttentionWeights.of_layer(tensors, arch, d)
-    product = torch.zeros(len(maps.read), len(maps.read), d, d, dtype=torch.float64)  # R_j P_i
-    for group in groups:
-        index = list(group)
-        for j in index:
-            product[j, index] = maps.read[j] @ maps.write[index] if len(group) > 1 else torch.eye(d).double()
+    generator = torch.Generator().manual_seed(seed)
+    shape = 2, heads.num_hidden_layers, heads.num_key_value_heads
+    total = shape[0] * shape[1] * shape[2]
+    most = max(1, int(total * TRUNCATED_SHARE))
+    masked = torch.zeros(COALITIONS_PER_HEAD * total, total, dtype=torch.bool)
+    for index, row in enumerate(masked):
+        row[torch.randperm(total, generator=generator)[: 1 + index % most]] = True
+    states = [streamed.embed(window[None]) for window in windows]
+    variants = [states[index % len(windows)] for index in range(len(masked))]
+    for layer_idx in range(streamed.num_layers):
+        tensors = {name: tensor.float() for name, tensor in streamed.layer_tensors(layer_idx).items()}
+        with streamed.layer(layer_idx, tensors) as run:
+            states = [run(one, None) for one in states]
+        for index, row in enumerate(masked.view(len(masked), *shape)[:, :, layer_idx]):
+            weights = AttentionWeights.of_layer(
+                {n: t.clone() for n, t in tensors.items()}, streamed.arch, heads.head_dim
+            )
+            weights.key[row[0]], weights.value[row[1]] = 0, 0
+            if weights.key_bias is not None and weights.value_bias is not None:
+                weights.key_bias[row[0]], weights.value_bias[row[1]] = 0, 0
+            with streamed.layer(layer_idx, weights.in_layer(tensors, streamed.arch)) as run:
+                variants[index] = run(variants[index], None)
+    whole = [streamed.nll(one, window[None]) for one, window in zip(states, windows, strict=True)]
+    lost = torch.tensor(
+        [streamed.nll(v, windows[i % len(windows)][None]) - whole[i % len(windows)] for i, v in enumerate(variants)],
+        dtype=torch.float64,
+    ).clamp_max(TRUNCATED_LOSS)
+    design = masked.double()
+    gram = design.T @ design
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    return torch.linalg.solve(gram, design.T @ lost).view(shape)
 
-    def back(weight: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("jiab,ibD->jaD", product, weight.double()).float()
 
-    if side == "key":
-        weights.key = back(weights.key)
-        weights.key_bias = None if weights.key_bias is None else back(weights.key_bias[..., None])[..., 0]
-    else:
-        weights.value = back(weights.value)
-        weights.value_bias = None if weights.value_bias is None else back(weights.value_bias[..., None])[..., 0]
-    return weights.in_layer(dict(tensors), arch)
+def coalition_tokens(windows: torch.Tensor, heads: HeadLayout) -> torch.Tensor:
+    """The beginnings of windows `[k, T]`, so short that all coalitions cost as much as COALITION_COST such texts."""
+    tokens = int(COALITION_COST * windows.numel() / (COALITIONS_PER_HEAD * heads.total_heads))
+    return windows[:, : max(min(MIN_TOKENS, windows.shape[1]), tokens)]
+
+
+HEAD_IMPORTANCE: dict[str, Callable[[StreamedModel, torch.Tensor, HeadLayout, int], torch.Tensor]] = {
+    "taylor": taylor,
+    "shapley": shapley,
+}
+
+
+def cost_rows(importance: torch.Tensor) -> list[list[float]]:
+    """The cost table `[2 layers][n]` of keeping 1 to n heads, the most important ones, from scores `[2, layers, n]`."""
+    rows = []
+    for row in importance.clamp_min(0).flatten(0, 1).tolist():
+        dropped = list(itertools.accumulate(sorted(row)))
+        rows.append([*reversed(dropped[:-1]), 0.0])
+    return rows

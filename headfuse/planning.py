@@ -8,15 +8,16 @@ from pathlib import Path
 
 import headfuse
 from headfuse.architectures import AttentionWeights
-from headfuse.calibration import START_WEIGHT, CalibrationText, LayerSurvey, survey_layer
+from headfuse.calibration import START_WEIGHT, CalibrationText, LayerSurvey, SideCosts, survey_layer
 from headfuse.checkpoint import read_plan
 from headfuse.config import BudgetConfig, FuseConfig
 from headfuse.errors import ConfigError
 from headfuse.fusion import FUSION_METHODS
-from headfuse.importance import EndLossProbes, probe_tokens
+from headfuse.importance import HEAD_IMPORTANCE, coalition_tokens, cost_rows
 from headfuse.layouts import LAYOUTS
 from headfuse.plan import FusionPlan, HeadBudget, HeadLayout, LayerPlan
 from headfuse.presets import PRESETS, Preset
+from headfuse.probes import EndLossProbes, probe_tokens
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel
 
@@ -44,7 +45,9 @@ def survey(
     """Run the source once over a part of the text and measure every layer's heads."""
     text = text.part(SURVEYED)
     windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
-    method, costs, surveys = FUSION_METHODS[config.method], _needs_costs(config), list[LayerSurvey]()
+    method, allocator, surveys = FUSION_METHODS[config.method], config.budget.allocator, list[LayerSurvey]()
+    needed = _needs_costs(config, source.heads)
+    costs = needed and allocator == "sensitivity"
     slots = LAYOUTS[config.layout].free_slots and method.slots is not None
     preset = PRESETS[config.preset]
     probes = _probes(source, streamed, text, preset) if costs and preset.end_loss_probes else None
@@ -64,6 +67,12 @@ def survey(
         on_progress("survey", layer_idx + 1, streamed.num_layers)
     for probe in probes.results() if probes is not None else ():
         surveys[probe.layer_idx].costs[probe.side].measured[probe.count] = probe.divergence
+    if needed and allocator in HEAD_IMPORTANCE:
+        seen = coalition_tokens(text.statistics, source.heads) if allocator == "shapley" else text.statistics
+        rows = cost_rows(HEAD_IMPORTANCE[allocator](streamed, seen, source.heads, config.seed))
+        for index, scores in enumerate(rows):
+            side = ("key", "value")[index // len(surveys)]
+            surveys[index % len(surveys)].costs[side] = SideCosts(scores, dict(enumerate(scores, start=1)), {})
     return surveys
 
 
@@ -76,10 +85,10 @@ def _probes(source: Source, streamed: StreamedModel, text: CalibrationText, pres
     return EndLossProbes(streamed, windows[:, : min(length, max(64, tokens))])
 
 
-def _needs_costs(config: FuseConfig) -> bool:
-    """Whether the allocator reads the measured cost table."""
+def _needs_costs(config: FuseConfig, heads: HeadLayout) -> bool:
+    """Whether the allocator reads a cost table."""
     budget = config.budget
-    return budget.allocator == "sensitivity" and config.layout != "gqa" and budget.rules.total is not None
+    return budget.allocator != "uniform" and config.layout != "gqa" and budget.rules.leave_a_choice(heads)
 
 
 def make_plan(source: Source, config: FuseConfig, surveys: list[LayerSurvey]) -> FusionPlan:
@@ -93,7 +102,8 @@ def make_plan(source: Source, config: FuseConfig, surveys: list[LayerSurvey]) ->
         ]
     else:
         table = [s.costs[side].row() for side in ("key", "value") for s in surveys if s.costs]
-        budget = rules.allocate(config.budget.allocator, heads, table)
+        allocator = config.budget.allocator if table else "uniform"  # without a choice they all agree
+        budget = rules.allocate(allocator, heads, table)
         layers = [
             LayerPlan(
                 layer_idx=i,

@@ -19,10 +19,10 @@ from headfuse.distillation import kl_divergence
 from headfuse.guard import WrittenLayers
 from headfuse.streaming import HiddenStates, StreamedModel
 
-LEARNING_RATE, FINAL_LEARNING_RATE, WARMUP_STEPS = 0.6, 0.05, 5
+LEARNING_RATE, FINAL_LEARNING_RATE, WARMUP_STEPS = 1e-3, 0.05, 5
+FULL_RATE_WIDTH = 1024
+"""Wider models learn at a rate that falls as 1 / hidden_size."""
 BETAS, EPSILON = (0.9, 0.95), 1e-8
-HEAD_TOKENS = 128
-"""Tokens whose logits are computed at once: small blocks of memory are used again."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,20 @@ def refine_model(
         seed: of the order of the windows.
         on_step: called with the steps done and all steps.
     """
+    head = streamed.model.get_output_embeddings()
     steps, rate = round(len(text.windows) * passes), learning_rate(text.hidden.shape[-1])
     for step, index in zip(range(1, steps + 1), _shuffled(len(text.windows), seed), strict=False):
         states, inputs = streamed.embed(text.windows[index : index + 1]), list[HiddenStates]()
         for layer_idx in range(streamed.num_layers):
             inputs.append(states)
             states = layers.run(layer_idx, states, optimizer.weights)
-        gradient, now = _end_gradient(streamed, states, text.hidden[index]), rate * _schedule(step, steps)
+
+        def divergence(logits: torch.Tensor, part: slice, target: torch.Tensor = text.hidden[index]) -> torch.Tensor:
+            with torch.no_grad():
+                wanted = head(target[part])
+            return kl_divergence(logits, wanted) / len(target)
+
+        gradient, now = streamed.end_gradient(states, divergence), rate * _schedule(step, steps)
         for layer_idx in reversed(range(streamed.num_layers)):
             gradient, of_weights = layers.backward(layer_idx, inputs.pop(), gradient, optimizer.weights)
             for name, value in of_weights.items():
@@ -98,21 +105,7 @@ def refine_model(
 
 def learning_rate(hidden_size: int) -> float:
     """The highest learning rate; Adam's steps on a matrix do more, the wider it is (muP, 2203.03466)."""
-    return LEARNING_RATE / hidden_size
-
-
-def _end_gradient(streamed: StreamedModel, states: HiddenStates, target: torch.Tensor) -> torch.Tensor:
-    """Gradient `[1, T, D]` of the mean KL(source || fused) with respect to the output of the last layer."""
-    head, end = streamed.model.get_output_embeddings(), states.hidden.requires_grad_(True)
-    final = streamed.last_hidden_state(end)[0]
-    hidden = final.detach().requires_grad_(True)
-    for chunk, wanted in zip(hidden.split(HEAD_TOKENS), target.to(hidden).split(HEAD_TOKENS), strict=True):
-        with torch.no_grad():
-            logits = head(wanted)
-        (kl_divergence(head(chunk), logits) / len(hidden)).backward()
-    final.backward(hidden.grad)
-    assert end.grad is not None
-    return end.grad
+    return LEARNING_RATE * min(1.0, FULL_RATE_WIDTH / hidden_size)
 
 
 def _schedule(step: int, steps: int) -> float:

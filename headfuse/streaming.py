@@ -223,6 +223,24 @@ class StreamedModel:
         outputs = [self._after_layers(self.model.base_model, h, tokens).last_hidden_state for h in hidden]
         return torch.cat(outputs)
 
+    def end_gradient(
+        self, states: HiddenStates, loss: Callable[[torch.Tensor, slice], torch.Tensor], chunk_tokens: int = 128
+    ) -> torch.Tensor:
+        """Gradient `[1, T, D]` with respect to the last layer's output, of a loss that is a sum over tokens.
+
+        `loss` gets logits `[chunk, vocabulary]` and the place of their tokens in the window: never all logits at once.
+        """
+        head, end = self.model.get_output_embeddings(), states.hidden.detach().requires_grad_(True)
+        with torch.enable_grad():
+            final = self.last_hidden_state(end)[0]
+            hidden = final.detach().requires_grad_(True)
+            for start in range(0, len(hidden), chunk_tokens):
+                part = slice(start, start + chunk_tokens)
+                loss(head(hidden[part]), part).backward()
+            final.backward(hidden.grad)
+        assert end.grad is not None
+        return end.grad
+
     def _after_layers(self, model: nn.Module, state: torch.Tensor, tokens: torch.Tensor) -> Any:
         """The output of a model whose last layer gives `state [T, D]`."""
         last = self.num_layers - 1

@@ -22,7 +22,7 @@ ORDER = [
     ["config", "checkpoint", "gates"],
     ["loading", "streaming"],
     ["calibration", "guard"],
-    ["source", "fuse_layer", "refine_model", "importance"],
+    ["source", "fuse_layer", "refine_model", "importance", "probes"],
     ["planning", "evaluate", "card"],
     ["convert", "uptrain", "analysis", "estimate"],
     ["commands"],

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import headfuse
 from headfuse.architectures import ARCHITECTURES
-from headfuse.budget import ALLOCATORS, BudgetRules, sensitivity
+from headfuse.budget import ALLOCATORS, BudgetRules, least_cost
 from headfuse.errors import BudgetError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.grouping import GROUPERS
@@ -205,7 +205,7 @@ def test_sensitivity_is_optimal(seed: int) -> None:
         best[sum(counts)] = min(loss, best.get(sum(counts), loss))
     assert min(best) == 10
     for total, loss in best.items():
-        chosen = sensitivity(total, limits, costs)
+        chosen = least_cost(total, limits, costs)
         assert all(low <= count <= high for count, (low, high) in zip(chosen, limits, strict=True))
         assert sum(row[count - 1] for row, count in zip(costs, chosen, strict=True)) == pytest.approx(loss)
 

@@ -1,0 +1,245 @@
+"""Quality per kept byte: `python benchmarks/quality.py --model NAME=FOLDER --budget 1/2 1/3 --text NAME=FILE ...`.
+
+One row per model, budget, layout and conversion: what the conversion adds to the NLL of text that nothing was fitted
+to (protocol of `headfuse eval`), its time over that of one forward pass of the source over the same calibration
+tokens, both measured in this run, and the peak memory of its process. Rows are appended to `results.jsonl` one at a
+time, and those that are there are not run again; the table and the plot are drawn from all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import headfuse
+from headfuse.loading import load_tokenizer
+from headfuse.text import read_documents, token_windows
+
+CONVERSIONS = {
+    "first": ("--method", "first", "--preset", "fast"),
+    "mean": ("--method", "mean", "--preset", "fast"),
+    "align": ("--method", "align", "--preset", "fast"),
+    "fast": ("--preset", "fast"),
+    "balanced": ("--preset", "balanced"),
+    "best": ("--preset", "best"),
+}
+"""Column name -> options of `headfuse fuse`; the presets are of the default method."""
+FORWARD_WINDOWS, LENGTH = 8, 512
+KEY = ("model", "budget", "layout", "conversion", "allocator", "samples", "seed", "calibration")
+
+
+def main() -> None:
+    """Run what is missing, then draw."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", nargs="+", default=["mha-6m=examples/mha-6m"], help="NAME=FOLDER")
+    parser.add_argument("--budget", nargs="+", default=["1/2", "1/4"])
+    parser.add_argument("--layout", nargs="+", default=["gqa", "decoupled"])
+    parser.add_argument("--conversion", nargs="+", default=list(CONVERSIONS), choices=CONVERSIONS)
+    parser.add_argument("--allocator", nargs="+", default=["sensitivity"], help="of layout decoupled")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--data", default="default", help="calibration text")
+    parser.add_argument("--text", nargs="+", default=[], help="NAME=FILE to evaluate on")
+    parser.add_argument("--windows", type=int, default=48, help=f"of {LENGTH} tokens, of every text")
+    parser.add_argument("--task", nargs="+", default=[], help="NAME=FILE of multiple-choice questions, jsonl")
+    parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--results", type=Path, default=Path("docs/results.jsonl"))
+    parser.add_argument("--draw", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    done = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    known = {key(row) for row in done}
+    for row, folder in () if options.draw else wanted(options):
+        if key(row) in known:
+            continue
+        measured = source(row, folder, options) if row["conversion"] == "source" else convert(row, folder, options)
+        done.append({**row, **measured})
+        with options.results.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(done[-1]) + "\n")
+        print(done[-1], flush=True)
+    options.results.with_suffix(".md").write_text(document(done), encoding="utf-8")
+    plot(done, options.results.with_suffix(".png"))
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two rows the same measurement."""
+    return tuple(row[name] for name in KEY)
+
+
+def wanted(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of the command line with their model folders; every model's source comes first."""
+    calibration = Path(options.data).name
+    for model in options.model:
+        name, folder = model.split("=", 1)
+        blank = dict.fromkeys(KEY, "")
+        yield {**blank, "model": name, "conversion": "source"}, folder
+        for budget in options.budget:
+            for seed in options.seed:
+                for layout in options.layout:
+                    allocators = options.allocator if layout == "decoupled" else [""]
+                    for allocator in allocators:
+                        for conversion in options.conversion:
+                            row = {"model": name, "budget": budget, "layout": layout, "conversion": conversion}
+                            extra = {"allocator": allocator, "samples": options.samples, "seed": seed}
+                            yield {**row, **extra, "calibration": calibration}, folder
+
+
+def source(row: dict[str, Any], folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of the model before any conversion."""
+    return figures(folder, options)
+
+
+def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Convert in a process of its own, evaluate, forget."""
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name) / "fused"
+        line = [
+            str(Path(sys.executable).with_name("headfuse")),
+            "fuse",
+            folder,
+            "-o",
+            str(output),
+            "--json",
+            "--data",
+            options.data,
+        ]
+        line += ["--budget", row["budget"], "--layout", row["layout"], "--samples", str(row["samples"])]
+        line += ["--seed", str(row["seed"]), *CONVERSIONS[row["conversion"]]]
+        line += ["--allocator", row["allocator"]] if row["allocator"] else []
+        forward = forward_seconds(folder, options.data, row["samples"])
+        start = time.perf_counter()
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if status:
+            raise SystemExit(f"failed: {' '.join(line)}")
+        plan = json.loads((output / "plan.json").read_text())
+        counts = [[len(layer[side]) for layer in plan["layers"]] for side in ("key_groups", "value_groups")]
+        return {
+            **figures(str(output), options),
+            "key_heads": counts[0],
+            "value_heads": counts[1],
+            "seconds": round(seconds, 1),
+            "forward_seconds": round(forward, 1),
+            "peak_mb": usage.ru_maxrss // 1024,
+        }
+
+
+def figures(model: str, options: argparse.Namespace) -> dict[str, Any]:
+    """NLL on every text, accuracy on every task, KV bytes per token."""
+    result: dict[str, Any] = {"nll": {}, "accuracy": {}}
+    for entry in options.text:
+        name, path = entry.split("=", 1)
+        figure = headfuse.evaluate(model, data=path, samples=options.windows, sequence_length=LENGTH).model
+        result["nll"][name], result["kv_bytes_per_token"] = round(figure.nll, 4), figure.kv_bytes_per_token
+    for entry in options.task:
+        name, path = entry.split("=", 1)
+        result["accuracy"][name] = accuracy(model, path, options.questions)
+    return result
+
+
+def forward_seconds(model: str, data: str, samples: int) -> float:
+    """Seconds of one forward pass over `samples` calibration windows, logits included; measured on a few of them."""
+    loaded, tokenizer = headfuse.load(model), load_tokenizer(model)
+    windows = token_windows(read_documents(data, seed=0), tokenizer, LENGTH, min(samples, FORWARD_WINDOWS))
+    with torch.no_grad():
+        loaded(windows[:1])  # the first call also allocates
+        start = time.perf_counter()
+        for window in windows:
+            loaded(window[None])
+    return (time.perf_counter() - start) * samples / len(windows)
+
+
+def accuracy(model: str, path: str, questions: int) -> float:
+    """Share of questions whose right answer has the highest log-likelihood (`acc` of lm-evaluation-harness)."""
+    loaded, tokenizer = headfuse.load(model), load_tokenizer(model)
+    right = 0
+    lines = Path(path).read_text(encoding="utf-8").splitlines()[:questions]
+    for item in map(json.loads, lines):
+        prompt = f"Question: {item.get('question') or item['goal']}\nAnswer:"
+        start = tokenizer(prompt, add_special_tokens=False).input_ids
+        scores = []
+        for choice in item["choices"]:
+            answer = tokenizer(f" {choice}", add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logits = loaded(torch.tensor([start + answer])).logits[0, len(start) - 1 : -1]
+            scores.append(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum().item())
+        right += scores.index(max(scores)) == item["answer"]
+    return round(right / len(lines), 4)
+
+
+def document(rows: list[dict[str, Any]]) -> str:
+    """The page with one table per model."""
+    lines = [
+        "# Results",
+        "Written by `python benchmarks/quality.py` from `results.jsonl`, one row per measurement; its options are the",
+        "columns. NLL gap: NLL of the fused model minus that of its source, on text that nothing was fitted to. Time:",
+        "of the whole command over one forward pass of the source over the same calibration tokens, in the same run.",
+        "`first`, `mean`, `align` are the published reductions; `fast`, `balanced`, `best` the presets of headfuse.",
+    ]
+    sources = {row["model"]: row for row in rows if row["conversion"] == "source"}
+    for model, base in sources.items():
+        texts, tasks = list(base["nll"]), list(base["accuracy"])
+        lines += ["", f"## {model}", ", ".join(
+            [f"Source: NLL {base['nll'][t]:.3f} on {t}" for t in texts]
+            + [f"{base['accuracy'][t]:.1%} on {t}" for t in tasks]
+        ) + ".", ""]  # fmt: skip
+        head = ["budget", "layout", "conversion", "allocator", "samples", "seed"]
+        head += [f"gap {t}" for t in texts] + tasks + ["time", "peak MB"]
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        own = [row for row in rows if row["model"] == model and row["conversion"] != "source"]
+        order = list(CONVERSIONS)
+        for row in sorted(
+            own, key=lambda r: (-_share(r["budget"]), r["layout"], order.index(r["conversion"]), r["samples"])
+        ):
+            cells = [row["budget"], row["layout"], row["conversion"], row["allocator"], row["samples"], row["seed"]]
+            cells += [f"{row['nll'][t] - base['nll'][t]:.3f}" if t in row["nll"] else "" for t in texts]
+            cells += [f"{row['accuracy'][t]:.1%}" if t in row["accuracy"] else "" for t in tasks]
+            cells += [f"{row['seconds'] / row['forward_seconds']:.1f}x", row["peak_mb"]]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "![NLL gap against the share of the cache kept](results.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _share(budget: str) -> float:
+    top, _, bottom = budget.partition("/")
+    return float(top) / float(bottom or 1)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """NLL gap on each model's first text against the share of the cache kept."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sources = {row["model"]: row for row in rows if row["conversion"] == "source"}
+    figure, axes = pyplot.subplots(1, max(1, len(sources)), figsize=(6 * max(1, len(sources)), 4.5), squeeze=False)
+    for axis, (model, base) in zip(axes[0], sources.items(), strict=False):
+        text = next(iter(base["nll"]), None)
+        lines: dict[str, dict[float, float]] = {}
+        for row in rows:
+            if row["model"] == model and row["conversion"] != "source" and text in row["nll"]:
+                points = lines.setdefault(f"{row['conversion']}, {row['layout']}", {})
+                gap, share = row["nll"][text] - base["nll"][text], _share(row["budget"])
+                points[share] = min(gap, points.get(share, gap))
+        for name, points in lines.items():
+            style = "-o" if name.endswith("decoupled") else "--s"
+            axis.plot(sorted(points), [points[share] for share in sorted(points)], style, label=name)
+        axis.set(xlabel="KV cache kept", ylabel="NLL gap, nats per token", title=f"{model}, {text}", yscale="log")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What the budget's cost tables say: end-loss probes, and scores of single heads."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fuse, tiny_model
+from safetensors.torch import load_file, save_file
+
+import headfuse
+from headfuse import importance as importance_module
+from headfuse.budget import BudgetRules, parse_budget
+from headfuse.checkpoint import read_plan
+from headfuse.distillation import kl_divergence
+from headfuse.errors import BudgetError
+from headfuse.fusion.maps import HeadMaps, plane_matrix
+from headfuse.importance import HEAD_IMPORTANCE, cost_rows
+from headfuse.plan import HeadLayout
+from headfuse.probes import READ_TOKENS, EndLossProbes, reconstructed
+from headfuse.source import Source
+from headfuse.streaming import StreamedModel
+
+WINDOWS = torch.randint(300, (4, 24), generator=torch.Generator().manual_seed(3))
+
+
+def opened(model: Path) -> tuple[Source, StreamedModel]:
+    source = Source.open(str(model))
+    return source, StreamedModel(source.checkpoint, source.config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_probe_is_the_divergence_of_the_fused_model(tmp_path: Path, model_type: str) -> None:
+    """Each variant's end loss is that of the whole model with one side of one layer changed."""
+    model = tiny_model(tmp_path / "model", model_type, layers=3)
+    _, streamed = opened(model)
+    probes = EndLossProbes(streamed, WINDOWS)
+    generator, groups, n, d = torch.Generator().manual_seed(4), ((0, 2), (1,), (3,)), 4, 8
+    phases = torch.randn(n, d // 2, dtype=torch.complex128, generator=generator)
+    maps = {
+        "key": HeadMaps(torch.randn(n, d, d, dtype=torch.float64, generator=generator), plane_matrix(phases)),
+        "value": HeadMaps(*torch.randn(2, n, d, d, dtype=torch.float64, generator=generator)),
+    }
+    for layer_idx in range(3):
+        fused = {(side, 3): (maps[side], groups) for side in maps} if layer_idx < 2 else {}
+        probes.advance(layer_idx, streamed.layer_tensors(layer_idx), fused)
+    results = probes.results()
+    assert [(p.layer_idx, p.side, p.count) for p in results] == [
+        (0, "key", 3), (0, "value", 3), (1, "key", 3), (1, "value", 3),
+    ]  # fmt: skip
+    with torch.no_grad():
+        wanted = headfuse.load(model)(WINDOWS).logits[:, ::READ_TOKENS].flatten(0, 1)
+        for probe in results:
+            changed = headfuse.load(model)
+            tensors = reconstructed(
+                streamed.layer_tensors(probe.layer_idx), streamed, probe.side, maps[probe.side], groups
+            )
+            changed.model.layers[probe.layer_idx].load_state_dict(tensors)
+            got = changed(WINDOWS).logits[:, ::READ_TOKENS].flatten(0, 1)
+            assert probe.divergence == pytest.approx(kl_divergence(got, wanted).item() / len(wanted), rel=1e-3)
+            assert probe.divergence > 1e-6
+
+
+@pytest.mark.parametrize("score", sorted(HEAD_IMPORTANCE))
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_head_that_nobody_reads_has_no_importance(
+    tmp_path: Path, model_type: str, score: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importance_module, "COALITIONS_PER_HEAD", 20)  # a random model's losses hardly differ
+    model = tiny_model(tmp_path / "model", model_type, query_heads=8)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.self_attn.o_proj.weight"][:, 2 * 16 : 3 * 16] = 0  # both query heads of KV head 2
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    source, streamed = opened(model)
+    importance = HEAD_IMPORTANCE[score](streamed, WINDOWS, source.heads, 0)
+    assert importance.shape == (2, 2, 4)
+    others = importance[:, 1, [0, 1, 3]]
+    assert importance[:, 1, 2].abs().max() < (1e-9 if score == "taylor" else 0.3 * others.abs().max())
+
+
+def test_taylor_is_the_gradient_of_a_mask(tmp_path: Path) -> None:
+    """Against finite differences of the loss in a factor on one head's values."""
+    model = tiny_model(tmp_path / "model", "qwen2")
+    source, streamed = opened(model)
+    window = WINDOWS[:1]
+    importance = HEAD_IMPORTANCE["taylor"](streamed, window, source.heads, 0)
+    changed, losses = headfuse.load(model).double(), []
+    attention = changed.model.layers[0].self_attn.v_proj
+    for factor in (1 - 1e-4, 1 + 1e-4):
+        weight, bias = attention.weight.data.clone(), attention.bias.data.clone()
+        attention.weight.data[8:16] *= factor
+        attention.bias.data[8:16] *= factor
+        with torch.no_grad():
+            losses.append(torch.nn.functional.cross_entropy(changed(window).logits[0, :-1], window[0, 1:]).item())
+        attention.weight.data, attention.bias.data = weight, bias
+    assert importance[1, 0, 1].item() == pytest.approx(abs(losses[1] - losses[0]) / 2e-4, rel=1e-2)
+
+
+def test_cost_rows() -> None:
+    scores = torch.tensor([[[0.5, 0.1, 0.2]], [[0.0, 3.0, -1.0]]])
+    assert cost_rows(scores) == [pytest.approx([0.3, 0.1, 0.0]), pytest.approx([0.0, 0.0, 0.0])]
+
+
+@pytest.mark.parametrize("allocator", ["taylor", "shapley", "sensitivity"])
+def test_scores_decide_the_budget(tmp_path: Path, allocator: str) -> None:
+    model = tiny_model(tmp_path / "model")
+    fuse(model, tmp_path / "out", "--budget", "0.5", "--allocator", allocator)
+    plan = read_plan(tmp_path / "out" / "plan.json")
+    assert plan.allocator == allocator
+    assert plan.head_budget.total == 8
+
+
+LAYOUT = HeadLayout(
+    model_type="llama", num_hidden_layers=3, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8
+)
+
+
+def test_layerwise_is_optimal() -> None:
+    """Of all plans with as many value heads as key heads in every layer, the one of least cost."""
+    generator = torch.Generator().manual_seed(0)
+    table = (torch.rand(6, 4, generator=generator).cumsum(1).flip(1)).tolist()
+    rules = BudgetRules(total=parse_budget("0.5"), layerwise=True)
+    chosen = rules.allocate("sensitivity", LAYOUT, table)
+    assert chosen.key_heads == chosen.value_heads
+    assert chosen.total == 12
+
+    def cost(counts: tuple[int, ...]) -> float:
+        return sum(table[i][c - 1] + table[3 + i][c - 1] for i, c in enumerate(counts))
+
+    plans = [c for c in itertools.product(range(1, 5), repeat=3) if sum(c) == 6]
+    assert cost(chosen.key_heads) == pytest.approx(min(map(cost, plans)))
+
+
+def test_layerwise_has_one_total() -> None:
+    share = parse_budget("0.5")
+    with pytest.raises(BudgetError, match="layerwise"):
+        BudgetRules(total=(share, share), layerwise=True).allocate("uniform", LAYOUT)
+
+
+@pytest.mark.parametrize(("total", "choice"), [("1/4", False), ("1", False), ("1/2", True)])
+def test_a_choice_is_left(total: str, choice: bool) -> None:
+    assert BudgetRules(total=parse_budget(total)).leave_a_choice(LAYOUT) is choice
