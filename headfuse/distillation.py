@@ -16,8 +16,9 @@ _KEPT_LOGITS = 2**26
 
 def kl_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """Forward divergence KL(teacher || student), summed over tokens; both logits are `[tokens, vocabulary]`."""
-    log_student = F.log_softmax(logits.float(), dim=-1)
-    log_teacher = F.log_softmax(teacher_logits.float(), dim=-1)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_student = F.log_softmax(logits.to(dtype), dim=-1)
+    log_teacher = F.log_softmax(teacher_logits.to(dtype), dim=-1)
     return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
 
 

@@ -23,6 +23,7 @@ from headfuse.budget import ALLOCATORS, BudgetRules, least_cost
 from headfuse.errors import BudgetError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.grouping import GROUPERS
+from headfuse.importance import HEAD_IMPORTANCE
 from headfuse.layouts import LAYOUTS
 from headfuse.plan import FusionPlan, HeadLayout, check_partition
 from headfuse.similarity import aligned_similarity, linear_cka, redundancy
@@ -78,7 +79,7 @@ def test_heads_that_stay_alone_are_copied_bit_for_bit(tmp_path: Path, method: st
 
 
 # 2
-@allocators
+@pytest.mark.parametrize("allocator", sorted(ALLOCATORS.keys() - HEAD_IMPORTANCE.keys()))  # scores see no groups
 @layouts
 @query_heads
 @families
