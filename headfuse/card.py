@@ -30,6 +30,8 @@ def fused_card(source: Source, result: FuseResult) -> str:
             f"| NLL per token, held-out calibration text | {result.nll_before:.4f} | {result.nll_after:.4f} |",
             f"| perplexity | {_perplexity(result.nll_before)} | {_perplexity(result.nll_after)} |",
         ]
+    stages = [f"{stage.name} {stage.nll:.4f}" for stage in result.stages if stage.kept and stage.nll is not None]
+    lines += ["", f"NLL after each stage of the conversion: {', '.join(stages)}."] if len(stages) > 1 else []
     lines += [
         "",
         f"Loads in: {LAYOUTS[plan.layout].runtimes}.",

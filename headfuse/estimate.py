@@ -10,12 +10,18 @@ import torch
 
 from headfuse.calibration import MAX_ROWS, START_LENGTH, STARTS_PER_WINDOW
 from headfuse.config import FuseConfig
+from headfuse.fusion import FUSION_METHODS
 from headfuse.loading import pick_device
 from headfuse.planning import SURVEYED
+from headfuse.presets import PRESETS
+from headfuse.probes import PROBE_COST
 from headfuse.source import Source
 
 LIBRARIES = 450 * 10**6
 """Bytes that the process takes with its libraries loaded."""
+
+REFINED = 3.5
+"""Price of a token's refinement within the layers, in forward passes: two of them, and the gradients."""
 
 EFFICIENCY = 0.6
 """Share of a matrix product's speed that whole layers reach: SmolLM2-135M on two cores."""
@@ -59,6 +65,14 @@ def estimate(source: Source, config: FuseConfig, device: str = "auto") -> Estima
     moments = rows * (2 * length * pairs + 4 * pairs**2) + 30 * pairs**3  # float64 counts twice
     passes = seen + 2 * held_out + seen * SURVEYED
     work = passes * once + layers * (seen * per_token + 2 * moments) + 2 * 2 * held_out * head
+
+    preset = PRESETS[config.preset]
+    if preset.end_loss_probes and config.budget.allocator == "sensitivity" and config.layout != "gqa":
+        work += PROBE_COST * seen * once
+    if preset.model_passes and FUSION_METHODS[config.method].refits_output:
+        trained = preset.model_passes * seen
+        work += trained * (REFINED * once + 3 * 2 * head) + held_out * (once + 2 * head)
+        memory += 4 * ((layers * length + seen + 16 * length) * width + 3 * length * source.config.vocab_size // 4)
     return Estimate(int(memory), work / (EFFICIENCY * _speed(device)) + source.checkpoint.nbytes / 5e8 + 5)
 
 
