@@ -49,7 +49,8 @@ def main() -> None:
         for method in options.methods:
             config = load_config(None, {
                 "budget.total": options.budget, "budget.allocator": options.allocator, "layout": options.layout,
-                "method": method, "preset": "fast", "calibration.data": str(options.data), "calibration.samples": options.samples,
+                "method": method, "preset": "fast",
+                "calibration.data": str(options.data), "calibration.samples": options.samples,
             })  # fmt: skip
             start = time.perf_counter()
             result = headfuse.fuse(options.model, config, output=folder / method)
