@@ -45,6 +45,8 @@ from headfuse.streaming import AttentionCapture, HiddenStates, StreamedModel, ig
 
 logger = logging.getLogger(__name__)
 
+REFINED = Path(STATE, "refined", "nll.json")
+"""Says that the refinement is complete beside it, and what it reached."""
 NOTHING_LOST = 1e-4
 """NLL in nats; a difference this small is rounding, and training would only add noise to it."""
 
@@ -134,10 +136,10 @@ def fuse(
         guard = WrittenLayers(as_written, streamed.arch, writer, streamed.device)
         before, closed_form, last = _convert(streamed, guard, text, ready, done, on_progress)
         stages = [closed_form]
-        if _refines(config, ready, before, closed_form):
+        if _refines(config, ready, before, closed_form) or (partial / REFINED).exists():
             with torch.no_grad():
                 targets = Targets(text.statistics, streamed.last_hidden_state(last.hidden))
-            stages = _refine(partial, streamed, guard, writer, text, targets, closed_form, config, on_progress)
+            stages = _refine(partial, streamed, guard, done, ready, text, targets, closed_form, config, on_progress)
         itemsize = next(iter(writer.dtypes.values())).itemsize
         kv_bytes = source.heads.kv_bytes_per_token(itemsize), ready.kv_bytes_per_token(itemsize)
         result = FuseResult(output, ready, tuple(stages), before, *kv_bytes)
@@ -200,20 +202,21 @@ def _refine(
     partial: Path,
     streamed: StreamedModel,
     guard: WrittenLayers,
-    writer: SafetensorsWriter,
+    done: Done,
+    plan: FusionPlan,
     text: CalibrationText,
     targets: Targets,
     closed_form: Stage,
     config: FuseConfig,
     on_progress: Progress,
 ) -> list[Stage]:
-    """Refine the whole model; its weights are written only if the held-out loss falls.
+    """Refine the fused layers together; their weights are written only if the held-out loss falls.
 
     They are complete in the state folder before the first one is overwritten, so that an interrupted run goes on.
     """
-    folder = partial / STATE / "refined"
-    shapes = {name: writer.shapes[name] for name in guard.attention_weights()}
-    record = folder / "nll.json"
+    record, writer = partial / REFINED, done.writer
+    folder, fused = record.parent, [layer.layer_idx for layer in plan.layers if not layer.untouched]
+    shapes = {name: writer.shapes[name] for name in guard.attention_weights(fused)}
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,9 +41,9 @@ class WrittenLayers:
         self.device, self.arch, self.weights = device, arch, weights
         self.layers = [model.get_submodule(arch.layer_prefix(i)) for i in range(fused.num_hidden_layers)]
 
-    def attention_weights(self) -> list[str]:
-        """Names of all attention weights."""
-        prefixes = tuple(f"{self.arch.attention_prefix(i)}." for i in range(len(self.layers)))
+    def attention_weights(self, layers: Iterable[int]) -> list[str]:
+        """Names of the attention weights of some layers."""
+        prefixes = tuple(f"{self.arch.attention_prefix(i)}." for i in layers)
         return [name for name in self.weights.shapes if name.startswith(prefixes) and not ignorable(name)]
 
     @contextlib.contextmanager

@@ -49,7 +49,7 @@ def test_layer_by_layer_is_the_whole_model_at_once(
     for name, tensor in stored.items():
         writer.write(name, tensor)
     layers = WrittenLayers(fused.config.to_dict(), arch, writer, torch.device("cpu"))
-    optimizer = Adam(tmp_path / "state", {name: writer.shapes[name] for name in layers.attention_weights()})
+    optimizer = Adam(tmp_path / "state", {name: writer.shapes[name] for name in layers.attention_weights(range(2))})
     for name, weight in optimizer.weights.items():
         weight.copy_(writer.read(name))
     order = refine_model._shuffled(len(windows), 0)
@@ -111,6 +111,16 @@ def test_what_is_not_refined(tmp_path: Path, options: tuple[str, ...]) -> None:
     """A lossless conversion has nothing to gain, and published baselines stay what they are."""
     document = fuse_example(tmp_path / "out", *options, "--preset", "best")
     assert [stage["name"] for stage in document["stages"]] == ["closed form"]
+
+
+def test_kept_layers_stay_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "keep.yaml").write_text("budget: {total: 0.42, keep_layers: [0, 3], allocator: uniform}\n")
+    lines = run("fuse", EXAMPLE, "-o", tmp_path / "out", "--json", "-c", tmp_path / "keep.yaml", *TEXT).splitlines()
+    assert [stage["name"] for stage in json.loads(lines[-1])["stages"]] == ["closed form", "refined"]
+    before, after = Checkpoint(EXAMPLE), Checkpoint(tmp_path / "out")
+    for name in before.shapes:
+        if name.startswith(("model.layers.0.", "model.layers.3.")):
+            assert torch.equal(before.read(name), after.read(name)), name
 
 
 def test_an_interrupted_refinement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
