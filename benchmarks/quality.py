@@ -189,10 +189,9 @@ def document(rows: list[dict[str, Any]]) -> str:
     sources = {row["model"]: row for row in rows if row["conversion"] == "source"}
     for model, base in sources.items():
         texts, tasks = list(base["nll"]), list(base["accuracy"])
-        lines += ["", f"## {model}", ", ".join(
-            [f"Source: NLL {base['nll'][t]:.3f} on {t}" for t in texts]
-            + [f"{base['accuracy'][t]:.1%} on {t}" for t in tasks]
-        ) + ".", ""]  # fmt: skip
+        facts = [f"NLL {base['nll'][t]:.3f} on {t}" for t in texts]
+        facts += [f"accuracy {base['accuracy'][t]:.1%} on {t}" for t in tasks]
+        lines += ["", f"## {model}", f"Source: {', '.join(facts)}.", ""]
         head = ["budget", "layout", "conversion", "allocator", "samples", "seed"]
         head += [f"gap {t}" for t in texts] + tasks + ["time", "peak MB"]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
