@@ -234,7 +234,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for name, points in lines.items():
             style = "-o" if name.endswith("decoupled") else "--s"
             axis.plot(sorted(points), [points[share] for share in sorted(points)], style, label=name)
-        axis.set(xlabel="KV cache kept", ylabel="NLL gap, nats per token", title=f"{model}, {text}", yscale="log")
+        axis.set(xlabel="KV cache kept", ylabel="NLL gap, nats per token", title=f"{model}, {text}")
+        axis.axhline(0, color="black", linewidth=0.8)
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
