@@ -51,14 +51,14 @@ def test_a_probe_is_the_divergence_of_the_fused_model(tmp_path: Path, model_type
         (0, "key", 3), (0, "value", 3), (1, "key", 3), (1, "value", 3),
     ]  # fmt: skip
     with torch.no_grad():
-        wanted = headfuse.load(model)(WINDOWS).logits[:, ::READ_TOKENS].flatten(0, 1)
+        wanted = headfuse.load(model)(WINDOWS).logits[:, ::READ_TOKENS].flatten(0, 1).double()
         for probe in results:
             changed = headfuse.load(model)
             tensors = reconstructed(
                 streamed.layer_tensors(probe.layer_idx), streamed, probe.side, maps[probe.side], groups
             )
             changed.model.layers[probe.layer_idx].load_state_dict(tensors)
-            got = changed(WINDOWS).logits[:, ::READ_TOKENS].flatten(0, 1)
+            got = changed(WINDOWS).logits[:, ::READ_TOKENS].flatten(0, 1).double()
             assert probe.divergence == pytest.approx(kl_divergence(got, wanted).item() / len(wanted), rel=1e-3)
             assert probe.divergence > 1e-6
 
