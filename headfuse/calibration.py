@@ -91,10 +91,14 @@ def value_moments(
         step = stride if capture.query.shape[2] > 8 * stride else 1  # short windows are few: keep every row
         attention = capture.probabilities(key)[:, :, ::step]  # [B, n_q, T', T]
         stacked = capture.value.transpose(1, 2).flatten(2)  # [B, T, n d]
-        averaged = (attention @ stacked[:, None]).flatten(0, 2)
-        averaged = averaged.to("cpu", torch.float64)  # float32 sums leave noise above the eigenvalue cut
-        covariance += capture.weight * step * (averaged.T @ averaged)
-        total += capture.weight * step * len(averaged)
+        count = attention.shape[:3].numel()
+        if n * d < capture.value.shape[2]:
+            left = right = (attention @ stacked[:, None]).flatten(0, 2).to("cpu", torch.float64)
+        else:  # MHA: the same sum, all heads' attention first
+            attention, left = attention.flatten(1, 2).to("cpu", torch.float64), stacked.to("cpu", torch.float64)
+            left, right = left.flatten(0, 1), (attention.mT @ attention @ left).flatten(0, 1)
+        covariance += capture.weight * step * (left.T @ right)  # float32 sums leave noise above the eigenvalue cut
+        total += capture.weight * step * count
     weight = output.to("cpu", torch.float64)
     per_head = weight.view(weight.shape[0], n, -1, d)  # [D, n, q, d]
     output_gram = torch.einsum("Dnqc,Dnqe->nce", per_head, per_head)
@@ -125,9 +129,10 @@ def lost_value_energy(maps: HeadMaps, groups: Groups, moments: ValueMoments) -> 
         if len(group) > 1:
             index, g, own = list(group), len(group), moments.of(group)
             write = maps.write[index].transpose(0, 1).reshape(d, g * d)  # [d, g d]
-            residual = torch.eye(g * d, dtype=torch.float64) - maps.read[index].reshape(g * d, d) @ write
-            residual = residual.view(g, d, g * d)
-            errors = residual @ own.covariance.reshape(g * d, g * d) @ residual.mT  # [g, d, d]
+            read, covariance = maps.read[index].reshape(g * d, d), own.covariance.reshape(g * d, g * d)
+            rest = covariance - read @ (write @ covariance)  # (I - R P) C
+            residual = torch.eye(g * d, dtype=torch.float64) - read @ write
+            errors = rest.view(g, d, g * d) @ residual.view(g, d, g * d).mT  # [g, d, d]
             lost += float((errors * own.output_gram).sum())
     return max(lost, 0.0)
 

@@ -175,58 +175,36 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = _weight_files(folder)
-        self._handles: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
+        self._place: dict[str, tuple[str, int]] = {}
+        self._digests: dict[str, bytes] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for file in self.files:
-            handle = self._open(file)
-            for name in handle.keys():  # noqa: SIM118  no mapping
-                if name in self._file_of:
+            start, header = _read_header(folder / file)
+            for name, entry in header.items():
+                if name in self._place:
                     raise CheckpointError(
-                        f"tensor {name} is in {self._file_of[name]} as well",
+                        f"tensor {name} is in {self._place[name][0]} as well",
                         where=folder / file,
                         fix="the shards are of two checkpoints: copy or download the model again",
                     )
-                self._file_of[name] = file
-                entry = handle.get_slice(name)
-                self.shapes[name] = tuple(entry.get_shape())
-                code = entry.get_dtype()
-                if code not in DTYPES:
+                if entry["dtype"] not in DTYPES:
                     raise UnsupportedModelError(
-                        f"tensor {name} has dtype {code}",
+                        f"tensor {name} has dtype {entry['dtype']}",
                         where=folder / file,
                         fix="convert a full-precision checkpoint",
                     )
-                self.dtypes[name] = DTYPES[code]
-        if not self._file_of:
+                self._place[name] = (file, start + entry["data_offsets"][0])
+                self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+        if not self._place:
             raise CheckpointError("holds no tensors", where=folder / self.files[0], fix="restore the original file")
         for name, file in _weight_map(folder).items():
-            if self._file_of.get(name) != file:
+            if name not in self._place or self._place[name][0] != file:
                 raise CheckpointError(
                     f"puts tensor {name} into {file}, which does not hold it",
                     where=folder / INDEX,
                     fix="index and shards do not belong together: copy or download both again",
                 )
-
-    def _open(self, file: str) -> Any:
-        if file not in self._handles:
-            try:
-                with (self.folder / file).open("rb"):  # safetensors calls every file that it cannot open missing
-                    pass
-                self._handles[file] = safe_open(self.folder / file, framework="pt")
-            except OSError as error:
-                reason = error.strerror or str(error)
-                raise CheckpointError(
-                    f"cannot be read: {reason}", where=self.folder / file, fix="check its permissions"
-                ) from None
-            except (SafetensorError, ValueError) as error:
-                raise CheckpointError(
-                    f"is not a complete safetensors file ({error})",
-                    where=self.folder / file,
-                    fix="it is damaged or cut off: copy or download it again",
-                ) from None
-        return self._handles[file]
 
     @property
     def nbytes(self) -> int:
@@ -234,25 +212,76 @@ class Checkpoint:
         return sum((self.folder / file).stat().st_size for file in self.files)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, checked to be finite."""
-        try:
-            tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"tensor {name} cannot be read ({error})",
-                where=self.folder / self._file_of[name],
-                fix="copy or download the file again",
-            ) from None
+        """The tensor `name`, checked to be finite.
+
+        Read, not mapped: a mapped file counts as memory, and one that is cut off meanwhile ends the process.
+        """
+        data = self._bytes(name)
+        tensor = data.view(self.dtypes[name]).reshape(self.shapes[name])
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"tensor {name} holds NaN or infinity",
-                where=self.folder / self._file_of[name],
+                where=self.folder / self._place[name][0],
                 fix="the weights are damaged: take a checkpoint from before they diverged",
             )
         return tensor
 
+    def _bytes(self, name: str) -> torch.Tensor:
+        file, offset = self._place[name]
+        data = torch.empty(_nbytes(self.dtypes[name], self.shapes[name]), dtype=torch.uint8)
+        try:
+            with (self.folder / file).open("rb") as stream:
+                stream.seek(offset)
+                complete = stream.readinto(data.numpy()) == len(data)
+        except OSError as error:
+            raise CheckpointError(
+                f"tensor {name} cannot be read: {error.strerror}",
+                where=self.folder / file,
+                fix="the file must stay readable while headfuse runs",
+            ) from None
+        if not complete:
+            raise CheckpointError(
+                f"ends before tensor {name} does", where=self.folder / file, fix="copy or download the file again"
+            )
+        if name not in self._digests:
+            self._digests[name] = hashlib.sha256(data.numpy()).digest()
+        return data
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and every tensor by name: the same however the tensors are spread over files.
+
+        What was read before is not read again.
+        """
+        digest = hashlib.sha256(file_sha256(self.folder / "config.json").encode())
+        for name in sorted(self.shapes):
+            if name not in self._digests:
+                self._bytes(name)
+            digest.update(f"{name} {DTYPE_CODES[self.dtypes[name]]} {list(self.shapes[name])} ".encode())
+            digest.update(self._digests[name])
+        return digest.hexdigest()
+
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._place
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, and the entry of each by name, as the library checked them."""
+    damaged = "it is damaged or cut off: copy or download it again"
+    try:
+        with path.open("rb") as stream:  # safetensors calls every file that it cannot open missing
+            with safe_open(path, framework="pt") as handle:
+                names = set(handle.keys())
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"cannot be read: {reason}", where=path, fix="check its permissions") from None
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"is not a complete safetensors file ({error})", where=path, fix=damaged) from None
+    header.pop("__metadata__", None)
+    if header.keys() != names:  # the library read other names than a JSON parser does
+        raise CheckpointError("is not a complete safetensors file (names)", where=path, fix=damaged)
+    return 8 + length, header
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -298,11 +327,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and the weight files: what plan.json knows a source by."""
-    digest = hashlib.sha256()
-    for file in ["config.json", *_weight_files(folder)]:
-        digest.update(file_sha256(folder / file).encode())
-    return digest.hexdigest()
+    """What plan.json knows the source in a folder by (reads every weight)."""
+    return Checkpoint(folder).fingerprint()
 
 
 def file_sha256(path: Path) -> str:
@@ -331,8 +357,8 @@ def _digest(stream: Any) -> str:  # Python 3.10
 class SafetensorsWriter:
     """Writes safetensors files whose tensors are known by name, dtype and shape before the first one is computed.
 
-    The files get their full size at once, so a full disk shows before the work; tensors may come in any order, each
-    is written once; what is already written can be read back.
+    The files get their full size at once, so a full disk shows before the work; tensors may come in any order; what is
+    already written can be read back. A file that is written from its beginning to its end is hashed on the way.
 
     Args:
         folder: where the files go.
@@ -351,6 +377,7 @@ class SafetensorsWriter:
         self.dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
         self.shapes = {name: shape for name, (_, shape) in tensors.items()}
         self._spec = dict(tensors)
+        self._hashed: dict[str, tuple[Any, int]] = {}
         shards: list[list[str]] = [[]]
         size = 0
         for name, spec in tensors.items():
@@ -372,7 +399,7 @@ class SafetensorsWriter:
     def _lay_out(self, file: str, names: list[str], resume: bool) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for name in names:
+        for name in sorted(names, key=lambda name: -self._spec[name][0].itemsize):  # so that each is aligned
             dtype, shape = self._spec[name]
             end = offset + _nbytes(dtype, shape)
             header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
@@ -395,6 +422,7 @@ class SafetensorsWriter:
             stream.write(len(text).to_bytes(8, "little") + text)
             stream.flush()
             _reserve(stream.fileno(), start + offset)
+        self._hashed[file] = hashlib.sha256(len(text).to_bytes(8, "little") + text), start
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor at its place, in the dtype that the file was laid out with."""
@@ -409,15 +437,28 @@ class SafetensorsWriter:
                 where="--dtype",
                 fix="write bfloat16 or float32",
             )
-        data = converted.contiguous().flatten().view(torch.uint8)
-        with (self.folder / file).open("r+b") as stream:
+        data = converted.contiguous().flatten().view(torch.uint8).numpy()
+        with (self.folder / file).open("r+b", buffering=0) as stream:
             stream.seek(offset)
-            stream.write(data.numpy().tobytes())
+            written = 0
+            while written < len(data):  # a disk that fills up takes a part, then none
+                written += stream.write(data[written:]) or 0
+        digest, hashed = self._hashed.get(file, (None, -1))
+        if hashed == offset:
+            digest.update(data)
+            self._hashed[file] = digest, offset + len(data)
+        elif offset < hashed:  # written once more
+            del self._hashed[file]
 
     def sync(self) -> None:
         """Bring what is written to the disk, so that a record of it never outlives it."""
         for file in self.files:
             sync(self.folder / file)
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of the files that were written in one go; the others must be read for it."""
+        whole = {file: (self.folder / file).stat().st_size for file in self._hashed}
+        return {file: digest.hexdigest() for file, (digest, end) in self._hashed.items() if end == whole[file]}
 
     def read(self, name: str) -> torch.Tensor:
         """Read back a tensor that was written before."""
@@ -754,10 +795,10 @@ def read_plan(path: Path) -> FusionPlan:
     return FusionPlan.from_json(text, str(path))
 
 
-def write_plan(folder: Path, plan: FusionPlan) -> FusionPlan:
-    """Write plan.json with the checksums of the files that are in the folder now."""
-    skipped = {"plan.json", _LOCK, RESUME}
-    files = {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name not in skipped}
-    plan = plan.model_copy(update={"files": files})
+def write_plan(folder: Path, plan: FusionPlan, known: Mapping[str, str] | None = None) -> FusionPlan:
+    """Write plan.json with the checksums of the files that are in the folder now; `known` ones are not read again."""
+    skipped, known = {"plan.json", _LOCK, RESUME}, known or {}
+    names = [p.name for p in sorted(folder.iterdir()) if p.is_file() and p.name not in skipped]
+    plan = plan.model_copy(update={"files": {n: known.get(n) or file_sha256(folder / n) for n in names}})
     (folder / "plan.json").write_text(plan.to_json())
     return plan

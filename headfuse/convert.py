@@ -143,7 +143,7 @@ def fuse(
         itemsize = next(iter(writer.dtypes.values())).itemsize
         kv_bytes = source.heads.kv_bytes_per_token(itemsize), ready.kv_bytes_per_token(itemsize)
         result = FuseResult(output, ready, tuple(stages), before, *kv_bytes)
-        _write_beside_weights(partial, source, result, config)
+        _write_beside_weights(partial, source, result, config, writer)
     return result
 
 
@@ -175,14 +175,17 @@ def _convert(
         weights = AttentionWeights.of_layer(tensors, arch, plan.heads.head_dim)
         with streamed.layer(layer.layer_idx, tensors) as run:
             windows, starts, before = run(windows, captures), run(starts, captures), run(before, None)
+        written = dict[str, torch.Tensor]()
         if layer.layer_idx not in done.layers:
             if not layer.untouched:
                 weights = fuse_layer(weights, captures, layer, plan.heads, method)
-            for name, tensor in layout.arrange(weights, layer, plan).in_layer(tensors, arch).items():
-                done.writer.write(prefix + name, tensor)
+            tensors = layout.arrange(weights, layer, plan).in_layer(tensors, arch)
+            written = {prefix + name: tensors[name].to(done.writer.dtypes[prefix + name]) for name in sorted(tensors)}
+            for name, tensor in written.items():
+                done.writer.write(name, tensor)
             done.add(layer.layer_idx)
         if len(after):
-            after = guard.run(layer.layer_idx, after)
+            after = guard.run(layer.layer_idx, after, written)
         on_progress("fuse", layer.layer_idx + 1, len(plan.layers))
     figures = [streamed.nll(states, text.held_out) if len(states) else None for states in (before, after)]
     return figures[0], Stage("closed form", figures[1]), windows
@@ -309,10 +312,15 @@ def _open_writer(
         for kind in ("weight", "bias"):
             counts[f"{prefix}.{arch.key}.{kind}"] = len(layer.key_groups)
             counts[f"{prefix}.{arch.value}.{kind}"] = len(layer.value_groups)
-    spec = {}
-    for name, shape in checkpoint.shapes.items():
+    spec, in_layers = {}, tuple(arch.layer_prefix(i) + "." for i in range(streamed.num_layers))
+
+    def in_order_of_writing(name: str) -> tuple[int, str]:
+        return next((i for i, prefix in enumerate(in_layers) if name.startswith(prefix)), -1), name
+
+    for name in sorted(checkpoint.shapes, key=in_order_of_writing):
         if ignorable(name):
             continue
+        shape = checkpoint.shapes[name]
         kept = (counts[name] * d, *shape[1:]) if name in counts else shape
         stored = checkpoint.dtypes[name]
         spec[name] = (dtype if dtype is not None and stored.is_floating_point else stored, kept)
@@ -321,7 +329,6 @@ def _open_writer(
         state.mkdir(exist_ok=True)
         write_whole(state / "plan.json", plan.to_json())
         write_resume(partial, "fuse", {"options": options})
-    in_layers = tuple(arch.layer_prefix(i) + "." for i in range(streamed.num_layers))
     for name in spec:
         if not name.startswith(in_layers):
             writer.write(name, checkpoint.read(name))
@@ -345,11 +352,13 @@ def _write_config(partial: Path, source: Source, plan: FusionPlan, dtype: str | 
     (partial / "config.json").write_text(json.dumps(LAYOUTS[plan.layout].config(raw, plan), indent=2) + "\n")
 
 
-def _write_beside_weights(partial: Path, source: Source, result: FuseResult, config: FuseConfig) -> None:
+def _write_beside_weights(
+    partial: Path, source: Source, result: FuseResult, config: FuseConfig, writer: SafetensorsWriter
+) -> None:
     """Everything but weights and config: tokenizer and licence, headfuse.yaml, card, plan.json with checksums."""
     plan = result.plan
     copy_companions(source.folder, partial)
     head = f"# headfuse fuse --config headfuse.yaml {plan.source.name}\n"
     (partial / "headfuse.yaml").write_text(head + config.to_yaml(), encoding="utf-8")
     (partial / "README.md").write_text(fused_card(source, result), encoding="utf-8")
-    write_plan(partial, plan)
+    write_plan(partial, plan, writer.checksums())

@@ -9,7 +9,7 @@ from typing import Any
 
 from headfuse.architectures import architecture_of, head_layout
 from headfuse.calibration import CalibrationText
-from headfuse.checkpoint import Checkpoint, fingerprint, read_config, resolve_model
+from headfuse.checkpoint import Checkpoint, read_config, resolve_model
 from headfuse.config import FuseConfig
 from headfuse.errors import CheckpointError, ConfigError
 from headfuse.loading import load_tokenizer
@@ -38,8 +38,8 @@ class Source:
         return cls(name, folder, checkpoint, config, heads)
 
     def identity(self) -> SourceModel:
-        """Name and content hash, as plan.json knows the source (reads every weight file)."""
-        return SourceModel(name=self.name, fingerprint=fingerprint(self.folder))
+        """Name and content hash, as plan.json knows the source (reads every weight that was not read before)."""
+        return SourceModel(name=self.name, fingerprint=self.checkpoint.fingerprint())
 
     def raw_config(self) -> dict[str, Any]:
         """config.json as it is, but for the path that transformers may have left in it."""
