@@ -232,7 +232,7 @@ class Checkpoint:
         try:
             with (self.folder / file).open("rb") as stream:
                 stream.seek(offset)
-                complete = stream.readinto(data.numpy()) == len(data)
+                complete = stream.readinto(data.numpy().data) == len(data)
         except OSError as error:
             raise CheckpointError(
                 f"tensor {name} cannot be read: {error.strerror}",
@@ -244,7 +244,7 @@ class Checkpoint:
                 f"ends before tensor {name} does", where=self.folder / file, fix="copy or download the file again"
             )
         if name not in self._digests:
-            self._digests[name] = hashlib.sha256(data.numpy()).digest()
+            self._digests[name] = hashlib.sha256(data.numpy().data).digest()
         return data
 
     def fingerprint(self) -> str:
@@ -437,7 +437,7 @@ class SafetensorsWriter:
                 where="--dtype",
                 fix="write bfloat16 or float32",
             )
-        data = converted.contiguous().flatten().view(torch.uint8).numpy()
+        data = converted.contiguous().flatten().view(torch.uint8).numpy().data
         with (self.folder / file).open("r+b", buffering=0) as stream:
             stream.seek(offset)
             written = 0
