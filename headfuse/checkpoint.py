@@ -56,7 +56,15 @@ _WEIGHT_SUFFIXES = {
     ".gguf",
     ".onnx",
 }
-_NEVER_COPIED = {"config.json", "plan.json", "headfuse.yaml", "README.md", INDEX, "train_log.jsonl"}
+_NEVER_COPIED = {
+    "config.json",
+    "plan.json",
+    "headfuse.yaml",
+    "README.md",
+    INDEX,
+    "train_log.jsonl",
+    "uptrain.yaml",
+}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -477,12 +485,12 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return count * dtype.itemsize
 
 
-def mapped_tensor(path: Path, shape: Sequence[int]) -> torch.Tensor:
-    """A float32 tensor that lies in a file: what is written to it is in the file, a new file holds zeros."""
+def mapped_tensor(path: Path, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor that lies in a file: what is written to it is in the file, a new file holds zeros."""
     with path.open("ab") as stream:
-        _reserve(stream.fileno(), _nbytes(torch.float32, tuple(shape)))
+        _reserve(stream.fileno(), _nbytes(dtype, tuple(shape)))
     size = math.prod(shape)
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(tuple(shape))
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(tuple(shape))
 
 
 def _reserve(descriptor: int, size: int) -> None:

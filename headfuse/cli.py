@@ -97,6 +97,21 @@ class LossName(str, Enum):
     ce = "ce"
 
 
+class TrainedName(str, Enum):
+    """What `uptrain` trains."""
+
+    all = "all"
+    attention = "attention"
+    lora = "lora"
+
+
+class PackingName(str, Enum):
+    """Whether documents in a window see each other."""
+
+    joined = "joined"
+    separate = "separate"
+
+
 def _budget(text: str) -> str:
     from headfuse.budget import parse_budget
 
@@ -108,7 +123,7 @@ def _budget(text: str) -> str:
 
 
 def _tokens(text: str) -> int:
-    from headfuse.commands.uptrain import parse_tokens
+    from headfuse.recipe import parse_tokens
 
     try:
         return parse_tokens(text)
@@ -246,23 +261,51 @@ def fuse(
 @app.command()
 def uptrain(
     model: Model,
-    tokens: Annotated[int, typer.Option(parser=_tokens, metavar="N", help="Training tokens: 246000, 50M, 1.5B.")],
-    data: Annotated[str, typer.Option(help="Training text: .txt, .jsonl, .parquet, a folder, or a hub dataset id.")],
+    tokens: Annotated[
+        int | None, typer.Option(parser=_tokens, metavar="N", help="Training tokens: 246000, 50M, 1.5B.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT[=SHARE]", help="Training text, as for fuse; or several, with shares."),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="YAML file or the name of a packaged recipe.")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="Source model; default the one that plan.json names.")] = None,
-    loss: Annotated[LossName, typer.Option(help="kl: forward KL from the teacher; ce: cross-entropy.")] = LossName.kl,
+    teacher_device: Annotated[DeviceName | None, typer.Option(help="Where the teacher computes.")] = None,
+    teacher_dtype: Annotated[DtypeName | None, typer.Option(help="Dtype in which the teacher computes.")] = None,
+    teacher_cache: Annotated[
+        Path | None, typer.Option(help="Folder for the teacher's last states; it is not in memory then.")
+    ] = None,
+    loss: Annotated[LossName | None, typer.Option(help="kl (default): from the teacher; ce: cross-entropy.")] = None,
+    train: Annotated[TrainedName | None, typer.Option(help="What is trained: all weights (default) or fewer.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Peak learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per step and process.")] = None,
-    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Steps per update.")] = 1,
-    sequence_length: SequenceLength = 512,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass and process.")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(min=1, help="Forward passes per step.")] = None,
+    sequence_length: SequenceLength = None,
+    packing: Annotated[
+        PackingName | None, typer.Option(help="joined (default): documents in a window see those before them.")
+    ] = None,
+    validation_data: Annotated[
+        str | None, typer.Option(help="Text of the figures; default: sections of --data, held out.")
+    ] = None,
+    validation_windows: Annotated[int | None, typer.Option(min=1, help="Windows of it.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many validations without a better one.")
+    ] = None,
     output: Output = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
-    seed: Seed = 0,
+    seed: Seed = None,
     device: Device = DeviceName.auto,
     dtype: Dtype = None,
     threads: Threads = None,
     log_every: Annotated[int, typer.Option(min=1, help="Steps per log line.")] = 1,
-    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps per checkpoint.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps per validation and checkpoint.")] = None,
+    tracker: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="tensorboard or wandb; may be repeated.")
+    ] = None,
+    tracker_folder: Annotated[Path, typer.Option(help="Where trackers write.")] = Path("runs"),
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -274,11 +317,16 @@ def uptrain(
         from headfuse.commands import uptrain as command
 
         document = command.run(
-            model=model, data=data, tokens=tokens, teacher=teacher, loss=loss.value, learning_rate=learning_rate,
-            batch_size=batch_size, gradient_accumulation=gradient_accumulation, sequence_length=sequence_length or 512,
-            output=output, overwrite=overwrite, resume=resume, seed=seed or 0, device=device.value,
-            dtype=dtype and dtype.value, threads=threads, log_every=log_every, checkpoint_every=checkpoint_every,
-            trust_remote_code=trust_remote_code, json_output=json_output, quiet=quiet, verbose=verbose,
+            model=model, data=data or None, tokens=tokens, config=config, teacher=teacher,
+            teacher_device=teacher_device and teacher_device.value, teacher_dtype=teacher_dtype and teacher_dtype.value,
+            teacher_cache=teacher_cache, loss=loss and loss.value, train=train and train.value,
+            learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
+            sequence_length=sequence_length, packing=packing and packing.value, validation_data=validation_data,
+            validation_windows=validation_windows, patience=patience, output=output, overwrite=overwrite,
+            resume=resume, seed=seed, device=device.value, dtype=dtype and dtype.value, threads=threads,
+            log_every=log_every, checkpoint_every=checkpoint_every, trackers=tracker or (),
+            tracker_folder=tracker_folder, trust_remote_code=trust_remote_code, json_output=json_output, quiet=quiet,
+            verbose=verbose,
         )  # fmt: skip
         return document, command.render
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -22,7 +22,9 @@ METHODS = ("mean", "first", "align", "subspace")
 """The names in FUSION_METHODS, written out because that table needs torch."""
 
 
-def _one_of(*names: str) -> AfterValidator:
+def one_of(*names: str) -> AfterValidator:
+    """What checks that a name is one of these, and says which is near."""
+
     def check(value: str) -> str:
         if value not in names:
             near = difflib.get_close_matches(value, names, 1)
@@ -45,18 +47,20 @@ Share = Annotated[str, BeforeValidator(_budget_text)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Options that know no other keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class SideBudget(_Strict):
+class SideBudget(Strict):
     """Separate budgets for keys and for values."""
 
     key: Share
     value: Share
 
 
-class BudgetConfig(_Strict):
+class BudgetConfig(Strict):
     """How much of the KV cache is kept, and who decides where."""
 
     total: Share | SideBudget | None = "0.25"
@@ -65,7 +69,7 @@ class BudgetConfig(_Strict):
     keep_layers: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = ()
     min_key_heads: Count = 1
     min_value_heads: Count = 1
-    allocator: Annotated[str, _one_of(*ALLOCATORS)] = "sensitivity"
+    allocator: Annotated[str, one_of(*ALLOCATORS)] = "sensitivity"
     layerwise: bool = False
 
     @model_validator(mode="after")
@@ -107,7 +111,7 @@ class BudgetConfig(_Strict):
         return str(self.total).replace("/", "-")
 
 
-class CalibrationConfig(_Strict):
+class CalibrationConfig(Strict):
     """The text that statistics are taken on."""
 
     data: str = "default"
@@ -116,14 +120,14 @@ class CalibrationConfig(_Strict):
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.25
 
 
-class FuseConfig(_Strict):
+class FuseConfig(Strict):
     """Every option of `headfuse fuse`."""
 
     budget: BudgetConfig = BudgetConfig()
-    method: Annotated[str, _one_of(*METHODS)] = "subspace"
-    grouping: Annotated[str, _one_of(*GROUPERS)] = "cluster"
+    method: Annotated[str, one_of(*METHODS)] = "subspace"
+    grouping: Annotated[str, one_of(*GROUPERS)] = "cluster"
     layout: Layout = "decoupled"
-    preset: Annotated[str, _one_of(*PRESETS)] = "balanced"
+    preset: Annotated[str, one_of(*PRESETS)] = "balanced"
     calibration: CalibrationConfig = CalibrationConfig()
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
 
@@ -137,17 +141,27 @@ class FuseConfig(_Strict):
         return yaml.safe_dump(data, sort_keys=False)
 
 
+Options = TypeVar("Options", bound=Strict)
+
+
 def load_config(name: str | None, overrides: Mapping[str, Any]) -> FuseConfig:
+    """The options of `headfuse fuse`: see `load_options`; a config that is packaged has a name."""
+    return load_options(FuseConfig, name, overrides)
+
+
+def load_options(model: type[Options], name: str | None, overrides: Mapping[str, Any], folder: str = "") -> Options:
     """Read a YAML file, or a packaged config by name, and lay the command line over it.
 
     Args:
+        model: what the options are.
         name: path of a YAML file, name of a packaged config, or None for the defaults.
         overrides: dotted option -> value; None values are skipped.
+        folder: where in the package's data the packaged ones lie.
 
     Raises:
         ConfigError: naming every problem with its place.
     """
-    raw = {} if name is None else _read_yaml(name)
+    raw = {} if name is None else _read_yaml(name, folder)
     for key, value in overrides.items():
         if value is None:
             continue
@@ -158,9 +172,9 @@ def load_config(name: str | None, overrides: Mapping[str, Any]) -> FuseConfig:
             place = place[parent]
         place[last] = value
     try:
-        return FuseConfig.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        problems = [_describe(dict(problem)) for problem in error.errors()]
+        problems = [_describe(dict(problem), model) for problem in error.errors()]
         raise ConfigError(
             "; ".join(dict.fromkeys(problems)), where=name or "options", fix="see the README for every key"
         ) from None
@@ -178,16 +192,14 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(name: str) -> dict[str, Any]:
+def _read_yaml(name: str, folder: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
-        packaged = resources.files("headfuse") / "data" / f"{name}.yaml"
+        data = resources.files("headfuse") / "data"
+        data = data / folder if folder else data
+        packaged = data / f"{name}.yaml"
         if "/" in name or not packaged.is_file():
-            names = sorted(
-                p.name.removesuffix(".yaml")
-                for p in (resources.files("headfuse") / "data").iterdir()
-                if p.name.endswith(".yaml")
-            )
+            names = sorted(p.name.removesuffix(".yaml") for p in data.iterdir() if p.name.endswith(".yaml"))
             fix = f"give a YAML file or a packaged name: {', '.join(names)}"
             raise ConfigError("no such config", where=name or "--config", fix=fix)
         text = packaged.read_text(encoding="utf-8")
@@ -208,14 +220,14 @@ def _read_yaml(name: str) -> dict[str, Any]:
     return raw
 
 
-def _describe(problem: dict[str, Any]) -> str:
+def _describe(problem: dict[str, Any], model: type[Strict]) -> str:
     path = [str(part) for part in problem["loc"] if part not in ("SideBudget", "function-before[_budget_text(), str]")]
     place = ".".join(path)
     if problem["type"] != "extra_forbidden":
         return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
-    known: list[str] = list(FuseConfig.model_fields)
-    for part, model in (("budget", BudgetConfig), ("calibration", CalibrationConfig)):
-        if path[0] == part and len(path) > 1:
-            known = list(model.model_fields)
+    for part in path[:-1]:
+        inner = model.model_fields[part].annotation if part in model.model_fields else None
+        model = inner if isinstance(inner, type) and issubclass(inner, Strict) else model
+    known = list(model.model_fields)
     near = difflib.get_close_matches(path[-1], known, 1)
     return f"{place}: unknown key" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +65,40 @@ def data_name(data: str) -> str:
     return Path(data).name if Path(data).exists() else data
 
 
+def parse_data(data: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """Texts with their weights from `NAME` or `NAME=WEIGHT`; without a weight it is 1.
+
+    Raises:
+        DataError: for a weight that is no number above 0, and a text that is there twice.
+    """
+    if isinstance(data, Mapping):
+        pairs = [(name, float(weight)) for name, weight in data.items()]
+    else:
+        pairs = list[tuple[str, float]]()
+        for entry in [data] if isinstance(data, str) else data:
+            name, equals, weight = entry.rpartition("=")
+            weighted = bool(equals) and not Path(entry).exists() and re.fullmatch(r"[-+.\deE]+|nan|inf", weight)
+            try:
+                pairs.append((name, float(weight)) if weighted else (entry, 1.0))
+            except ValueError:
+                pairs.append((name, math.nan))
+    if not pairs:
+        raise DataError("no text is given", where="--data", fix="give a text file, a folder or a hub dataset")
+    for text, share in pairs:
+        if not 0 < share < math.inf:
+            raise DataError(f"the weight of a text is {share}", where=text, fix="give a number above 0, like 0.7")
+    if len(dict(pairs)) < len(pairs):
+        raise DataError("a text is given twice", where="--data", fix="give each text once, with its weight")
+    return dict(pairs)
+
+
+def mixture_name(data: Mapping[str, float]) -> str:
+    """How an output may name texts and their weights."""
+    if len(data) == 1:
+        return data_name(next(iter(data)))
+    return ", ".join(f"{data_name(name)}={weight:g}" for name, weight in data.items())
+
+
 def shuffled(documents: Iterable[str], seed: int | str) -> Iterator[str]:
     """Shuffle a stream through a buffer of 10,000 documents or 64 M characters."""
     generator, buffer, characters = random.Random(seed), list[str](), 0
@@ -88,7 +124,8 @@ def cut(text: str, limit: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _open(data: str) -> Iterator[str]:
+def _open(data: str, piece: int | None = None) -> Iterator[str]:
+    """Documents; with `piece`, a .txt file comes in pieces of so many characters, never whole."""
     path = Path(data)
     if not data:  # Path("") would be the working directory: an unset variable of a script
         raise DataError("the name of the text is empty", where="--data", fix="give a text file, or leave it out")
@@ -100,11 +137,11 @@ def _open(data: str) -> Iterator[str]:
             raise DataError(
                 f"the folder holds no {_listed(_SUFFIXES)} file", where=data, fix="give a folder with text in it"
             )
-        return (document for file in files for document in _read_file(file))
+        return (document for file in files for document in _read_file(file, piece))
     if path.exists():
         if path.suffix not in _SUFFIXES:
             raise DataError(f"is not a {_listed(_SUFFIXES)} file", where=data, fix="rename or convert it")
-        return _read_file(path)
+        return _read_file(path, piece)
     match = _HUB_ID.fullmatch(data)
     if match is None or path.suffix in _SUFFIXES:
         raise DataError(
@@ -133,11 +170,14 @@ def _packaged() -> Iterator[str]:
     yield from text.split("\f")
 
 
-def _read_file(path: Path) -> Iterator[str]:
+def _read_file(path: Path, piece: int | None) -> Iterator[str]:
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
         return
     try:
+        if path.suffix == ".txt" and piece is not None:
+            yield from _read_pieces(path, piece)
+            return
         with path.open("rb") as stream:
             if path.suffix == ".txt":
                 yield _decoded(stream.read(), str(path))
@@ -147,6 +187,18 @@ def _read_file(path: Path) -> Iterator[str]:
                     yield _json_text(line, f"{path}, line {number}")
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=path, fix="check its permissions") from None
+
+
+def _read_pieces(path: Path, limit: int) -> Iterator[str]:
+    rest = ""
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            while block := stream.read(64 * limit):
+                *pieces, rest = cut(rest + block, limit)
+                yield from pieces
+    except UnicodeDecodeError:
+        _decoded(path.read_bytes(), str(path))  # the message tells the place in the file
+    yield rest
 
 
 def _decoded(data: bytes, where: str) -> str:
@@ -291,46 +343,115 @@ def _token_lists(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -
             yield tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
 
 
+@dataclass
+class Place:
+    """How far a training stream has read one text: sections of an epoch, counted from 0, and tokens in all."""
+
+    epoch: int = 0
+    sections: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows `[n, sequence_length]`, and the state from which the windows after them follow."""
+
+    windows: torch.Tensor
+    state: dict[str, Any]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that the text read most often has begun."""
+        return 1 + max(place["epoch"] for place in self.state["places"])
+
+
 class TrainingText:
     """Training windows without end, and the validation windows of the sections that are held out from them.
 
     A section is a document, or a piece of a long one (some four windows), so that a step sees several texts and a
-    single book can be divided.
+    single book can be divided. Sections are joined by EOS; windows go across their ends. Each text is read again,
+    shuffled anew, where it ends. No more of it is in memory than the shuffling buffer holds.
 
     Args:
-        data: what `read_documents` takes.
+        data: texts, each as `read_documents` takes it, with their shares of the tokens in any unit.
         tokenizer: a transformers tokenizer.
         sequence_length: tokens in a window.
         seed: of the shuffling and of the choice of the held-out sections.
+        validation: a text for the validation windows, read in its order; by default sections are held out.
+        validation_windows: how many of them.
     """
 
-    def __init__(self, data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int) -> None:
-        self.data, self.tokenizer, self.sequence_length, self.seed = data, tokenizer, sequence_length, seed
-        self.epochs = 0
+    def __init__(
+        self,
+        data: str | Mapping[str, float],
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        seed: int,
+        validation: str | None = None,
+        validation_windows: int = _VALIDATION_WINDOWS,
+    ) -> None:
+        self.data, self.tokenizer, self.sequence_length, self.seed = parse_data(data), tokenizer, sequence_length, seed
         self.held_out: set[str] = set()
-        self.validation = token_windows(self._hold_out(), tokenizer, sequence_length, _VALIDATION_WINDOWS, required=0)
+        documents = self._hold_out() if validation is None else read_documents(validation)
+        self.validation = token_windows(documents, tokenizer, sequence_length, validation_windows, required=0)
         if not len(self.validation):
-            logger.warning("%s is too short to hold some of it out: no figures before and after", data_name(data))
+            logger.warning("%s is too short to hold some of it out: no figures", validation or mixture_name(self.data))
 
-    def windows(self) -> Iterator[torch.Tensor]:
-        """The windows of one epoch after the other, each shuffled anew."""
-        for epoch in count():
-            self.epochs = epoch + 1
-            sections = (section for section in self._sections(epoch) if section not in self.held_out)
-            windows = iter_windows(sections, self.tokenizer, self.sequence_length)
-            first = next(windows, None)
-            if first is None:
+    def batches(self, size: int, state: Mapping[str, Any] | None = None) -> Iterator[Batch]:
+        """Batches of `size` windows, from the start or from where the batch with this state ended."""
+        places = [Place(**place) for place in state["places"]] if state else [Place() for _ in self.data]
+        rest: list[int] = list(state["rest"]) if state else []
+        streams = [self._tokens(name, place) for name, place in zip(self.data, places, strict=True)]
+        needed = size * self.sequence_length
+        while True:
+            while len(rest) < needed:  # the text that is furthest behind its share
+                shares = [place.tokens / weight for place, weight in zip(places, self.data.values(), strict=True)]
+                rest += next(streams[shares.index(min(shares))])
+            windows = torch.tensor(rest[:needed], dtype=torch.long).view(size, self.sequence_length)
+            del rest[:needed]
+            yield Batch(windows, {"places": [asdict(place) for place in places], "rest": list(rest)})
+
+    def _tokens(self, name: str, place: Place) -> Iterator[list[int]]:
+        """Tokens of section after section, each with EOS at its end; `place` says from where on, and is kept up."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            fix = "set eos_token in tokenizer_config.json"
+            where = self.tokenizer.name_or_path
+            raise DataError("the tokenizer has no EOS token to join documents with", where=where, fix=fix)
+        while True:
+            before = place.tokens if not place.sections else None
+            for section in islice(self._sections(name, place.epoch), place.sections, None):
+                place.sections += 1
+                if section not in self.held_out:
+                    ids = [*self.tokenizer(section, add_special_tokens=False, verbose=False).input_ids, eos]
+                    place.tokens += len(ids)
+                    yield ids
+            if before is not None and place.tokens - before < self.sequence_length:
                 fix = "give more text, or a smaller --sequence-length"
-                raise DataError(f"does not fill one window of {self.sequence_length} tokens", where=self.data, fix=fix)
-            yield first
-            yield from windows
+                raise DataError(f"does not fill one window of {self.sequence_length} tokens", where=name, fix=fix)
+            place.epoch, place.sections = place.epoch + 1, 0
 
     def _hold_out(self) -> Iterator[str]:
-        for section in islice(self._sections("held out"), _HELD_OUT // 2, None, _HELD_OUT):
+        """The held-out sections, from each text by its share, as far as they are read."""
+        streams = [islice(self._sections(name, "held out"), _HELD_OUT // 2, None, _HELD_OUT) for name in self.data]
+        for section in _interleave(streams, list(self.data.values())):
             self.held_out.add(section)
             yield section
 
-    def _sections(self, epoch: int | str) -> Iterator[str]:
+    def _sections(self, name: str, epoch: int | str) -> Iterator[str]:
         limit = _SECTION_CHARACTERS * self.sequence_length
-        sections = (section for document in read_documents(self.data) for section in cut(document, limit))
-        return shuffled(sections, f"{self.seed} {epoch}")
+        documents = _not_empty(_open(name, limit), name)
+        return shuffled((section for document in documents for section in cut(document, limit)), f"{self.seed} {epoch}")
+
+
+def _interleave(streams: Sequence[Iterator[str]], weights: Sequence[float]) -> Iterator[str]:
+    """From the stream that is furthest behind its share of the characters, until all are empty."""
+    live = dict.fromkeys(range(len(streams)), 0.0)
+    while live:
+        behind = min(live, key=lambda i: live[i])
+        item = next(streams[behind], None)
+        if item is None:
+            del live[behind]
+        else:
+            live[behind] += len(item) / weights[behind]
+            yield item

@@ -5,94 +5,49 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
-import os
 import shutil
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel
 
+from headfuse.architectures import architecture_of
 from headfuse.checkpoint import (
     DTYPE_NAMES,
-    RESUME,
-    STATE,
     Checkpoint,
     SafetensorsWriter,
     check_output,
     copy_companions,
     fingerprint,
     output_folder,
+    partial_folder,
     read_config,
     read_plan,
-    read_resume,
     resolve_model,
     write_plan,
-    write_resume,
 )
-from headfuse.distillation import Objective, last_hidden_state
-from headfuse.errors import CheckpointError, ConfigError, HeadfuseError, OutputError, UnsupportedModelError
-from headfuse.evaluate import check_context, check_vocabulary, model_name, nll_per_window
-from headfuse.loading import load_model, load_tokenizer, pick_device
-from headfuse.text import DEFAULT_DATA, TrainingText, data_name
+from headfuse.distillation import LossWeights, Objective
+from headfuse.errors import CheckpointError, ConfigError, HeadfuseError, MissingExtraError
+from headfuse.evaluate import check_context, check_vocabulary
+from headfuse.loading import load_model, load_tokenizer
+from headfuse.recipe import Recipe, default_batch_size, default_learning_rate, load_recipe, num_steps
+from headfuse.teacher import CachedTeacher, LiveTeacher, check_head, check_teacher, find_teacher
+from headfuse.text import DEFAULT_DATA, TrainingText
+from headfuse.training import Progress, Run, make_accelerator, student_nll, train, weights_of
 
 logger = logging.getLogger(__name__)
 
-Loss = Literal["kl", "ce"]
+__all__ = ["Progress", "UptrainResult", "default_output", "uptrain"]
 
-LOG = "train_log.jsonl"
-LEARNING_RATES = ((50e6, 5e-4), (1e9, 1e-4), (math.inf, 2e-5))
-"""Default peak learning rates: (below so many parameters, rate). The first was measured on a model of 6 M."""
-
+CONFIG = "uptrain.yaml"
+"""The file beside the weights that reproduces a run."""
 _FUSED = (".k_proj.", ".v_proj.")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything but model, teacher and text that decides the trained weights."""
-
-    tokens: int
-    loss: Loss = "kl"
-    learning_rate: float | None = None
-    warmup: float = 0.03
-    final_learning_rate: float = 0.1
-    fused_learning_rate: float = 2.0
-    weight_decay: float = 0.0
-    gradient_clip: float = 1.0
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    sequence_length: int = 512
-    seed: int = 0
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step reads."""
-        return self.batch_size * self.gradient_accumulation * self.sequence_length
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps: the number whose tokens come nearest to `tokens`, at least one."""
-        return max(1, round(self.tokens / self.tokens_per_step))
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is after a step."""
-
-    step: int
-    steps: int
-    tokens: int
-    loss: float
-    learning_rate: float
-    tokens_per_second: float
-    seconds_left: float
 
 
 @dataclass(frozen=True)
@@ -103,7 +58,9 @@ class UptrainResult:
     teacher: str | None
     data: str
     recipe: Recipe
+    processes: int
     steps: int
+    best_step: int
     tokens: int
     epochs: int
     seconds: float
@@ -115,46 +72,60 @@ class UptrainResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "output": str(self.output)}
+        return {**vars(self), "output": str(self.output), "recipe": self.recipe.named()}
 
 
 def uptrain(
     model: str,
     *,
-    data: str,
-    tokens: int,
+    data: str | Sequence[str] | Mapping[str, float] | None = None,
+    tokens: int | str | None = None,
+    config: str | None = None,
     teacher: str | None = None,
-    loss: Loss = "kl",
+    teacher_device: str | None = None,
+    teacher_dtype: str | None = None,
+    teacher_cache: Path | None = None,
+    loss: str | None = None,
     learning_rate: float | None = None,
-    fused_learning_rate: float = 2.0,
-    weight_decay: float = 0.0,
+    fused_learning_rate: float | None = None,
+    weight_decay: float | None = None,
     batch_size: int | None = None,
-    gradient_accumulation: int = 1,
-    sequence_length: int = 512,
+    gradient_accumulation: int | None = None,
+    sequence_length: int | None = None,
     output: Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     device: str = "auto",
     dtype: str | None = None,
     threads: int | None = None,
     log_every: int = 1,
     checkpoint_every: int | None = None,
+    trackers: Sequence[str] = (),
+    tracker_folder: Path = Path("runs"),
     trust_remote_code: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    **options: Any,
 ) -> UptrainResult:
-    """Train all weights of a model in float32 and write it in the format that it has.
+    """Train a model in float32 and write it in the format that it has.
+
+    Under `accelerate launch` every process calls this with the same arguments, and gets the same result.
 
     Args:
         model: the fused folder or hub id.
-        data: the text, as `text.read_documents` takes it; sections of it are held out for the figures.
-        tokens: how many tokens to train on; the text is read again, shuffled anew, where it ends before.
+        data: the text, as `text.read_documents` takes it, or several with their shares of the tokens; sections of it
+            are held out for the figures.
+        tokens: how many tokens to train on.
+        config: a YAML file, or the name of a packaged recipe, of which the other arguments win.
         teacher: the model to learn from; by default the source that the folder's plan.json names.
-        loss: `kl`, the divergence from the teacher over the full vocabulary at every token, or `ce`, cross-entropy.
-        learning_rate: the peak; by default 5e-4 below 50 million parameters, 1e-4 below a billion, else 2e-5.
-        fused_learning_rate: the learning rate of key and value projections, as a multiple (2 in mha2gqa).
+        teacher_device: where it computes; by default where the student does.
+        teacher_dtype: in which dtype; by default float32 on a CPU, the stored one elsewhere.
+        teacher_cache: a folder for what the teacher's head reads; the teacher is then not in memory while training.
+        loss: `kl` or `ce`; this and the next are options of the recipe, see `recipe.Recipe`.
+        learning_rate: the peak.
+        fused_learning_rate: of key and value projections, as a multiple.
         weight_decay: of AdamW.
-        batch_size: windows in a forward pass; by default 8, fewer where the tokens would not give 500 steps.
+        batch_size: windows in a forward pass of one process.
         gradient_accumulation: forward passes in a step.
         sequence_length: tokens in a window.
         output: the folder to write; by default `<model>-uptrained`.
@@ -165,283 +136,228 @@ def uptrain(
         dtype: of the written weights; by default each tensor's own in `model`.
         threads: CPU threads.
         log_every: steps between two lines of train_log.jsonl.
-        checkpoint_every: steps between two checkpoints; by default a tenth of the run, at least 10.
+        checkpoint_every: steps between two states, each with a validation.
+        trackers: `tensorboard`, `wandb`.
+        tracker_folder: where they write, in a folder named after the output.
         trust_remote_code: run code that comes with the models.
         on_progress: called after every step.
+        **options: the other options of the recipe.
 
     Raises:
         HeadfuseError: for models, text, options or an output that cannot be used, and when the loss is not finite.
     """
-    recipe = Recipe(
-        tokens=tokens,
-        loss=loss,
-        learning_rate=learning_rate,
-        fused_learning_rate=fused_learning_rate,
-        weight_decay=weight_decay,
-        batch_size=default_batch_size(tokens, gradient_accumulation * sequence_length)
-        if batch_size is None
-        else batch_size,
-        gradient_accumulation=gradient_accumulation,
-        sequence_length=sequence_length,
-        seed=seed,
-    )
-    _check(recipe, dtype, log_every=log_every, checkpoint_every=checkpoint_every, threads=threads)
+    overrides = {
+        "data": data, "tokens": tokens, "loss": loss, "learning_rate": learning_rate,
+        "fused_learning_rate": fused_learning_rate, "weight_decay": weight_decay, "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation, "sequence_length": sequence_length, "seed": seed,
+        "checkpoint_every": checkpoint_every, **options,
+    }  # fmt: skip
+    recipe = load_recipe(config, overrides)
+    _check(dtype=dtype, teacher_dtype=teacher_dtype)
+    if log_every < 1:
+        raise ConfigError(f"log_every is {log_every}", fix="give 1 or more")
+    if teacher_cache is not None and (recipe.hidden or recipe.layerwise):
+        fix = "leave `hidden` and `layerwise` at 0, or leave the cache out"
+        raise ConfigError(
+            "holds the teacher's last states alone, not those of its layers", where="--teacher-cache", fix=fix
+        )
     folder, output = resolve_model(model), output or default_output(model)
-    teacher_folder, teacher_name = _find_teacher(folder, teacher) if loss == "kl" else (None, None)
+    teacher_folder, teacher_name = find_teacher(folder, teacher) if recipe.distilled else (None, None)
     reads = [folder] if teacher_folder is None else [folder, teacher_folder]
-    check_output(output, overwrite=overwrite, resume=resume, reads=reads)
-    check_context(read_config(folder, trust_remote_code), sequence_length)
-    if data == DEFAULT_DATA:
+    accelerator = make_accelerator(
+        device, unused=recipe.layerwise > 0, trackers=trackers, tracker_folder=tracker_folder / output.name
+    )
+    main = accelerator.is_main_process
+    if main:
+        check_output(output, overwrite=overwrite, resume=resume, reads=reads)
+    check_context(read_config(folder, trust_remote_code), recipe.sequence_length)
+    if DEFAULT_DATA in recipe.data:
         logger.warning("the packaged text is short, generic prose; give --data of the kind that the model is used on")
     if threads is not None:
         torch.set_num_threads(threads)
+    if recipe.batch_size is None:
+        per_window = recipe.gradient_accumulation * recipe.sequence_length * accelerator.num_processes
+        recipe = recipe.model_copy(update={"batch_size": default_batch_size(recipe.tokens, per_window)})
 
-    with output_folder(output, overwrite=overwrite, resume=resume, reads=reads) as partial:
-        inputs = {"model": fingerprint(folder), "teacher": teacher_name, "data": data_name(data)}
-        run = _Run(partial, recipe, inputs, resume)
+    with _shared_folder(accelerator, output, overwrite=overwrite, resume=resume, reads=reads) as partial:
+        inputs = {
+            "model": fingerprint(folder), "teacher": teacher_name, "teacher_dtype": teacher_dtype,
+            "processes": accelerator.num_processes,
+        }  # fmt: skip
+        run = Run(partial, recipe, inputs, resume, main)
         tokenizer = load_tokenizer(folder, trust_remote_code)
-        text = TrainingText(data, tokenizer, sequence_length, seed)
-        student = load_model(folder, device=device, dtype="float32", trust_remote_code=trust_remote_code)
+        text = TrainingText(
+            recipe.data, tokenizer, recipe.sequence_length, recipe.seed, recipe.validation_data,
+            recipe.validation_windows,
+        )  # fmt: skip
+        # a sharded student must not be whole on a device
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        place = "cpu" if sharded else str(accelerator.device)
+        student = load_model(folder, device=place, dtype="float32", trust_remote_code=trust_remote_code)
         check_vocabulary(student, tokenizer, folder)
         _check_tensors(student, folder)
-        _check_head(student, folder)
-        source = None
-        if teacher_folder is not None:
-            source = load_model(teacher_folder, device=device, trust_remote_code=trust_remote_code)
-            source.requires_grad_(False)
-            _check_teacher(
-                source, student, load_tokenizer(teacher_folder, trust_remote_code), tokenizer, teacher_folder
-            )
-
+        check_head(student, folder)
         if run.recipe.learning_rate is None:
-            run.recipe = replace(run.recipe, learning_rate=default_learning_rate(student.num_parameters()))
-        if not run.figures:
-            run.figures = {"nll_before": _nll(student, text.validation), "nll_teacher": _nll(source, text.validation)}
-        seconds, trained = _train(run, student, source, text, device, log_every, checkpoint_every, on_progress)
+            rate = default_learning_rate(student.num_parameters(), recipe.train)
+            run.recipe = run.recipe.model_copy(update={"learning_rate": rate})
+        eos = tokenizer.eos_token_id if recipe.packing == "separate" else None
+        logger.info("documents in a window %s", "see each other" if eos is None else "do not see each other")
+
+        source: LiveTeacher | CachedTeacher | None = None
+        if teacher_folder is not None:
+            config_of_teacher = read_config(teacher_folder, trust_remote_code)
+            layers = recipe.hidden > 0 or recipe.layerwise > 0
+            of_teacher = load_tokenizer(teacher_folder, trust_remote_code)
+            check_teacher(config_of_teacher, student, of_teacher, tokenizer, teacher_folder, layers)
+
+            def load_teacher() -> PreTrainedModel:
+                assert teacher_folder is not None
+                where = teacher_device or str(accelerator.device)
+                found = load_model(
+                    teacher_folder, device=where, dtype=teacher_dtype, trust_remote_code=trust_remote_code
+                )
+                check_head(found, teacher_folder)
+                return found
+
+            if teacher_cache is None:
+                source = LiveTeacher(load_teacher(), accelerator.device, eos, layers)
+            else:
+                where = teacher_device or accelerator.device.type
+                identity = {
+                    "teacher": fingerprint(teacher_folder),
+                    "hidden_size": config_of_teacher.get_text_config().hidden_size,
+                    "dtype": teacher_dtype or _computing_dtype(teacher_folder, where),
+                    "sequence_length": recipe.sequence_length,
+                    "packing": recipe.packing,
+                }
+                source = CachedTeacher(teacher_cache, identity, text.validation, accelerator.device)
+                _fill_cache(source, text, run.recipe, load_teacher, accelerator, eos)
+
+        merge = _prepare_training(student, run.recipe)
+        weights = LossWeights(float(recipe.loss == "kl"), recipe.cross_entropy + (recipe.loss == "ce"), recipe.hidden)
+        objective = Objective(student, source.head if source is not None else None, weights)
+        wrapped, seconds, trained = train(
+            run, accelerator, objective, _optimizer(student, run.recipe), source, text, eos=eos, log_every=log_every,
+            trackers=_flat(run.recipe) if trackers else None, on_progress=on_progress,
+        )  # fmt: skip
+        merge()
+        windows = text.validation
         result = UptrainResult(
             output=output,
             teacher=teacher_name,
-            data=data_name(data),
+            data=recipe.data_name,
             recipe=run.recipe,
-            steps=recipe.steps,
-            tokens=recipe.steps * recipe.tokens_per_step,
+            processes=accelerator.num_processes,
+            steps=run.step,
+            best_step=run.best or run.step,
+            tokens=run.step * windows_per_step(run.recipe, accelerator) * recipe.sequence_length,
             epochs=run.epochs,
             seconds=seconds,
             tokens_per_second=trained / seconds if seconds else 0.0,
-            validation_windows=len(text.validation),
+            validation_windows=len(windows),
             nll_before=run.figures["nll_before"],
-            nll_after=_nll(student, text.validation),
+            nll_after=student_nll(accelerator, wrapped, windows),
             nll_teacher=run.figures["nll_teacher"],
         )
-        run.log("end", nll_after=result.nll_after, epochs=result.epochs)
-        _write(partial, folder, student, dtype, result)
+        run.log("end", nll_after=result.nll_after, best_step=result.best_step, epochs=result.epochs)
+        trained_weights = weights_of(accelerator, wrapped)
+        if main:
+            _write(partial, folder, trained_weights, dtype, result)
+    accelerator.wait_for_everyone()
     return result
 
 
-# ---------------------------------------------------------------- the mathematics
+def windows_per_step(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Windows that one optimizer step reads, over all processes."""
+    assert recipe.batch_size is not None
+    return recipe.batch_size * recipe.gradient_accumulation * accelerator.num_processes
 
 
-def learning_rate_at(step: int, recipe: Recipe) -> float:
-    """The learning rate of a step, counted from 0, relative to the peak: linear warm-up, then a cosine."""
-    warmup = math.ceil(recipe.warmup * recipe.steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, recipe.steps - 1 - warmup)
-    return recipe.final_learning_rate + (1 - recipe.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+@contextlib.contextmanager
+def _shared_folder(accelerator: Accelerator, output: Path, **options: Any) -> Iterator[Path]:
+    """The folder in which the main process makes the output, and from which the others read states."""
+    if accelerator.is_main_process:
+        with output_folder(output, **options) as partial:
+            accelerator.wait_for_everyone()
+            yield partial
+    else:
+        accelerator.wait_for_everyone()
+        yield partial_folder(output)
 
 
-def default_learning_rate(parameters: float) -> float:
-    """The peak learning rate for a model of so many parameters."""
-    return next(rate for limit, rate in LEARNING_RATES if parameters < limit)
+# ---------------------------------------------------------------- what is trained
 
 
-def default_batch_size(tokens: int, tokens_per_window: int) -> int:
-    """Windows in a batch: 8, or fewer to take 500 steps; with few tokens, more steps recover more."""
-    return max(1, min(8, tokens // (500 * max(1, tokens_per_window))))
-
-
-# ---------------------------------------------------------------- the run
-
-
-def _nll(model: PreTrainedModel | None, windows: torch.Tensor) -> float | None:
-    return nll_per_window(model, windows).mean().item() if model is not None and len(windows) else None
-
-
-class _Run:
-    """An output in the making: its log, and the state from which an interrupted run goes on.
-
-    A state is a folder `state/step-N` that gets its name when it is complete; resume.json, replaced in one step, says
-    which one counts.
-    """
-
-    def __init__(self, folder: Path, recipe: Recipe, inputs: dict[str, Any], resume: bool) -> None:
-        self.folder, self.recipe, self.inputs = folder, recipe, inputs
-        self.step, self.epochs, self.figures = 0, 0, dict[str, float | None]()
-        saved = read_resume(folder, "uptrain") if resume else None
-        if saved is None:
-            shutil.rmtree(folder / STATE, ignore_errors=True)
-            (folder / RESUME).unlink(missing_ok=True)
-        else:
-            self._go_on(saved)
-        self._keep_log()
-
-    def _go_on(self, saved: dict[str, Any]) -> None:
-        now, before = {**asdict(self.recipe), **self.inputs}, {**saved["recipe"], **saved["inputs"]}
-        rate, saved_rate = now.pop("learning_rate"), before.pop("learning_rate")
-        changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if now[name] != before.get(name)]
-        if changed:
-            raise ConfigError(
-                f"the interrupted run had other options: {', '.join(changed)}",
-                where=self.folder,
-                fix="resume with the same options, or start anew with --overwrite",
-            )
-        if rate not in (None, saved_rate):
-            logger.warning("going on with learning rate %g instead of %g", rate, saved_rate)
-        self.recipe = replace(self.recipe, learning_rate=rate or saved_rate)
-        self.step, self.epochs, self.figures = saved["step"], saved["epochs"], saved["figures"]
-
-    def load(self, accelerator: Accelerator) -> None:
-        """Restore model, optimizer and random numbers, when there is a state."""
-        if self.step:
-            accelerator.load_state(str(self._state(self.step)))
-
-    def save(self, accelerator: Accelerator, step: int, epochs: int) -> None:
-        """Write the state after `step` steps; the last one stays until this one is complete."""
-        new, path = self.folder / STATE / "new", self._state(step)
-        try:
-            shutil.rmtree(new, ignore_errors=True)
-            accelerator.save_state(str(new), safe_serialization=False)  # keeps tied weights
-            for file in new.iterdir():
-                _sync(file)
-        except RuntimeError as error:  # how torch.save reports a full disk
-            shutil.rmtree(new, ignore_errors=True)
-            reason = f"the checkpoint after step {step} cannot be written: {error}"
-            raise OutputError(reason, where=self.folder, fix="free some space, then go on with --resume") from None
-        shutil.rmtree(path, ignore_errors=True)
-        new.rename(path)
-        self.step, self.epochs = step, epochs
-        names = ("step", "epochs", "inputs", "figures")
-        saved = {"recipe": asdict(self.recipe), **{name: getattr(self, name) for name in names}}
-        write_resume(self.folder, "uptrain", saved)
-        for old in (self.folder / STATE).glob("step-*"):
-            if old != path:
-                shutil.rmtree(old)
-
-    def _state(self, step: int) -> Path:
-        return self.folder / STATE / f"step-{step:07d}"
-
-    def log(self, event: str, **values: Any) -> None:
-        """Add a line to the log."""
-        with (self.folder / LOG).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"event": event, **values}) + "\n")
-
-    def _keep_log(self) -> None:
-        """Drop the lines of steps that the state does not hold."""
-        path, kept = self.folder / LOG, []
-        if self.step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                with contextlib.suppress(json.JSONDecodeError):
-                    record = json.loads(line)
-                    if record["event"] == "start" or record.get("step", self.step + 1) <= self.step:
-                        kept.append(line)
-        path.write_text("".join(kept), encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _train(
-    run: _Run,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    text: TrainingText,
-    device: str,
-    log_every: int,
-    checkpoint_every: int | None,
-    on_progress: Callable[[Progress], None] | None,
-) -> tuple[float, int]:
-    """Take the steps that are left; returns their seconds and tokens."""
-    recipe, start = run.recipe, run.step
-    peak = recipe.learning_rate
-    assert peak is not None  # settled by the caller
-    checkpoint_every = checkpoint_every or max(10, recipe.steps // 10)
-    set_seed(recipe.seed)
-    accelerator = _accelerator(device, recipe)
-    objective, optimizer = accelerator.prepare(Objective(student), _optimizer(student, recipe))
-    run.load(accelerator)
-    if not start:
-        run.log("start", recipe=asdict(recipe), **run.inputs, steps=recipe.steps, **run.figures)
-
-    windows = islice(text.windows(), start * recipe.batch_size * recipe.gradient_accumulation, None)
-    student.train()
-    began = time.monotonic()
-    for step in range(start + 1, recipe.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * group["factor"] * learning_rate_at(step - 1, recipe)
-        total = 0.0
-        for _ in range(recipe.gradient_accumulation):
-            with accelerator.accumulate(objective):
-                batch = torch.stack(list(islice(windows, recipe.batch_size))).to(accelerator.device)
-                loss = objective(batch, teacher)
-                accelerator.backward(loss)
-                total += loss.item() / recipe.gradient_accumulation
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(objective.parameters(), recipe.gradient_clip).item()
-                    _check_finite(run, step, total, norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        seconds = time.monotonic() - began
-        progress = Progress(
-            step=step,
-            steps=recipe.steps,
-            tokens=step * recipe.tokens_per_step,
-            loss=total,
-            learning_rate=peak * learning_rate_at(step - 1, recipe),
-            tokens_per_second=(step - start) * recipe.tokens_per_step / seconds,
-            seconds_left=seconds / (step - start) * (recipe.steps - step),
-        )
-        if step % log_every == 0 or step == recipe.steps:
-            figures = {name: value for name, value in asdict(progress).items() if name not in ("steps", "seconds_left")}
-            run.log("step", **figures, gradient_norm=norm)
-        if step % checkpoint_every == 0 or step == recipe.steps:
-            run.save(accelerator, step, text.epochs)
-            logger.info("step %d of %d: loss %.4f, state saved", step, recipe.steps, total)
-        if on_progress is not None:
-            on_progress(progress)
-    student.eval()
-    return time.monotonic() - began, (recipe.steps - start) * recipe.tokens_per_step
-
-
-def _accelerator(device: str, recipe: Recipe) -> Accelerator:
-    target = pick_device(device)
-    bfloat16 = target.type == "cuda" and torch.cuda.is_bf16_supported()
-    return Accelerator(
-        cpu=target.type == "cpu",
-        mixed_precision="bf16" if bfloat16 else "no",
-        gradient_accumulation_steps=recipe.gradient_accumulation,
+def _prepare_training(student: PreTrainedModel, recipe: Recipe) -> Callable[[], None]:
+    """Choose the weights that are trained; returns what folds adapters into the weights at the end."""
+    if recipe.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.train == "all":
+        return lambda: None
+    config = student.config
+    model_type = config.source_config.model_type if config.model_type == "headfuse" else config.model_type
+    family = architecture_of(model_type)
+    prefixes = tuple(f"{family.attention_prefix(i)}." for i in range(config.get_text_config().num_hidden_layers))
+    if recipe.train == "attention":
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name.startswith(prefixes))
+        return lambda: None
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingExtraError(
+            "peft is not installed", where="train: lora", fix="pip install 'headfuse[lora]'"
+        ) from None
+    linear = [n for n, m in student.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith(prefixes)]
+    torch.manual_seed(recipe.seed)
+    adapted = get_peft_model(
+        student, LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=linear)
     )
+
+    def merge() -> None:
+        adapted.merge_and_unload()
+
+    return merge
 
 
 def _optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over all weights; key and value projections in a group of their own."""
-    named = list(model.named_parameters())
+    """AdamW over all trained weights; key and value projections in a group of their own."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     fused = [parameter for name, parameter in named if any(part in name for part in _FUSED)]
     others = [parameter for name, parameter in named if not any(part in name for part in _FUSED)]
     groups = [{"params": others, "factor": 1.0}, {"params": fused, "factor": recipe.fused_learning_rate}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
 
 
-def _check_finite(run: _Run, step: int, loss: float, norm: float) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    kept = f"the state after step {run.step} is kept" if run.step else "nothing was kept"
-    raise HeadfuseError(
-        f"the loss is {loss}, the norm of its gradient {norm}, at step {step}; {kept}",
-        where=run.folder,
-        fix="give a lower --learning-rate" + (", with --resume to go on from there" if run.step else ""),
-    )
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as trackers keep it."""
+    options = recipe.named()
+    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in options.items()}
+
+
+def _computing_dtype(folder: Path, device: str) -> str:
+    if device == "cpu":
+        return "float32"
+    stored = set(Checkpoint(folder).dtypes.values())
+    return next((name for name, kind in DTYPE_NAMES.items() if stored == {kind}), "float32")
+
+
+def _fill_cache(
+    teacher: CachedTeacher,
+    text: TrainingText,
+    recipe: Recipe,
+    load: Callable[[], PreTrainedModel],
+    accelerator: Accelerator,
+    eos: int | None,
+) -> None:
+    size = windows_per_step(recipe, accelerator)
+    steps = num_steps(recipe.tokens, size * recipe.sequence_length)
+
+    class Training:
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return (batch.windows for batch in islice(text.batches(size), steps))
+
+    teacher.prepare(Training(), steps * size, load, accelerator, eos)
 
 
 # ---------------------------------------------------------------- inputs and output
@@ -456,71 +372,10 @@ def default_output(model: str) -> Path:
     return path.with_name(f"{path.name}-uptrained")
 
 
-def _check(recipe: Recipe, dtype: str | None, **counts: int | None) -> None:
-    """Raise ConfigError for the first option that no run can have."""
-    for name in ("tokens", "batch_size", "gradient_accumulation", "sequence_length"):
-        counts[name] = getattr(recipe, name)
-    for name, value in counts.items():
-        least = 2 if name == "sequence_length" else 1
-        if value is not None and value < least:
-            raise ConfigError(f"{name} is {value}", fix=f"give {least} or more")
-    rates = {"learning_rate": recipe.learning_rate, "fused_learning_rate": recipe.fused_learning_rate}
-    for name, rate in rates.items():
-        if rate is not None and not 0 < rate < math.inf:
-            raise ConfigError(f"{name} is {rate}", fix="give a number above 0, such as 1e-4")
-    if not 0 <= recipe.weight_decay < math.inf:
-        raise ConfigError(f"weight_decay is {recipe.weight_decay}", fix="give 0 or more")
-    if recipe.loss not in get_args(Loss):
-        raise ConfigError(f"loss is {recipe.loss!r}", fix=f"give one of {', '.join(get_args(Loss))}")
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise ConfigError(f"dtype is {dtype!r}", fix=f"give one of {', '.join(DTYPE_NAMES)}")
-
-
-def _find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str]:
-    """The teacher's folder and name: what was asked for, else the source of the plan, known by its content."""
-    if teacher is not None:
-        return resolve_model(teacher), model_name(teacher)
-    if not (folder / "plan.json").exists():
-        fix = "give the source model with --teacher, or train without one with --loss ce"
-        raise ConfigError("has no plan.json that names its source", where=folder, fix=fix)
-    source = read_plan(folder).source
-    short = source.name.rsplit("/", 1)[-1]
-    tried = []
-    for candidate in dict.fromkeys((folder.resolve().parent / short, Path(short), Path(source.name))):
-        if (candidate / "config.json").is_file():
-            if fingerprint(candidate) == source.fingerprint:
-                return candidate, source.name
-            tried.append(f"{candidate} is another model")
-    if "/" in source.name:
-        try:
-            candidate = resolve_model(source.name, source.revision)
-            if fingerprint(candidate) == source.fingerprint:
-                return candidate, source.name
-            tried.append(f"{source.name} on the hub is another model")
-        except CheckpointError as error:
-            tried.append(error.what)
-    reason = "; ".join(tried) or "no such folder beside it or in the working directory"
-    raise ConfigError(
-        f"its source {source.name}, the teacher, was not found ({reason})",
-        where=folder,
-        fix="give the source model with --teacher, or train without one with --loss ce",
-    )
-
-
-def _check_teacher(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-) -> None:
-    fix = "give the model that this one was fused from"
-    if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError("the teacher has another tokenizer", where=folder, fix=fix)
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (teacher, student)]
-    if sizes[0] != sizes[1]:
-        raise ConfigError(f"the teacher predicts {sizes[0]} tokens, the model {sizes[1]}", where=folder, fix=fix)
-    _check_head(teacher, folder)
+def _check(**dtypes: str | None) -> None:
+    for name, dtype in dtypes.items():
+        if dtype is not None and dtype not in DTYPE_NAMES:
+            raise ConfigError(f"{name} is {dtype!r}", fix=f"give one of {', '.join(DTYPE_NAMES)}")
 
 
 def _check_tensors(model: PreTrainedModel, folder: Path) -> None:
@@ -534,21 +389,11 @@ def _check_tensors(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
-@torch.no_grad()
-def _check_head(model: PreTrainedModel, folder: Path) -> None:
-    """The loss reads logits as `output embeddings (last hidden state)`: refuse a model that scales or caps them."""
-    batch = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    if not torch.allclose(
-        model(batch).logits, model.get_output_embeddings()(last_hidden_state(model, batch)), rtol=1e-3
-    ):
-        raise UnsupportedModelError(
-            "scales or caps its logits, which uptrain does not support", where=folder, fix="choose another model"
-        )
-
-
-def _write(partial: Path, source: Path, model: PreTrainedModel, dtype: str | None, result: UptrainResult) -> None:
+def _write(
+    partial: Path, source: Path, weights: Mapping[str, torch.Tensor], dtype: str | None, result: UptrainResult
+) -> None:
     """Write the trained weights with names and files as in `source`, and what belongs beside them."""
-    layout, weights = Checkpoint(source), model.state_dict()
+    layout = Checkpoint(source)
     forced = DTYPE_NAMES[dtype] if dtype else None
     tensors = {name: (forced or layout.dtypes[name], shape) for name, shape in layout.shapes.items()}
     writer = SafetensorsWriter(partial, tensors)
@@ -564,6 +409,9 @@ def _write(partial: Path, source: Path, model: PreTrainedModel, dtype: str | Non
     copy_companions(source, partial)
     if (source / "headfuse.yaml").exists():
         shutil.copyfile(source / "headfuse.yaml", partial / "headfuse.yaml")
+    (partial / CONFIG).write_text(
+        f"# headfuse uptrain --config {CONFIG} MODEL\n{result.recipe.to_yaml()}", encoding="utf-8"
+    )
     card = source / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {result.output.name}\n"
     (partial / "README.md").write_text(f"{text.rstrip()}\n\n{card_section(result)}", encoding="utf-8")
@@ -574,15 +422,26 @@ def _write(partial: Path, source: Path, model: PreTrainedModel, dtype: str | Non
 def card_section(result: UptrainResult) -> str:
     """What the model card says about the training."""
     recipe, teacher = result.recipe, f" from `{result.teacher}`" if result.teacher else ""
-    losses = {"kl": f"forward KL divergence{teacher} over the full vocabulary", "ce": "cross-entropy"}
-    windows = f"{result.validation_windows} held-out windows of {recipe.sequence_length} tokens of the text"
+    terms = {"kl": f"forward KL divergence{teacher} over the full vocabulary", "ce": "cross-entropy"}[recipe.loss]
+    terms += f" plus {recipe.cross_entropy:g} times cross-entropy" if recipe.cross_entropy else ""
+    terms += f" plus {recipe.hidden:g} times the relative error of every layer's output" if recipe.hidden else ""
+    terms += f", the first {recipe.layerwise:.0%} of the steps layer by layer" if recipe.layerwise else ""
+    trained = {
+        "all": "All weights were", "attention": "The attention weights were",
+        "lora": f"Adapters of rank {recipe.lora_rank} on the attention weights, merged into them, were",
+    }[recipe.train]  # fmt: skip
+    windows = f"{result.validation_windows} windows of {recipe.sequence_length} tokens of " + (
+        f"`{recipe.named()['validation_data']}`" if recipe.validation_data else "the text, held out"
+    )
     figures = {"source": result.nll_teacher, "before": result.nll_before, "after": result.nll_after}
     rows = "".join(f"| {name} | {nll:.3f} |\n" for name, nll in figures.items() if nll is not None)
+    batch = (recipe.batch_size or 0) * recipe.gradient_accumulation * result.processes
+    best = f" (the weights are those after step {result.best_step})" if result.best_step != result.steps else ""
     return (
         "## Uptraining\n\n"
-        f"All weights were trained in float32 on {result.tokens:,} tokens of `{result.data}` by `headfuse uptrain`:"
-        f" {losses[recipe.loss]}, AdamW (betas 0.9 and 0.95, weight decay {recipe.weight_decay:g}), {result.steps}"
-        f" steps of {recipe.batch_size * recipe.gradient_accumulation} x {recipe.sequence_length} tokens, peak learning"
+        f"{trained} trained in float32 on {result.tokens:,} tokens of `{result.data}` by `headfuse uptrain`:"
+        f" {terms}, AdamW (betas 0.9 and 0.95, weight decay {recipe.weight_decay:g}), {result.steps}"
+        f" steps{best} of {batch} x {recipe.sequence_length} tokens, peak learning"
         f" rate {recipe.learning_rate:g} ({recipe.fused_learning_rate:g} times that for key and value projections),"
         f" {recipe.warmup:.0%} warm-up, cosine to {recipe.final_learning_rate:.0%},"
         f" gradient norm at most {recipe.gradient_clip:g}, seed {recipe.seed}.\n"

@@ -16,7 +16,7 @@ import headfuse
 from headfuse import refine_model
 from headfuse.architectures import ARCHITECTURES
 from headfuse.checkpoint import Checkpoint, SafetensorsWriter
-from headfuse.distillation import Objective, last_hidden_state
+from headfuse.distillation import Objective, States, model_states
 from headfuse.guard import WrittenLayers
 from headfuse.refine_model import Adam, Targets
 from headfuse.source import Source
@@ -37,7 +37,7 @@ def test_layer_by_layer_is_the_whole_model_at_once(
     windows = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(3))
     source, fused = headfuse.load(model), headfuse.load(tmp_path / "out")
     with torch.no_grad():
-        targets = Targets(windows, last_hidden_state(source, windows))
+        targets = Targets(windows, model_states(source, windows).last)
     monkeypatch.setattr(refine_model, "FINAL_LEARNING_RATE", 1.0)
     monkeypatch.setattr(refine_model, "WARMUP_STEPS", 1)
 
@@ -60,9 +60,9 @@ def test_layer_by_layer_is_the_whole_model_at_once(
     trained = {name: named[name].requires_grad_(True) for name in optimizer.weights}
     rate = refine_model.learning_rate(fused.get_output_embeddings().weight.shape[1])
     whole = torch.optim.Adam(trained.values(), lr=rate, betas=refine_model.BETAS, eps=refine_model.EPSILON)
-    objective = Objective(fused)
+    objective = Objective(fused, fused.get_output_embeddings())
     for _, index in zip(range(6), order, strict=False):
-        objective(windows[index : index + 1], targets=targets.hidden[index : index + 1]).backward()
+        objective(windows[index : index + 1], States(targets.hidden[index : index + 1])).backward()
         whole.step()
         whole.zero_grad()
     assert trained.keys() == {name for name in stored if ".self_attn." in name}

@@ -17,21 +17,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headfuse.checkpoint import file_sha256, fingerprint, read_plan, write_plan
 from headfuse.commands import uptrain as command
-from headfuse.distillation import Objective, kl_divergence
+from headfuse.distillation import LossWeights, Objective, document_positions, kl_divergence, model_states
 from headfuse.errors import ConfigError, DataError, HeadfuseError, OutputError, UnsupportedModelError
 from headfuse.loading import load_model
 from headfuse.modeling import HeadfuseConfig, HeadfuseForCausalLM
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, SourceModel
-from headfuse.uptrain import (
-    Progress,
+from headfuse.recipe import (
     Recipe,
-    UptrainResult,
     default_batch_size,
+    default_checkpoint_every,
     default_learning_rate,
-    default_output,
     learning_rate_at,
-    uptrain,
+    num_steps,
+    parse_tokens,
 )
+from headfuse.uptrain import Progress, UptrainResult, default_output, uptrain
 
 WORDS = [f"w{i}" for i in range(40)]
 GROUPS = ((0, 1), (2, 3))
@@ -92,6 +92,19 @@ def fused(source: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def decoupled(source: Path, tmp_path: Path) -> Path:
+    config = HeadfuseConfig(
+        source_config=LlamaConfig.from_pretrained(source), num_key_heads=[2, 1], num_value_heads=[1, 3],
+        key_head_of_query=[[0, 1, 1, 0], [0] * 4], value_head_of_query=[[0] * 4, [0, 1, 1, 2]],
+        rotary_slots=[[[0, 1, 1, 2], [0, 0, 2, 3]], None],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    HeadfuseForCausalLM(config).save_pretrained(tmp_path / "decoupled")
+    write_tokenizer(tmp_path / "decoupled", WORDS)
+    return tmp_path / "decoupled"
+
+
+@pytest.fixture
 def data(tmp_path: Path) -> str:
     generator = torch.Generator().manual_seed(0)
     path = tmp_path / "text.jsonl"
@@ -136,7 +149,8 @@ def stop_at(step: int) -> Callable[[Progress], None]:
 
 def test_kl_of_identical_models_and_its_gradient_are_zero(source: Path) -> None:
     student, teacher = load_model(source, device="cpu"), load_model(source, device="cpu")
-    loss = Objective(student)(torch.randint(0, 42, (2, 16)), teacher)
+    batch = torch.randint(0, 42, (2, 16))
+    loss = Objective(student, teacher.get_output_embeddings())(batch, model_states(teacher, batch))
     loss.backward()
     assert abs(loss.item()) < 1e-6
     assert max(p.grad.abs().max().item() for p in student.parameters() if p.grad is not None) < 1e-6
@@ -149,47 +163,118 @@ def test_kl_is_the_forward_divergence() -> None:
     assert not torch.allclose(kl_divergence(logits, teacher), (q * (q / p).log()).sum())
 
 
-def test_losses_equal_those_of_the_whole_logits(source: Path, fused: Path) -> None:
-    student, teacher, batch = (
-        load_model(fused, device="cpu"),
-        load_model(source, device="cpu"),
-        torch.randint(0, 42, (2, 16)),
-    )
-    logits, targets = student(batch).logits, teacher(batch).logits.softmax(-1)
-    kl = (targets * (targets.log() - logits.log_softmax(-1))).sum(-1).mean()
-    assert torch.allclose(Objective(student)(batch, teacher), kl, rtol=1e-4)
-    assert torch.allclose(Objective(student)(batch), student(batch, labels=batch).loss)
+def reference_loss(
+    student: Any, teacher: Any, batch: torch.Tensor, weights: LossWeights, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The loss of whole logits, as its words say it."""
+    with torch.no_grad():
+        taught = teacher(batch, position_ids=positions, output_hidden_states=True, use_cache=False)
+    mine = student(batch, position_ids=positions, output_hidden_states=True, use_cache=False)
+    logits, p = mine.logits, taught.logits.softmax(-1)
+    loss = weights.kl * (p * (p.log() - logits.log_softmax(-1))).sum(-1).mean()
+    nll = -logits[:, :-1].log_softmax(-1).gather(-1, batch[:, 1:, None]).mean()
+    loss = loss + weights.cross_entropy * nll
+    if weights.hidden:  # transformers norms the last entry; there is one layer before it
+        a, b = mine.hidden_states[1], taught.hidden_states[1]
+        loss = loss + weights.hidden * ((a - b).square().sum(-1) / b.square().sum(-1)).mean()
+    return loss
 
 
-@pytest.mark.parametrize("with_teacher", [True, False])
-@pytest.mark.parametrize("kept_logits", [0, 10**9])
-def test_chunks_change_neither_loss_nor_gradient(
-    source: Path, fused: Path, with_teacher: bool, kept_logits: int
+@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(0, 1), LossWeights(0.7, 0.3), LossWeights(1, 0.5)])
+@pytest.mark.parametrize("chunk", [1000, 5])
+@pytest.mark.parametrize("separate", [False, True])
+def test_chunks_have_loss_and_gradient_of_the_whole_logits(
+    source: Path, fused: Path, weights: LossWeights, chunk: int, separate: bool
 ) -> None:
-    student, batch = load_model(fused, device="cpu"), torch.randint(0, 42, (2, 16))
-    teacher = load_model(source, device="cpu") if with_teacher else None
+    student, teacher = load_model(fused, device="cpu"), load_model(source, device="cpu")
+    batch = torch.randint(0, 12, (2, 16))
+    positions = document_positions(batch, 1) if separate else None
+    objective = Objective(student, teacher.get_output_embeddings(), weights, chunk)
+    with torch.no_grad():
+        states = model_states(teacher, batch, positions)
     results = []
-    for objective in (Objective(student, 1000), Objective(student, 5, kept_logits)):
+    for loss in (reference_loss(student, teacher, batch, weights, positions), objective(batch, states, positions)):
         student.zero_grad()
-        loss = objective(batch, teacher)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in student.parameters() if p.grad is not None)])
+        (3 * loss).backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in student.parameters())])
     for whole, chunked in zip(*results, strict=True):
-        assert torch.allclose(whole, chunked, atol=1e-6)
+        assert torch.allclose(whole, chunked, rtol=1e-4, atol=1e-6)
+
+
+def test_hidden_state_term(source: Path, fused: Path) -> None:
+    student, teacher, batch = (
+        load_model(fused, device="cpu"), load_model(source, device="cpu"), torch.randint(0, 42, (2, 16)),
+    )  # fmt: skip
+    states = model_states(teacher, batch, layers=True)
+    with torch.no_grad():
+        first, last = teacher(batch, output_hidden_states=True).hidden_states[1:]
+    assert torch.equal(states.outputs[0], first)
+    assert torch.equal(states.inputs[1], first)
+    assert torch.equal(teacher.model.norm(states.outputs[1]), last)
+    head = teacher.get_output_embeddings()
+    plain = Objective(student, head, LossWeights())(batch, states)
+    both = model_states(student, batch, layers=True).outputs, states.outputs
+    errors = [((a - b).square().sum(-1) / b.square().sum(-1)).mean() for a, b in zip(*both, strict=True)]
+    whole = Objective(student, head, LossWeights(hidden=2.0))(batch, states)
+    assert torch.allclose(whole, plain + sum(errors), rtol=1e-5)
+
+
+def test_layerwise_loss_gives_every_layer_the_teachers_input(source: Path, fused: Path) -> None:
+    student, teacher, batch = (
+        load_model(fused, device="cpu"), load_model(source, device="cpu"), torch.randint(0, 42, (2, 16)),
+    )  # fmt: skip
+    with torch.no_grad():
+        states = model_states(teacher, batch, layers=True)
+    loss = Objective(student, teacher.get_output_embeddings())(batch, states, None, "layerwise")
+    rotary = student.model.rotary_emb(states.inputs[0], torch.arange(16)[None])
+    errors = []
+    for layer, before, after in zip(student.model.layers, states.inputs, states.outputs, strict=True):
+        out = layer(before, position_embeddings=rotary)
+        errors.append(((out - after).square().sum(-1) / (after - before).square().sum(-1)).mean())
+    assert torch.allclose(loss, torch.stack(errors).mean(), rtol=1e-5)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in student.model.layers.parameters())
+    assert student.model.norm.weight.grad is None
+    same = Objective(teacher, teacher.get_output_embeddings())(batch, states, None, "layerwise")
+    assert same.item() < 1e-10
+
+
+@pytest.mark.parametrize("layout", ["gqa", "decoupled"])
+def test_separate_documents_do_not_see_each_other(source: Path, decoupled: Path, layout: str) -> None:
+    model = load_model(source if layout == "gqa" else decoupled, device="cpu")
+    batch = torch.randint(2, 42, (3, 20))
+    batch[0, 7] = batch[0, 12] = batch[1, 19] = batch[2, 0] = 1
+    positions = document_positions(batch, 1)
+    assert positions[0].tolist() == [*range(8), *range(5), *range(7)]
+    assert positions[1].tolist() == list(range(20))
+    assert positions[2].tolist() == [0, *range(19)]
+    with torch.no_grad():
+        packed = model_states(model, batch, positions).last
+        for row, start, end in ((0, 0, 8), (0, 8, 13), (0, 13, 20), (1, 0, 20), (2, 0, 1), (2, 1, 20)):
+            alone = model_states(model, batch[row : row + 1, start:end]).last[0]
+            assert torch.allclose(packed[row, start:end], alone, atol=1e-5)
 
 
 def test_schedule_warms_up_and_falls_along_a_cosine_to_a_tenth() -> None:
-    recipe = Recipe(tokens=100 * 4096)
-    rates = [learning_rate_at(step, recipe) for step in range(recipe.steps)]
+    recipe = Recipe.model_validate({"data": "a", "tokens": 1})
+    rates = [learning_rate_at(step, 100, recipe) for step in range(100)]
     assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
     assert rates[-1] == pytest.approx(0.1)
     assert rates[3 + 48] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert [learning_rate_at(0, Recipe(tokens=1)), Recipe(tokens=1).steps] == [1.0, 1]
+    assert learning_rate_at(0, 1, recipe) == 1.0
 
 
 def test_steps_come_nearest_to_the_tokens() -> None:
-    assert [Recipe(tokens=tokens).steps for tokens in (1, 82_000, 246_000, 6143, 6145)] == [1, 20, 60, 1, 2]
+    assert [num_steps(tokens, 4096) for tokens in (1, 82_000, 246_000, 6143, 6145)] == [1, 20, 60, 1, 2]
+
+
+def test_validations_are_ten_or_a_tenth_of_the_time() -> None:
+    assert default_checkpoint_every(500, 8, 16) == 50
+    assert default_checkpoint_every(500, 1, 16) == 50
+    assert default_checkpoint_every(59, 1, 16) == 40
+    assert default_checkpoint_every(12, 1, 16) == 12
+    assert default_checkpoint_every(12, 8, 0) == 10
 
 
 def test_default_learning_rate_goes_by_size() -> None:
@@ -208,7 +293,10 @@ def test_writes_the_format_that_it_read(fused: Path, data: str, tmp_path: Path) 
     result = train(fused, data)
     output = tmp_path / "fused-uptrained"
     assert result.output == output
-    assert {file.name for file in output.iterdir()} == {file.name for file in fused.iterdir()} | {"train_log.jsonl"}
+    assert {file.name for file in output.iterdir()} == {file.name for file in fused.iterdir()} | {
+        "train_log.jsonl",
+        "uptrain.yaml",
+    }
     assert {file.name: file_sha256(file) for file in fused.iterdir()} == before
     assert not list(tmp_path.glob("*.partial"))
 
@@ -236,8 +324,12 @@ def test_learns_and_logs(fused: Path, data: str) -> None:
     assert result.nll_teacher is not None
     assert result.validation_windows > 0
     lines = records(result.output)
-    assert [line["event"] for line in lines] == ["start", *["step"] * 60, "end"]
-    assert lines[-2]["loss"] < lines[1]["loss"]
+    five = [*["step"] * 5, "validation"]
+    assert [line["event"] for line in lines] == ["start", *five * 12, "end"]
+    assert lines[-3]["loss"] < lines[1]["loss"]
+    validations = [line["nll"] for line in lines if line["event"] == "validation"]
+    assert seen[-2].validation == validations[-2]
+    assert min(validations) == result.nll_after < result.nll_before
     assert [progress.step for progress in seen] == list(range(1, 61))
     assert seen[-1].tokens == result.tokens == 60 * 32
     assert seen[-1].learning_rate == pytest.approx(1e-3)
@@ -252,22 +344,14 @@ def test_cross_entropy_needs_no_teacher(fused: Path, data: str, tmp_path: Path) 
     assert not (result.output / "plan.json").exists()
 
 
-def test_decoupled_model(source: Path, data: str, tmp_path: Path) -> None:
-    config = HeadfuseConfig(
-        source_config=LlamaConfig.from_pretrained(source), num_key_heads=[2, 1], num_value_heads=[1, 3],
-        key_head_of_query=[[0, 1, 1, 0], [0] * 4], value_head_of_query=[[0] * 4, [0, 1, 1, 2]],
-        rotary_slots=[[[0, 1, 1, 2], [0, 0, 2, 3]], None],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    HeadfuseForCausalLM(config).save_pretrained(tmp_path / "decoupled")
-    write_tokenizer(tmp_path / "decoupled", WORDS)
-    result = train(tmp_path / "decoupled", data, teacher=str(source), tokens=40 * 32)
-    assert {file.name for file in (tmp_path / "decoupled").iterdir()} < {file.name for file in result.output.iterdir()}
+def test_decoupled_model(source: Path, decoupled: Path, data: str) -> None:
+    result = train(decoupled, data, teacher=str(source), tokens=40 * 32)
+    assert {file.name for file in decoupled.iterdir()} < {file.name for file in result.output.iterdir()}
     loaded = load_model(result.output, device="cpu")
     assert isinstance(loaded, HeadfuseForCausalLM)
     assert loaded.config.num_value_heads == [1, 3]
-    lines = records(result.output)
-    assert lines[-2]["loss"] < lines[1]["loss"]
+    lines = [line for line in records(result.output) if line["event"] == "step"]
+    assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 def test_written_dtype(fused: Path, data: str) -> None:
@@ -394,7 +478,7 @@ def test_resuming_with_other_options_is_refused(fused: Path, data: str, tmp_path
         train(fused, data, resume=True, batch_size=4, seed=3)
     assert (tmp_path / "fused-uptrained.partial" / "resume.json").exists()
     train(fused, data, resume=True, learning_rate=None)
-    assert records(tmp_path / "fused-uptrained")[-2]["learning_rate"] == pytest.approx(1e-3)
+    assert records(tmp_path / "fused-uptrained")[-3]["learning_rate"] == pytest.approx(1e-3)
 
 
 def test_diverging_run_stops_and_keeps_the_last_state(fused: Path, data: str, tmp_path: Path) -> None:
@@ -459,15 +543,15 @@ def test_scaled_logits_are_refused(data: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"tokens": 0}, ConfigError, "tokens is 0"),
-        ({"checkpoint_every": 0}, ConfigError, "checkpoint_every is 0"),
-        ({"batch_size": 0}, ConfigError, "batch_size is 0"),
-        ({"sequence_length": 1}, ConfigError, "sequence_length is 1"),
+        ({"tokens": 0}, ConfigError, "tokens: Input should be greater"),
+        ({"checkpoint_every": 0}, ConfigError, "checkpoint_every: Input should be greater"),
+        ({"batch_size": 0}, ConfigError, "batch_size: Input should be greater"),
+        ({"sequence_length": 1}, ConfigError, "sequence_length: Input should be greater"),
         ({"sequence_length": 65}, ConfigError, "65 is more than the model's context of 64"),
-        ({"learning_rate": math.nan}, ConfigError, "learning_rate is nan"),
-        ({"learning_rate": 0.0}, ConfigError, "learning_rate is 0.0"),
-        ({"weight_decay": -1.0}, ConfigError, "weight_decay is -1.0"),
-        ({"loss": "mse"}, ConfigError, "loss is 'mse'"),
+        ({"learning_rate": math.nan}, ConfigError, "learning_rate: Input should be"),
+        ({"learning_rate": 0.0}, ConfigError, "learning_rate: Input should be greater"),
+        ({"weight_decay": -1.0}, ConfigError, "weight_decay: Input should be greater"),
+        ({"loss": "mse"}, ConfigError, "loss: 'mse' is unknown; choose from kl, ce"),
         ({"dtype": "int8"}, ConfigError, "dtype is 'int8'"),
         ({"data": "missing.jsonl"}, DataError, "missing.jsonl: no such file"),
         ({"teacher": "missing"}, HeadfuseError, "missing: no such folder"),
@@ -515,13 +599,13 @@ def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [("246000", 246_000), ("500k", 500_000), ("50M", 50_000_000), ("1.5B", 1_500_000_000), ("1_000", 1000)],
 )
 def test_tokens_on_the_command_line(text: str, tokens: int) -> None:
-    assert command.parse_tokens(text) == tokens
+    assert parse_tokens(text) == tokens
 
 
 @pytest.mark.parametrize("text", ["", "M", "-5", "0", "1e6", "5 apples", "nan", "0.0001K"])
 def test_no_number_of_tokens(text: str) -> None:
     with pytest.raises(ValueError, match="is not a number of tokens"):
-        command.parse_tokens(text)
+        parse_tokens(text)
 
 
 def test_command_document_and_table(fused: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:

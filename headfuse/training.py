@@ -1,0 +1,398 @@
+"""The training loop on accelerate: steps, validations, states from which an interrupted run goes on exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, set_seed
+
+from headfuse.checkpoint import RESUME, STATE, read_resume, sync, write_resume
+from headfuse.distillation import Objective, States, document_positions, window_nll
+from headfuse.errors import ConfigError, HeadfuseError, MissingExtraError, OutputError
+from headfuse.loading import pick_device
+from headfuse.recipe import Recipe, default_checkpoint_every, learning_rate_at, num_steps
+from headfuse.text import Batch, TrainingText
+
+logger = logging.getLogger(__name__)
+
+LOG = "train_log.jsonl"
+STATE_SECONDS = 900.0
+"""A state is written after so long, too, however many steps the next one is away."""
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+"""Trackers of accelerate -> packages, of which one is needed."""
+
+
+class Teacher(Protocol):
+    """What the loop asks a teacher for; see `teacher.py`."""
+
+    head: torch.nn.Module
+
+    def states(self, batch: torch.Tensor, place: int | None, layers: bool = True) -> States:
+        """The states on a batch; `place` is its place in the training stream, None for validation."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is after a step; `validation` is the last NLL on the held-out windows."""
+
+    step: int
+    steps: int
+    tokens: int
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+    seconds_left: float
+    validation: float | None = None
+
+
+class Run:
+    """An output in the making: its log, and the states from which an interrupted run goes on.
+
+    A state is a folder `state/step-N` that gets its name when it is complete; resume.json, replaced in one step, says
+    which one counts, and which one is the best. With several processes the first one writes, and all read.
+
+    Args:
+        folder: where the output is made.
+        recipe: what is trained.
+        inputs: what else the result depends on.
+        resume: go on with the run that is in the folder.
+        main: whether this process writes.
+
+    Raises:
+        ConfigError: when the run in the folder had other options.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, inputs: dict[str, Any], resume: bool, main: bool = True) -> None:
+        self.folder, self.recipe, self.inputs, self.main = folder, recipe, inputs, main
+        self.step, self.best, self.stopped = 0, 0, False
+        self.text: dict[str, Any] | None = None
+        self.epochs = 0
+        self.validations: dict[int, float] = {}
+        self.figures: dict[str, float | None] = {}
+        saved = read_resume(folder, "uptrain") if resume else None
+        if saved is not None:
+            self._go_on(saved)
+        elif main:
+            shutil.rmtree(folder / STATE, ignore_errors=True)
+            (folder / RESUME).unlink(missing_ok=True)
+        if main:
+            self._keep_log()
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        now, before = {**self.recipe.named(), **self.inputs}, {**saved["recipe"], **saved["inputs"]}
+        rate, saved_rate = now.pop("learning_rate"), before.pop("learning_rate")
+        changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if now[name] != before.get(name)]
+        if changed:
+            raise ConfigError(
+                f"the interrupted run had other options: {', '.join(changed)}",
+                where=self.folder,
+                fix="resume with the same options, or start anew with --overwrite",
+            )
+        if rate not in (None, saved_rate):
+            logger.warning("going on with learning rate %g instead of %g", rate, saved_rate)
+        self.recipe = self.recipe.model_copy(update={"learning_rate": rate or saved_rate})
+        self.step, self.best, self.stopped = saved["step"], saved["best"], saved["stopped"]
+        self.text, self.epochs, self.figures = saved["text"], saved["epochs"], saved["figures"]
+        self.validations = {int(step): nll for step, nll in saved["validations"].items()}
+
+    def load(self, accelerator: Accelerator, step: int) -> None:
+        """Restore model, optimizer and random numbers of a state."""
+        accelerator.load_state(str(self._state(step)))
+
+    def save(self, accelerator: Accelerator, step: int, batch: Batch) -> None:
+        """Write the state after `step` steps; the last one, and the best, stay until this one is complete."""
+        new, path = self.folder / STATE / "new", self._state(step)
+        if self.main:
+            shutil.rmtree(new, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(str(new), safe_serialization=False)  # keeps tied weights
+            accelerator.wait_for_everyone()
+            if self.main:
+                for file in (*new.iterdir(), new):
+                    sync(file)
+        except RuntimeError as error:  # how torch.save reports a full disk
+            shutil.rmtree(new, ignore_errors=True)
+            kept = f"; the state after step {self.step} is kept" if self.step else ""
+            reason = f"the checkpoint after step {step} cannot be written{kept}: {error}"
+            raise OutputError(reason, where=self.folder, fix="free some space, then go on with --resume") from None
+        self.step, self.text, self.epochs = step, batch.state, batch.epochs
+        if self.main:
+            shutil.rmtree(path, ignore_errors=True)
+            new.rename(path)
+            names = ("step", "best", "stopped", "text", "epochs", "inputs", "figures", "validations")
+            write_resume(
+                self.folder, "uptrain", {"recipe": self.recipe.named(), **{n: getattr(self, n) for n in names}}
+            )
+            for old in (self.folder / STATE).glob("step-*"):
+                if old not in (path, self._state(self.best)):
+                    shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def validated(self, step: int, nll: float) -> None:
+        """Note a validation; it may be the best, or one too many without a better one."""
+        self.validations[step] = nll
+        if not self.best or nll < self.validations[self.best]:
+            self.best = step
+        since = sum(later > self.best for later in self.validations)
+        self.stopped = self.recipe.patience is not None and since >= self.recipe.patience
+        self.log("validation", step=step, nll=nll, best=self.best == step)
+
+    def _state(self, step: int) -> Path:
+        return self.folder / STATE / f"step-{step:07d}"
+
+    def log(self, event: str, **values: Any) -> None:
+        """Add a line to the log."""
+        if self.main:
+            with (self.folder / LOG).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"event": event, **values}) + "\n")
+
+    def _keep_log(self) -> None:
+        """Drop the lines of steps that the state does not hold."""
+        path, kept = self.folder / LOG, []
+        if self.step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                with contextlib.suppress(json.JSONDecodeError):
+                    record = json.loads(line)
+                    if record["event"] == "start" or record.get("step", self.step + 1) <= self.step:
+                        kept.append(line)
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def make_accelerator(
+    device: str, *, unused: bool, trackers: Sequence[str] = (), tracker_folder: Path | None = None
+) -> Accelerator:
+    """An accelerator for `--device`; what `accelerate launch` says about processes holds.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        unused: whether a step may leave trained weights without a gradient.
+        trackers: names in TRACKERS.
+        tracker_folder: where they may write.
+
+    Raises:
+        MissingExtraError: for a tracker that is not installed.
+    """
+    for name in trackers:
+        if name not in TRACKERS:
+            raise ConfigError(f"{name!r} is unknown", where="--tracker", fix=f"choose from {', '.join(TRACKERS)}")
+        if not any(map(find_spec, TRACKERS[name])):
+            raise MissingExtraError(
+                "is not installed", where=f"--tracker {name}", fix=f"pip install {TRACKERS[name][0]}"
+            )
+    target = pick_device(device)
+    bfloat16 = target.type == "cuda" and torch.cuda.is_bf16_supported()
+    return Accelerator(
+        cpu=target.type == "cpu",
+        mixed_precision="bf16" if bfloat16 else "no",
+        log_with=list(trackers) or None,
+        project_dir=tracker_folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+
+
+def train(
+    run: Run,
+    accelerator: Accelerator,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    teacher: Teacher | None,
+    text: TrainingText,
+    *,
+    eos: int | None,
+    log_every: int = 1,
+    trackers: Mapping[str, Any] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> tuple[torch.nn.Module, float, int]:
+    """Take the steps that are left, and go back to the best state; returns the wrapped objective, seconds, tokens.
+
+    Args:
+        run: what was done before, and where states go.
+        accelerator: see `make_accelerator`.
+        objective: the student with its loss.
+        optimizer: over its weights; a group may have a `factor` of the learning rate.
+        teacher: for losses that need one.
+        text: the training stream and the validation windows.
+        eos: the token that ends a document, where documents do not see each other; else None.
+        log_every: steps between two lines of the log.
+        trackers: what trackers keep as the run's configuration; None without any.
+        on_progress: called after every step, in every process.
+
+    Raises:
+        HeadfuseError: when the loss is not finite, or a state cannot be written.
+    """
+    recipe, start, world = run.recipe, run.step, accelerator.num_processes
+    size, peak = recipe.batch_size, recipe.learning_rate
+    assert size is not None
+    assert peak is not None
+    windows_per_step = size * recipe.gradient_accumulation * world
+    steps = num_steps(recipe.tokens, windows_per_step * recipe.sequence_length)
+    layerwise = math.ceil(recipe.layerwise * steps)
+    every = recipe.checkpoint_every or default_checkpoint_every(steps, windows_per_step, len(text.validation))
+    set_seed(recipe.seed, device_specific=world > 1)  # processes must not draw the same dropout
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    if run.step:
+        run.load(accelerator, run.step)
+    if not run.figures:
+        run.figures = {"nll_before": student_nll(accelerator, wrapped, text.validation), "nll_teacher": None}
+        if teacher is not None:
+            run.figures["nll_teacher"] = _nll(
+                accelerator, text.validation, lambda b: window_nll(teacher.states(b, None, False).last, teacher.head, b)
+            )
+    if not start:
+        run.log("start", recipe=recipe.named(), **run.inputs, steps=steps, **run.figures)
+    if trackers is not None:
+        accelerator.init_trackers("headfuse", config=dict(trackers))
+
+    validation = run.validations[max(run.validations)] if run.validations else None
+    began = saved = time.monotonic()
+    wrapped.train()
+    done = range(0) if run.stopped else range(start + 1, steps + 1)
+    with _ahead(text.batches(windows_per_step, run.text)) as batches:
+        for step in done:
+            rate = peak * learning_rate_at(step - 1, steps, recipe)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("factor", 1.0)
+            batch, total = next(batches), torch.zeros((), device=accelerator.device)
+            for micro in range(recipe.gradient_accumulation):
+                last = micro == recipe.gradient_accumulation - 1
+                first = (micro * world + accelerator.process_index) * size
+                tokens = batch.windows[first : first + size]
+                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                    place = (step - 1) * windows_per_step + first
+                    states = None if teacher is None else teacher.states(tokens, place)
+                    tokens = tokens.to(accelerator.device)
+                    positions = None if eos is None else document_positions(tokens, eos)
+                    loss = wrapped(tokens, states, positions, "layerwise" if step <= layerwise else "loss")
+                    loss = loss / recipe.gradient_accumulation
+                    accelerator.backward(loss)
+                    total += loss.detach()
+            norm = accelerator.clip_grad_norm_(wrapped.parameters(), recipe.gradient_clip)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            now = time.monotonic()
+            shared = torch.tensor([0.0, float(now - saved > STATE_SECONDS)], device=accelerator.device)
+            shared[0] = total
+            mean_loss, due = accelerator.reduce(shared, "mean").tolist()
+            _check_finite(run, step, mean_loss, float(norm))
+            optimizer.step()
+            optimizer.zero_grad()
+
+            seconds = time.monotonic() - began
+            tokens_per_step = windows_per_step * recipe.sequence_length
+            progress = Progress(
+                step=step,
+                steps=steps,
+                tokens=step * tokens_per_step,
+                loss=mean_loss,
+                learning_rate=rate,
+                tokens_per_second=(step - start) * tokens_per_step / seconds,
+                seconds_left=seconds / (step - start) * (steps - step),
+                validation=validation,
+            )
+            if step % log_every == 0 or step == steps:
+                names = ("step", "tokens", "loss", "learning_rate", "tokens_per_second")
+                run.log("step", **{name: getattr(progress, name) for name in names}, gradient_norm=float(norm))
+                if trackers is not None:
+                    accelerator.log(_numbers(progress), step=step)
+            if step % every == 0 or step == steps or due:
+                if step % every == 0 or step == steps:
+                    validation = student_nll(accelerator, wrapped, text.validation)
+                if validation is not None and (step % every == 0 or step == steps):
+                    _check_finite(run, step, validation, 0.0)
+                    run.validated(step, validation)
+                    if trackers is not None:
+                        accelerator.log({"validation_nll": validation}, step=step)
+                run.save(accelerator, step, batch)
+                saved = time.monotonic()
+                logger.info(
+                    "step %d of %d: loss %.4f, validation NLL %s, state saved", step, steps, mean_loss, validation
+                )
+            if on_progress is not None:
+                on_progress(progress)
+            if run.stopped:
+                logger.info("step %d of %d: no better validation since step %d", step, steps, run.best)
+                break
+    seconds = time.monotonic() - began
+    if trackers is not None:
+        accelerator.end_training()
+    if run.best and run.best != run.step:
+        logger.info("the best validation was after step %d: going back to it", run.best)
+        run.load(accelerator, run.best)
+    wrapped.eval()
+    return wrapped, seconds, (run.step - start) * windows_per_step * recipe.sequence_length
+
+
+def student_nll(accelerator: Accelerator, wrapped: torch.nn.Module, windows: torch.Tensor) -> float | None:
+    """Mean NLL per token of windows, each process its share; None without windows."""
+    training = wrapped.training
+    wrapped.eval()
+    nll = _nll(accelerator, windows, lambda batch: wrapped(batch, None, None, "nll"))
+    wrapped.train(training)
+    return nll
+
+
+@torch.no_grad()
+def _nll(accelerator: Accelerator, windows: torch.Tensor, nll: Callable[[torch.Tensor], torch.Tensor]) -> float | None:
+    if not len(windows):
+        return None
+    world, share = accelerator.num_processes, -(-len(windows) // accelerator.num_processes)
+    order = [min(accelerator.process_index + i * world, len(windows) - 1) for i in range(share)]
+    found = torch.cat([nll(part.to(accelerator.device)) for part in windows[order].split(8)])
+    gathered = accelerator.gather(found.float().to(accelerator.device)).view(world, share)
+    return gathered.T.flatten()[: len(windows)].double().cpu().mean().item() if world > 1 else found.mean().item()
+
+
+@contextlib.contextmanager
+def _ahead(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+    """The same batches, the next one read and tokenised in a thread while a step is computed."""
+    with ThreadPoolExecutor(1) as worker:
+
+        def generate() -> Iterator[Batch]:
+            future = worker.submit(next, batches)
+            while True:
+                batch = future.result()
+                future = worker.submit(next, batches)
+                yield batch
+
+        yield generate()
+
+
+def _numbers(progress: Progress) -> dict[str, float]:
+    names = ("loss", "learning_rate", "tokens", "tokens_per_second")
+    return {name: getattr(progress, name) for name in names}
+
+
+def _check_finite(run: Run, step: int, loss: float, norm: float) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    kept = f"the state after step {run.step} is kept" if run.step else "nothing was kept"
+    raise HeadfuseError(
+        f"the loss is {loss}, the norm of its gradient {norm}, at step {step}; {kept}",
+        where=run.folder,
+        fix="give a lower --learning-rate" + (", with --resume to go on from there" if run.step else ""),
+    )
+
+
+def weights_of(accelerator: Accelerator, wrapped: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All weights of the student by its own names; gathered, on the main process, where they are sharded."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        weights = accelerator.get_state_dict(wrapped)
+    else:
+        weights = accelerator.unwrap_model(wrapped).state_dict()
+    return {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
