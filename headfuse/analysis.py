@@ -12,7 +12,7 @@ from headfuse.architectures import AttentionWeights
 from headfuse.config import FuseConfig
 from headfuse.loading import pick_device
 from headfuse.plan import FusionPlan
-from headfuse.planning import Progress, make_plan, survey
+from headfuse.planning import Progress, check_budget, make_plan, survey
 from headfuse.similarity import aligned_similarity, linear_cka, redundancy
 from headfuse.source import Source
 from headfuse.streaming import StreamedModel
@@ -52,6 +52,7 @@ def analyze(
     """
     config = config or FuseConfig()
     source = Source.open(model, trust_remote_code)
+    check_budget(config, source)
     text = source.calibration_text(config, trust_remote_code)
     streamed = StreamedModel(source.checkpoint, source.config, pick_device(device))
     surveys = survey(source, streamed, text, config, on_progress)

@@ -51,9 +51,9 @@ def architecture_of(model_type: str, where: object = None) -> Architecture:
         UnsupportedModelError: naming the families that are supported.
     """
     if model_type not in ARCHITECTURES:
-        if model_type == "headfuse":
+        if model_type in ("headfuse", "nemotron-nas"):
             raise UnsupportedModelError(
-                "is already a fused model with decoupled heads",
+                "is already a model with heads of its own in every layer",
                 where=where,
                 fix="fuse the source model at the budget you want",
             )

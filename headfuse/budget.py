@@ -36,11 +36,11 @@ def parse_budget(text: str) -> Fraction:
     return value
 
 
-Limits = Sequence[tuple[int, int]]
-"""`[2 * layers]`: fewest and most heads of each row of the cost table."""
+Choices = Sequence[Sequence[int]]
+"""`[rows]`: the head counts that each row of the cost table may have, ascending."""
 
 
-Allocator = Callable[[int, Limits, CostTable | None], list[int]]
+Allocator = Callable[[int, Choices, CostTable | None], list[int]]
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,20 @@ class BudgetRules:
     min_key_heads: int = 1
     min_value_heads: int = 1
     layerwise: bool = False
+    """As many value heads as key heads in every layer."""
+    equal_groups: bool = False
+    """With `layerwise`: counts that divide the source's, so that the groups of a layer have one size."""
 
     def leave_a_choice(self, heads: HeadLayout) -> bool:
         """Whether several allocations meet these rules, so that costs matter."""
         if self.total is None:
             return False
-        chosen, limits = self.allocate("uniform", heads), self.limits(heads)
-        rows = list(zip((*chosen.key_heads, *chosen.value_heads), limits, strict=True))
-        return any(count > low for count, (low, _) in rows) and any(count < high for count, (_, high) in rows)
+        chosen, choices = self.allocate("uniform", heads), self.choices(heads)
+        rows = list(zip((*chosen.key_heads, *chosen.value_heads), choices, strict=True))
+        return any(count > row[0] for count, row in rows) and any(count < row[-1] for count, row in rows)
 
-    def limits(self, heads: HeadLayout) -> list[tuple[int, int]]:
-        """Fewest and most heads of every layer: key side first, then value side.
+    def choices(self, heads: HeadLayout) -> list[range]:
+        """The counts that every layer may have: key side first, then value side.
 
         Raises:
             BudgetError: for layers or counts that this model does not have.
@@ -97,7 +100,7 @@ class BudgetRules:
                 )
             for layer in range(layers):
                 low, high = (least, n) if given is None else (given[layer], given[layer])
-                rows.append((n, n) if layer in self.keep_layers else (low, high))
+                rows.append(range(n, n + 1) if layer in self.keep_layers else range(low, high + 1))
         return rows
 
     def allocate(self, allocator: str, heads: HeadLayout, costs: CostTable | None = None) -> HeadBudget:
@@ -106,44 +109,50 @@ class BudgetRules:
         Raises:
             BudgetError: when the budget is too small for the fewest heads that the rules allow.
         """
-        limits, layers, side = self.limits(heads), heads.num_hidden_layers, heads.total_heads // 2
+        choices, layers, side = self.choices(heads), heads.num_hidden_layers, heads.total_heads // 2
         choose = ALLOCATORS[allocator]
         if self.layerwise:
-            return self._allocate_layers(choose, heads, limits, costs)
+            return self._allocate_layers(choose, heads, choices, costs)
         if isinstance(self.total, tuple):
-            keys = choose(_head_count(self.total[0], side, limits[:layers], "budget.total.key"),
-                          limits[:layers], costs and costs[:layers])  # fmt: skip
-            values = choose(_head_count(self.total[1], side, limits[layers:], "budget.total.value"),
-                            limits[layers:], costs and costs[layers:])  # fmt: skip
+            keys = choose(_head_count(self.total[0], side, choices[:layers], "budget.total.key"),
+                          choices[:layers], costs and costs[:layers])  # fmt: skip
+            values = choose(_head_count(self.total[1], side, choices[layers:], "budget.total.value"),
+                            choices[layers:], costs and costs[layers:])  # fmt: skip
             return HeadBudget(key_heads=tuple(keys), value_heads=tuple(values))
         if self.total is None:
-            counts: Sequence[int] = [low for low, _ in limits]
+            counts: Sequence[int] = [row[0] for row in choices]
         else:
-            counts = choose(_head_count(self.total, heads.total_heads, limits, "--budget"), limits, costs)
+            counts = choose(_head_count(self.total, heads.total_heads, choices, "--budget"), choices, costs)
         return HeadBudget(key_heads=tuple(counts[:layers]), value_heads=tuple(counts[layers:]))
 
     def _allocate_layers(
-        self, choose: Allocator, heads: HeadLayout, limits: Limits, costs: CostTable | None
+        self, choose: Allocator, heads: HeadLayout, choices: Choices, costs: CostTable | None
     ) -> HeadBudget:
         """As many value heads as key heads in every layer: one row per layer, whose heads are pairs."""
-        layers = heads.num_hidden_layers
+        layers, n = heads.num_hidden_layers, heads.num_key_value_heads
         if isinstance(self.total, tuple):
             raise BudgetError(
                 "keys and values have budgets of their own, and layerwise gives both the same heads",
                 where="budget.layerwise",
-                fix="give one total, or drop layerwise",
+                fix="give one total, or use layout decoupled without budget.layerwise",
             )
-        pairs = [(max(k[0], v[0]), min(k[1], v[1])) for k, v in zip(limits[:layers], limits[layers:], strict=True)]
-        if any(low > high for low, high in pairs):
+        pairs = [
+            [count for count in keys if count in values and (not self.equal_groups or n % count == 0)]
+            for keys, values in zip(choices[:layers], choices[layers:], strict=True)
+        ]
+        if not all(pairs):
             raise BudgetError(
-                "key_heads and value_heads differ", where="budget.layerwise", fix="give the same counts for both"
+                f"layer {pairs.index([])} has no count that its keys and its values may both have"
+                + f" and that divides the {n} of the source" * self.equal_groups,
+                where="budget.layerwise",
+                fix="give the same counts for both" + f", of {_divisors(n)}" * self.equal_groups,
             )
         if costs:
             costs = [
                 [k + v for k, v in zip(keys, values, strict=True)]
                 for keys, values in zip(costs[:layers], costs[layers:], strict=True)
             ]
-        counts: Sequence[int] = [low for low, _ in pairs]
+        counts: Sequence[int] = [row[0] for row in pairs]
         if self.total is not None:
             counts = choose(_head_count(self.total, heads.total_heads // 2, pairs, "--budget"), pairs, costs)
         return HeadBudget(key_heads=tuple(counts), value_heads=tuple(counts))
@@ -154,8 +163,8 @@ class BudgetRules:
         Raises:
             BudgetError: when no such shape fits.
         """
-        limits, n = self.limits(heads), heads.num_key_value_heads
-        shapes = [c for c in range(1, n + 1) if n % c == 0 and all(low <= c <= high for low, high in limits)]
+        choices, n = self.choices(heads), heads.num_key_value_heads
+        shapes = [c for c in _divisors(n) if all(c in row for row in choices)]
         if not shapes or self.keep_layers:
             raise BudgetError(
                 "layout gqa has one head count for all layers, for keys and values alike",
@@ -166,15 +175,19 @@ class BudgetRules:
             count = shapes[0]
         else:
             totals = self.total if isinstance(self.total, tuple) else (self.total, self.total)
-            smallest = [(shapes[0], n)] * heads.num_hidden_layers
+            smallest = [range(shapes[0], n + 1)] * heads.num_hidden_layers
             budget = min(_head_count(t, heads.total_heads // 2, smallest, "--budget") for t in totals)
             count = max(c for c in shapes if c * heads.num_hidden_layers <= budget)
         return HeadBudget(key_heads=(count,) * heads.num_hidden_layers, value_heads=(count,) * heads.num_hidden_layers)
 
 
-def _head_count(budget: Fraction, source: int, limits: Limits, where: str) -> int:
-    """Heads that a share of `source` heads buys, rounded within half a head, at most what the limits hold."""
-    count, least = math.floor(budget * source + Fraction(1, 2)), sum(low for low, _ in limits)
+def _divisors(n: int) -> list[int]:
+    return [count for count in range(1, n + 1) if n % count == 0]
+
+
+def _head_count(budget: Fraction, source: int, choices: Choices, where: str) -> int:
+    """Heads that a share of `source` heads buys, rounded within half a head, at most what the choices hold."""
+    count, least = math.floor(budget * source + Fraction(1, 2)), sum(row[0] for row in choices)
     if count < least:
         raise BudgetError(
             f"{float(budget):.4g} keeps {count} of {source} heads, and at least {least} are needed "
@@ -182,39 +195,45 @@ def _head_count(budget: Fraction, source: int, limits: Limits, where: str) -> in
             where=where,
             fix=f"the smallest budget that works here is {Fraction(least, source)}",
         )
-    return min(count, sum(high for _, high in limits))
+    return min(count, sum(row[-1] for row in choices))
 
 
-def uniform(total: int, limits: Limits, costs: CostTable | None = None) -> list[int]:
+def uniform(total: int, choices: Choices, costs: CostTable | None = None) -> list[int]:
     """The same for every row as far as it divides; what is left goes to the first rows, so to keys before values."""
-    counts = [low for low, _ in limits]
+    counts = [row[0] for row in choices]
     left = total - sum(counts)
-    for level in range(1, max(high for _, high in limits)):
-        for row, (_, high) in enumerate(limits):
-            if left > 0 and counts[row] == level < high:
-                counts[row] += 1
-                left -= 1
+    for level in sorted(set[int]().union(*choices)):
+        for index, row in enumerate(choices):
+            step = level - counts[index]
+            if level in row and 0 < step <= left:
+                counts[index] = level
+                left -= step
     return counts
 
 
-def least_cost(total: int, limits: Limits, costs: CostTable | None = None) -> list[int]:
-    """The counts of least total cost: an exact dynamic programme over the table (math.md 4)."""
+def least_cost(total: int, choices: Choices, costs: CostTable | None = None) -> list[int]:
+    """The counts of least total cost: an exact dynamic programme over the table (math.md 4).
+
+    Of plans that cost the same, one with the most heads.
+    """
     if costs is None:
         raise ValueError("the least cost needs a cost table")
     best = [0.0] + [math.inf] * total
-    choices: list[list[int]] = []
-    for row, (low, high) in zip(costs, limits, strict=True):
-        falling = list(itertools.accumulate(row, min))  # more heads never cost more
+    chosen: list[list[int]] = []
+    for costs_of, allowed in zip(costs, choices, strict=True):
+        falling = list(itertools.accumulate(costs_of, min))  # more heads never cost more
         new, choice = [math.inf] * (total + 1), [0] * (total + 1)
-        for used in range(low, total + 1):
-            for count in range(low, min(high, used) + 1):
+        for used in range(allowed[0], total + 1):
+            for count in allowed:
+                if count > used:
+                    break
                 value = best[used - count] + falling[count - 1]
                 if value < new[used]:
                     new[used], choice[used] = value, count
         best = new
-        choices.append(choice)
-    counts, used = [], total
-    for choice in reversed(choices):
+        chosen.append(choice)
+    counts, used = [], min(range(total + 1), key=lambda used: (best[used], -used))
+    for choice in reversed(chosen):
         counts.append(choice[used])
         used -= choice[used]
     return counts[::-1]
@@ -226,5 +245,6 @@ ALLOCATORS: dict[str, Allocator] = {
     "taylor": least_cost,
     "shapley": least_cost,
 }
-"""Each spends exactly `total` heads on rows within `limits`, whose sums enclose it. Those of least cost differ in their
-table: the measured cost of fusing (sensitivity), or scores of single heads (importance.py)."""
+"""Each spends `total` heads on rows whose choices enclose it, fewer only where no choice makes use of the rest. Those
+of least cost differ in their table: the measured cost of fusing (sensitivity), or scores of single heads
+(importance.py)."""

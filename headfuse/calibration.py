@@ -207,11 +207,14 @@ def survey_layer(
     costs: bool,
     slots: bool,
     every_count: bool = False,
+    shared_groups: bool = False,
 ) -> LayerSurvey:
     """Measure one source layer: groups for every head count, and what fusing to that count costs.
 
-    `slots` lets fused key heads choose their rotary slots. The cost is the error of the attention output, E|y' - y|^2,
-    over the energy of the residual stream, measured at counts that are powers of two, or at `every_count`.
+    `slots` lets fused key heads choose their rotary slots; with `shared_groups` counts that divide the source's are
+    those of one partition of keys and values into groups of one size, and are the ones measured. The cost is the error
+    of the attention output, E|y' - y|^2, over the energy of the residual stream, measured at counts that are powers of
+    two, or at `every_count`.
     """
     n = heads.num_key_value_heads
     keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
@@ -221,6 +224,9 @@ def survey_layer(
     key_groups = [grouper(key_pairs, count, False) for count in range(1, n + 1)]
     value_groups = [grouper(value_pairs, count, False) for count in range(1, n + 1)]
     shared = {count: grouper(both, count, True) for count in range(1, n + 1) if n % count == 0}
+    if shared_groups:
+        key_groups = [shared.get(count, groups) for count, groups in enumerate(key_groups, start=1)]
+        value_groups = [shared.get(count, groups) for count, groups in enumerate(value_groups, start=1)]
     key_slots = [method.rotary_slots(groups, keys) if slots else None for groups in key_groups]
     measured = dict[str, SideCosts]()
     if costs:
@@ -236,7 +242,7 @@ def survey_layer(
             )
             sides["key"].lost[count - 1] = lost_key_energy(key_map, groups[0], keys)
             sides["value"].lost[count - 1] = lost_value_energy(value_map, groups[1], values)
-            if every_count or count & (count - 1) == 0:
+            if count in shared if shared_groups else every_count or count & (count - 1) == 0:
                 sides["key"].maps[count], sides["value"].maps[count] = (key_map, groups[0]), (value_map, groups[1])
                 sides["key"].measured[count] = _error(probe, output, key_map, groups[0], None, None) / energy
                 sides["value"].measured[count] = _error(probe, output, None, None, value_map, groups[1]) / energy

@@ -120,7 +120,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         raise UnsupportedModelError(
             "the weights are quantised", where=path, fix="convert the full-precision model, then quantise the result"
         )
-    if "auto_map" in raw and model_type != "headfuse" and not trust_remote_code and not _is_known(model_type):
+    fused = "headfuse_format" in raw
+    if "auto_map" in raw and not fused and not trust_remote_code and not _is_known(model_type):
         raise UnsupportedModelError(
             f"model_type {model_type!r} needs its own code", where=path, fix="pass --trust-remote-code if you trust it"
         )
@@ -129,8 +130,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         raise CheckpointError(
             f"num_hidden_layers is {layers}", where=path, fix="use the config.json that came with the model"
         )
-    if model_type == "headfuse":
-        import headfuse.modeling  # noqa: F401  registers the family
+    if fused:
+        import headfuse.modeling  # noqa: F401  registers the layouts that have code of their own
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the strict configs of transformers raise many kinds
@@ -760,7 +761,7 @@ def _output_error(path: Path, error: OSError, resumable: bool = False) -> Headfu
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy tokenizer, chat template, generation config, licence and other small files; never weights, code or pickles.
 
-    The folder's own headfuse model code, which a decoupled checkpoint needs, comes from the installed package instead.
+    The folder's own headfuse model code, which some layouts need, comes from the installed package instead.
     """
     copied = []
     for path in sorted(source.iterdir()):
@@ -773,10 +774,10 @@ def copy_companions(source: Path, target: Path) -> list[str]:
         shutil.copyfile(path, target / path.name)
         copied.append(path.name)
     raw = _read_json(target / "config.json", "") if (target / "config.json").exists() else {}
-    if raw.get("model_type") == "headfuse":
-        from headfuse.modeling import MODELING_FILES
+    if "headfuse_format" in raw:
+        from headfuse.modeling import CODE
 
-        for file in MODELING_FILES:
+        for file in CODE[raw["model_type"]]:
             shutil.copyfile(file, target / file.name)
             copied.append(file.name)
     return copied

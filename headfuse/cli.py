@@ -53,6 +53,7 @@ class LayoutName(str, Enum):
     """Layouts that `fuse` writes."""
 
     decoupled = "decoupled"
+    layerwise = "layerwise"
     gqa = "gqa"
 
 
@@ -384,13 +385,12 @@ def _overrides(
 
     wanted = layout.value if layout else None
     if runtime is not None:
-        if wanted and wanted != LAYOUT_FOR[runtime.value]:
+        loads = LAYOUT_FOR[runtime.value]
+        if wanted and wanted not in loads:
             raise HeadfuseError(
-                f"{runtime.value} does not load layout {wanted}",
-                where="--for",
-                fix=f"it loads {LAYOUT_FOR[runtime.value]}",
+                f"{runtime.value} does not load layout {wanted}", where="--for", fix=f"it loads {', '.join(loads)}"
             )
-        wanted = LAYOUT_FOR[runtime.value]
+        wanted = wanted or loads[0]
     return {
         "budget.total": budget,
         "budget.allocator": allocator,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
@@ -130,6 +131,12 @@ class FuseConfig(Strict):
     preset: Annotated[str, one_of(*PRESETS)] = "balanced"
     calibration: CalibrationConfig = CalibrationConfig()
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    @property
+    def rules(self) -> BudgetRules:
+        """What the budget asks for and the layout allows."""
+        rules = self.budget.rules
+        return replace(rules, layerwise=True, equal_groups=True) if self.layout == "layerwise" else rules
 
     def to_yaml(self) -> str:
         """The YAML that reproduces this config; text at an absolute path is named by its file alone."""

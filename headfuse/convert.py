@@ -35,7 +35,7 @@ from headfuse.fuse_layer import fuse_layer
 from headfuse.fusion import FUSION_METHODS
 from headfuse.guard import WrittenLayers
 from headfuse.layouts import LAYOUTS
-from headfuse.loading import pick_device
+from headfuse.loading import keep_tokenizer_class, pick_device
 from headfuse.plan import FusionPlan
 from headfuse.planning import Progress, adopt, check_budget, make_plan, reviewed_plan, survey
 from headfuse.presets import PRESETS
@@ -117,7 +117,7 @@ def fuse(
     check_output(output, **place)
     ready = ready and adopt(ready, source)
     if ready is None:
-        check_budget(config, source.heads)
+        check_budget(config, source)
     text = source.calibration_text(config, trust_remote_code)
     options = {
         "headfuse": headfuse.__version__,
@@ -358,6 +358,8 @@ def _write_beside_weights(
     """Everything but weights and config: tokenizer and licence, headfuse.yaml, card, plan.json with checksums."""
     plan = result.plan
     copy_companions(source.folder, partial)
+    if plan.layout != "gqa":
+        keep_tokenizer_class(source.folder, partial)
     head = f"# headfuse fuse --config headfuse.yaml {plan.source.name}\n"
     (partial / "headfuse.yaml").write_text(head + config.to_yaml(), encoding="utf-8")
     (partial / "README.md").write_text(fused_card(source, result), encoding="utf-8")

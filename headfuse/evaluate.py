@@ -181,6 +181,8 @@ def kv_bytes_per_token(config: PreTrainedConfig, itemsize: int) -> int:
     """Bytes that one token takes in the KV cache over all layers, at `itemsize` bytes a number."""
     if config.model_type == "headfuse":
         heads = sum(config.num_key_heads) + sum(config.num_value_heads)
+    elif hasattr(config, "num_key_value_heads_per_layer"):  # layout layerwise
+        heads = 2 * sum(config.num_key_value_heads_per_layer)
     else:
         config = config.get_text_config()
         heads = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,17 @@ def load_model(
             fix="the weights do not match config.json",
         )
     return model.to(target).eval()
+
+
+def keep_tokenizer_class(source: Path, target: Path) -> None:
+    """Name the tokenizer's class in a folder of another model type: transformers picks some by the model type."""
+    path = target / "tokenizer_config.json"
+    if not path.exists():
+        return
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if "auto_map" not in fields:
+        fields["tokenizer_class"] = type(load_tokenizer(source)).__name__
+        path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:

@@ -13,7 +13,9 @@ from headfuse.errors import ConfigError
 Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
 
-Layout = Literal["decoupled", "gqa"]
+Layout = Literal["decoupled", "layerwise", "gqa"]
+SHARED: tuple[Layout, ...] = ("layerwise", "gqa")
+"""Layouts whose keys and values share one partition of a layer's heads, into groups of one size."""
 
 
 class _Frozen(BaseModel):
@@ -109,13 +111,14 @@ class FusionPlan(_Frozen):
                 check_partition(groups, heads.num_key_value_heads, f"layer {layer.layer_idx}, {side}_groups")
             if layer.rotary_slots is not None:
                 _check_slots(layer, heads.head_dim // 2)
-            if self.layout == "gqa":
+            if self.layout in SHARED:
+                where = f"layer {layer.layer_idx}: layout {self.layout}"
                 if layer.rotary_slots is not None:
-                    raise ValueError(f"layer {layer.layer_idx}: layout gqa has rotary slots in the stock order only")
+                    raise ValueError(f"{where} has rotary slots in the stock order only")
                 if layer.key_groups != layer.value_groups:
-                    raise ValueError(f"layer {layer.layer_idx}: layout gqa needs key_groups equal to value_groups")
+                    raise ValueError(f"{where} needs key_groups equal to value_groups")
                 if len({len(group) for group in layer.key_groups}) > 1:
-                    raise ValueError(f"layer {layer.layer_idx}: layout gqa needs groups of one size")
+                    raise ValueError(f"{where} needs groups of one size")
         if self.layout == "gqa" and len({len(layer.key_groups) for layer in self.layers}) > 1:
             raise ValueError("layout gqa needs the same number of heads in every layer")
         return self

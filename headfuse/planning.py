@@ -15,7 +15,7 @@ from headfuse.errors import ConfigError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.importance import HEAD_IMPORTANCE, coalition_tokens, cost_rows
 from headfuse.layouts import LAYOUTS
-from headfuse.plan import FusionPlan, HeadBudget, HeadLayout, LayerPlan
+from headfuse.plan import SHARED, FusionPlan, HeadBudget, HeadLayout, LayerPlan, Layout
 from headfuse.presets import PRESETS, Preset
 from headfuse.probes import EndLossProbes, probe_tokens
 from headfuse.source import Source
@@ -29,14 +29,23 @@ SURVEYED = 1 / 3
 """Share of the statistics windows that the survey reads: a quarter of all windows by default."""
 
 
-def check_budget(config: FuseConfig, heads: HeadLayout) -> HeadBudget:
+def check_budget(config: FuseConfig, source: Source) -> HeadBudget:
     """A plan-free allocation, which refuses what cannot work before any heavy step.
 
     Raises:
+        UnsupportedModelError: when the layout cannot hold this model.
         BudgetError: saying which budget works.
     """
-    rules = config.budget.rules
+    check_layout(config.layout, source)
+    rules, heads = config.rules, source.heads
     return rules.allocate_gqa(heads) if config.layout == "gqa" else rules.allocate("uniform", heads)
+
+
+def check_layout(layout: Layout, source: Source) -> None:
+    """Raise UnsupportedModelError when a layout cannot hold this model."""
+    check = LAYOUTS[layout].check
+    if check is not None:
+        check(source.config)
 
 
 def survey(
@@ -50,6 +59,7 @@ def survey(
     costs = needed and allocator == "sensitivity"
     slots = LAYOUTS[config.layout].free_slots and method.slots is not None
     preset = PRESETS[config.preset]
+    shared = config.layout in SHARED
     probes = _probes(source, streamed, text, preset) if costs and preset.end_loss_probes else None
     for layer_idx in range(streamed.num_layers):
         tensors, captures, inputs = streamed.layer_tensors(layer_idx), list[AttentionCapture](), windows.hidden
@@ -57,7 +67,9 @@ def survey(
             windows, starts = run(windows, captures), run(starts, captures)
         output = AttentionWeights.of_layer(tensors, streamed.arch, source.heads.head_dim).output
         every = preset.end_loss_probes == "all"
-        layer = survey_layer(captures, output, inputs, source.heads, method, config.grouping, costs, slots, every)
+        layer = survey_layer(
+            captures, output, inputs, source.heads, method, config.grouping, costs, slots, every, shared
+        )
         if probes is not None:
             fused = {(side, c): maps for side, row in layer.costs.items() for c, maps in row.maps.items()}
             probes.advance(layer_idx, tensors, fused)
@@ -87,23 +99,21 @@ def _probes(source: Source, streamed: StreamedModel, text: CalibrationText, pres
 
 def _needs_costs(config: FuseConfig, heads: HeadLayout) -> bool:
     """Whether the allocator reads a cost table."""
-    budget = config.budget
-    return budget.allocator != "uniform" and config.layout != "gqa" and budget.rules.leave_a_choice(heads)
+    return config.budget.allocator != "uniform" and config.layout != "gqa" and config.rules.leave_a_choice(heads)
 
 
 def make_plan(source: Source, config: FuseConfig, surveys: list[LayerSurvey]) -> FusionPlan:
     """Budget and groups -> the plan of every layer."""
-    heads, rules = source.heads, config.budget.rules
-    if config.layout == "gqa":
-        budget = rules.allocate_gqa(heads)
+    heads, rules = source.heads, config.rules
+    table = [s.costs[side].row() for side in ("key", "value") for s in surveys if s.costs]
+    allocator = config.budget.allocator if table else "uniform"  # without a choice they all agree
+    budget = rules.allocate_gqa(heads) if config.layout == "gqa" else rules.allocate(allocator, heads, table)
+    if config.layout in SHARED:
         layers = [
             LayerPlan(layer_idx=i, key_groups=groups, value_groups=groups)
             for i, groups in enumerate(s.shared_groups[budget.key_heads[i]] for i, s in enumerate(surveys))
         ]
     else:
-        table = [s.costs[side].row() for side in ("key", "value") for s in surveys if s.costs]
-        allocator = config.budget.allocator if table else "uniform"  # without a choice they all agree
-        budget = rules.allocate(allocator, heads, table)
         layers = [
             LayerPlan(
                 layer_idx=i,
@@ -138,6 +148,7 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
         )
     if plan.method not in FUSION_METHODS:
         raise ConfigError(f"unknown method {plan.method!r}", where=path, fix=f"choose from {', '.join(FUSION_METHODS)}")
+    check_layout(plan.layout, source)
     given = config.model_fields_set
     changed: list[str] = [
         name for name in ("method", "layout") if name in given and getattr(config, name) != getattr(plan, name)

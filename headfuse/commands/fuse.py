@@ -77,7 +77,7 @@ def _dry_run(
     ready = None
     if plan is not None:
         ready, settings = reviewed_plan(plan, source, settings)
-    budget = check_budget(settings, source.heads) if ready is None else ready.head_budget
+    budget = check_budget(settings, source) if ready is None else ready.head_budget
     cost = estimate(source, settings, device)
     itemsize = next(iter(source.checkpoint.dtypes.values())).itemsize if dtype is None else DTYPE_NAMES[dtype].itemsize
     per_head = source.heads.head_dim * itemsize

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headfuse.architectures import AttentionWeights
-from headfuse.layouts import decoupled, gqa
+from headfuse.layouts import decoupled, gqa, layerwise
 from headfuse.plan import FusionPlan, LayerPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class LayoutFormat:
     config: Callable[[dict[str, Any], FusionPlan], dict[str, Any]]
     arrange: Callable[[AttentionWeights, LayerPlan, FusionPlan], AttentionWeights]
     runtimes: str
+    check: Callable[[PreTrainedConfig], None] | None = None
+    """Raises UnsupportedModelError for a source that the layout cannot hold."""
     free_slots: bool = False
     """Fused key heads may choose which frequencies their rotary slots carry."""
 
@@ -27,9 +32,21 @@ LAYOUTS: dict[str, LayoutFormat] = {
         decoupled.config,
         decoupled.arrange,
         "transformers (import headfuse.modeling, or trust_remote_code=True)",
-        True,
+        free_slots=True,
+    ),
+    "layerwise": LayoutFormat(
+        layerwise.config,
+        gqa.arrange,
+        "vLLM and TensorRT-LLM (DeciLM, trust_remote_code=True), llama.cpp after `headfuse export --to gguf`, "
+        "transformers (import headfuse.modeling, or trust_remote_code=True)",
+        layerwise.check,
     ),
     "gqa": LayoutFormat(gqa.config, gqa.arrange, "transformers, vLLM, SGLang, TensorRT-LLM, llama.cpp (stock class)"),
 }
-LAYOUT_FOR = {"transformers": "decoupled", "vllm": "gqa", "llama.cpp": "gqa", "sglang": "gqa"}
-"""The layout that `--for RUNTIME` picks."""
+LAYOUT_FOR = {
+    "transformers": ("decoupled", "layerwise", "gqa"),
+    "vllm": ("gqa", "layerwise"),
+    "llama.cpp": ("gqa", "layerwise"),
+    "sglang": ("gqa",),
+}
+"""The layouts that a runtime loads; `--for RUNTIME` picks the first."""

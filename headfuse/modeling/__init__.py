@@ -1,22 +1,48 @@
-"""Models of layout `decoupled`: importing this package teaches transformers' Auto classes to load them."""
+"""Models of layouts `decoupled` and `layerwise`: importing this package teaches transformers' Auto classes both."""
 
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from headfuse.modeling import configuration_headfuse, modeling_headfuse
+from headfuse.modeling import (
+    configuration_headfuse,
+    configuration_layerwise,
+    modeling_headfuse,
+    modeling_layerwise,
+)
 from headfuse.modeling.configuration_headfuse import AUTO_MAP, HeadfuseConfig
+from headfuse.modeling.configuration_layerwise import LayerwiseConfig
 from headfuse.modeling.modeling_headfuse import HeadfuseForCausalLM, HeadfuseModel
+from headfuse.modeling.modeling_layerwise import DeciLMForCausalLM, DeciLMModel
 
 MODELING_FILES = (Path(configuration_headfuse.__file__), Path(modeling_headfuse.__file__))
-"""The files to put beside the weights, under their own names, for `trust_remote_code`."""
+"""The files to put beside decoupled weights, under their own names, for `trust_remote_code`."""
+LAYERWISE_FILES = (Path(configuration_layerwise.__file__), Path(modeling_layerwise.__file__))
+"""The same for layerwise weights."""
+CODE = {HeadfuseConfig.model_type: MODELING_FILES, LayerwiseConfig.model_type: LAYERWISE_FILES}
+"""By model type."""
 
-AutoConfig.register("headfuse", HeadfuseConfig)
-AutoModel.register(HeadfuseConfig, HeadfuseModel)
-AutoModelForCausalLM.register(HeadfuseConfig, HeadfuseForCausalLM)
-# save_pretrained then copies the code beside the weights again
-HeadfuseConfig.register_for_auto_class()
-HeadfuseModel.register_for_auto_class("AutoModel")
-HeadfuseForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for _config, _model, _causal in (
+    (HeadfuseConfig, HeadfuseModel, HeadfuseForCausalLM),
+    (LayerwiseConfig, DeciLMModel, DeciLMForCausalLM),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoModelForCausalLM.register(_config, _causal)
+    # save_pretrained then copies the code beside the weights again
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+    _causal.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["AUTO_MAP", "MODELING_FILES", "HeadfuseConfig", "HeadfuseForCausalLM", "HeadfuseModel"]
+__all__ = [
+    "AUTO_MAP",
+    "CODE",
+    "LAYERWISE_FILES",
+    "MODELING_FILES",
+    "DeciLMForCausalLM",
+    "DeciLMModel",
+    "HeadfuseConfig",
+    "HeadfuseForCausalLM",
+    "HeadfuseModel",
+    "LayerwiseConfig",
+]

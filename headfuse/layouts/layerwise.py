@@ -1,0 +1,79 @@
+"""`layerwise`: per layer one count for keys and values, as the DeciLM `block_configs` of vLLM and TensorRT-LLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headfuse.errors import UnsupportedModelError
+from headfuse.plan import FusionPlan
+
+FAMILIES = {"llama": None, "mistral": False, "qwen2": True}
+"""Families that are Llama but for the biases of queries, keys and values; None: as `attention_bias` says."""
+KEPT = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id",
+    "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout",
+)  # fmt: skip
+FFN_MULTIPLE = 256
+"""DeciLM's runtimes round the width that `ffn_mult` asks for up to a multiple of this."""
+
+
+def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
+    """A DeciLM config.json, complete, as the defaults of the families differ."""
+    return layerwise_config(source, plan.head_budget.key_heads)
+
+
+def layerwise_config(source: dict[str, Any], num_key_value_heads: tuple[int, ...]) -> dict[str, Any]:
+    """The config.json of a model with these KV heads in its layers, given that of its source."""
+    from transformers import AutoConfig
+
+    from headfuse.modeling.configuration_layerwise import AUTO_MAP, FORMAT
+
+    fields = {name: value for name, value in source.items() if name != "model_type"}
+    whole = AutoConfig.for_model(source["model_type"], **fields)
+    biases = getattr(whole, "attention_bias", False)
+    qkv_bias = FAMILIES[source["model_type"]]
+    ffn = _ffn(whole.intermediate_size, whole.hidden_size)
+    groups = [whole.num_attention_heads // count for count in num_key_value_heads]
+    return {
+        "model_type": "nemotron-nas",
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": dict(AUTO_MAP),
+        "dtype": source.get("dtype") or source.get("torch_dtype"),
+        "headfuse_format": FORMAT,
+        "source_model_type": source["model_type"],
+        **{name: getattr(whole, name) for name in KEPT},
+        "num_key_value_heads": max(num_key_value_heads),
+        "attention_bias": biases,
+        "qkv_bias": biases if qkv_bias is None else qkv_bias,
+        "mlp_bias": getattr(whole, "mlp_bias", False),
+        "block_configs": [
+            {"attention": {"no_op": False, "replace_with_linear": False, "n_heads_in_group": group}, "ffn": dict(ffn)}
+            for group in groups
+        ],
+    }
+
+
+def _ffn(intermediate_size: int, hidden_size: int) -> dict[str, Any]:
+    """The feed-forward part of a block: vLLM takes `ffn_mult` where it is there, TensorRT-LLM knows nothing else."""
+    ffn = {"no_op": False, "replace_with_linear": False, "intermediate_size": intermediate_size}
+    return ffn if intermediate_size % FFN_MULTIPLE else {**ffn, "ffn_mult": 1.5 * intermediate_size / hidden_size}
+
+
+def check(config: Any) -> None:
+    """Refuse what the runtimes' DeciLM class does not compute.
+
+    Raises:
+        UnsupportedModelError: naming the layouts that work.
+    """
+    reason = None
+    if config.model_type not in FAMILIES:
+        reason = f"it exists for models like Llama ({', '.join(FAMILIES)}), not for model_type {config.model_type!r}"
+    else:
+        window = getattr(config, "sliding_window", None)
+        if window is not None and window < config.max_position_embeddings:
+            reason = f"its runtimes attend to all tokens, and this model to the last {window}"
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"layout layerwise does not fit: {reason}", where="--layout", fix="use layout gqa or decoupled"
+        )
