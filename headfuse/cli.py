@@ -341,6 +341,7 @@ def evaluate(
     gate: Annotated[
         str | None, typer.Option(metavar="GATES", help="Limits to keep, or a YAML file of them; exit code 3 if not.")
     ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="First compare every file with its checksum.")] = False,
     data: Data = None,
     samples: Samples = 24,
     sequence_length: SequenceLength = 512,
@@ -359,7 +360,7 @@ def evaluate(
         from headfuse.commands import eval as command
 
         document = command.run(
-            model=model, data=data or "default", baseline=baseline, gate=gate, samples=samples or 24,
+            model=model, data=data or "default", baseline=baseline, gate=gate, verify=verify, samples=samples or 24,
             sequence_length=sequence_length or 512, seed=seed, device=device.value, dtype=dtype and dtype.value,
             threads=threads, trust_remote_code=trust_remote_code, json_output=json_output, quiet=quiet, verbose=verbose,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from headfuse.card import fused_card
 from headfuse.checkpoint import (
     DTYPE_NAMES,
     STATE,
+    Checkpoint,
     SafetensorsWriter,
     check_output,
     copy_companions,
@@ -144,6 +145,7 @@ def fuse(
         kv_bytes = source.heads.kv_bytes_per_token(itemsize), ready.kv_bytes_per_token(itemsize)
         result = FuseResult(output, ready, tuple(stages), before, *kv_bytes)
         _write_beside_weights(partial, source, result, config, writer)
+        Checkpoint(partial)  # what was written opens again: headers and index agree
     return result
 
 

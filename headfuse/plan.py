@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Literal
@@ -100,6 +101,8 @@ class FusionPlan(_Frozen):
     layers: tuple[LayerPlan, ...]
     files: dict[str, str] = {}
     """SHA-256 of every written file but plan.json itself."""
+    seal: str | None = None
+    """SHA-256 of this plan without its seal, where it was written beside the files."""
 
     @model_validator(mode="after")
     def _consistent(self) -> FusionPlan:
@@ -143,6 +146,11 @@ class FusionPlan(_Frozen):
     def to_json(self) -> str:
         """The text of plan.json."""
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    def sealed(self) -> FusionPlan:
+        """This plan with the seal that a damaged plan.json does not match."""
+        digest = hashlib.sha256(self.model_copy(update={"seal": None}).to_json().encode()).hexdigest()
+        return self.model_copy(update={"seal": digest})
 
     @classmethod
     def from_json(cls, text: str, where: str = "plan.json") -> FusionPlan:

@@ -179,4 +179,4 @@ def adopt(plan: FusionPlan, source: Source) -> FusionPlan:
     identity = source.identity()
     if plan.source.fingerprint != identity.fingerprint:
         logger.warning("the plan was made on other weights (%s): its groups may not suit these", plan.source.name)
-    return plan.model_copy(update={"source": identity, "files": {}})
+    return plan.model_copy(update={"source": identity, "files": {}, "seal": None})

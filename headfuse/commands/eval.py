@@ -16,6 +16,7 @@ def run(
     data: str = "default",
     baseline: str | None = None,
     gate: str | None = None,
+    verify: bool = False,
     samples: int = 24,
     sequence_length: int = 512,
     seed: int | None = None,
@@ -28,9 +29,12 @@ def run(
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Evaluate, with a spinner where stderr is a terminal; returns the document that `--json` prints."""
+    from headfuse import checkpoint
     from headfuse.evaluate import evaluate
 
     gates = read_gates(gate) if gate else []
+    if verify:
+        checkpoint.verify(checkpoint.resolve_model(model))
     console = Console(stderr=True, quiet=quiet or json_output or verbose)
     with console.status("evaluating"):
         result = evaluate(
@@ -46,7 +50,7 @@ def run(
             seed=seed,
         )
     kv_ratio = result.comparison.kv_ratio if result.comparison else None
-    document = {"schema_version": 1, "command": "eval", "kv_ratio": kv_ratio, **result.to_dict()}
+    document = {"schema_version": 1, "command": "eval", "kv_ratio": kv_ratio, "verified": verify, **result.to_dict()}
     document["gates"] = [judged.to_dict() for judged in judge(gates, document)]
     return document
 
