@@ -60,7 +60,7 @@ def analyze(
     keys, values = [], []
     for layer_idx, layer in enumerate(surveys):
         tensors = streamed.layer_tensors(layer_idx)
-        weights = AttentionWeights.of_layer(tensors, streamed.arch, source.heads.head_dim)
+        weights = AttentionWeights.of_layer(tensors, streamed.arch, source.heads)
         keys.append(_side(weights.key, layer.key_pairs, layer.key_energy))
         values.append(_side(weights.value, layer.value_pairs, layer.value_energy))
     return Analysis(keys, values, plan)

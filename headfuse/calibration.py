@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from headfuse.architectures import architecture_of
 from headfuse.fusion import FusionMethod
 from headfuse.fusion.maps import HeadMaps, KeyMoments, ValueMoments, planes
 from headfuse.grouping import GROUPERS
@@ -54,18 +55,39 @@ def start_windows(windows: torch.Tensor) -> torch.Tensor:
 
 
 def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyMoments:
-    """Moments of one layer's rotary planes (math.md 2, keys)."""
-    n, d, tokens = heads.num_key_value_heads, heads.head_dim, 0.0
-    gram = torch.zeros(d // 2, n, n, dtype=torch.complex128)
-    energy = torch.zeros(n, d // 2, dtype=torch.float64)
+    """Moments of one layer's keys: rotary planes, and what is not rotated (math.md 2, keys)."""
+    n, rotated, tokens = heads.num_key_value_heads, heads.rotary_dim, 0.0
+    gram = torch.zeros(rotated // 2, n, n, dtype=torch.complex128)
+    energy = torch.zeros(n, rotated // 2, dtype=torch.float64)
     for capture in captures:
-        k = planes(capture.key).to("cpu", torch.complex128)  # [B, n, T, F]
+        k = planes(capture.key[..., :rotated]).to("cpu", torch.complex128)  # [B, n, T, F]
         k = k.permute(3, 1, 0, 2).flatten(2)  # [F, n, B T]
         gram += capture.weight * (k @ k.mH)
-        q = planes(capture.query).abs().square().sum((0, 2)).to("cpu", torch.float64)  # [n_q, F]
-        energy += capture.weight * q.view(n, -1, d // 2).sum(1)
+        q = planes(capture.query[..., :rotated]).abs().square().sum((0, 2)).to("cpu", torch.float64)  # [n_q, F]
+        energy += capture.weight * q.view(n, -1, rotated // 2).sum(1)
         tokens += capture.weight * k.shape[2]
-    return KeyMoments(gram / tokens, energy / tokens)
+    normed = architecture_of(heads.model_type).key_norm is not None
+    return KeyMoments(gram / tokens, energy / tokens, _tail_moments(captures, heads), normed)
+
+
+def _tail_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> ValueMoments | None:
+    """Moments of the channels of keys and queries that are not rotated, in the place of values and output weights."""
+    n, rotated, rest, tokens = heads.num_key_value_heads, heads.rotary_dim, heads.head_dim - heads.rotary_dim, 0.0
+    if not rest:
+        return None
+    gram, mean = torch.zeros(n * rest, n * rest, dtype=torch.float64), torch.zeros(n * rest, dtype=torch.float64)
+    metric = torch.zeros(n, rest, rest, dtype=torch.float64)
+    for capture in captures:
+        k = capture.key[..., rotated:].to("cpu", torch.float64).transpose(1, 2).flatten(2).flatten(0, 1)  # [B T, n t]
+        q = capture.query[..., rotated:].to("cpu", torch.float64)  # [B, n_q, T, t]
+        q = q.unflatten(1, (n, -1)).transpose(0, 1).flatten(1, 3)  # [n, B q T, t]
+        gram += capture.weight * (k.T @ k)
+        mean += capture.weight * k.sum(0)
+        metric += capture.weight * (q.mT @ q)
+        tokens += capture.weight * len(k)
+    mean /= tokens
+    covariance = gram / tokens - torch.outer(mean, mean)
+    return ValueMoments(covariance.view(n, rest, n, rest), metric / tokens)
 
 
 def value_moments(
@@ -114,11 +136,14 @@ def lost_key_energy(maps: HeadMaps, groups: Groups, moments: KeyMoments) -> floa
             write, read = maps.write[index][:, :, :frequencies], maps.read[index]
             product = torch.complex(  # R_i P_j on each plane, [F, g, g]
                 torch.einsum("ifb,jbf->fij", read[:, :frequencies], write),
-                torch.einsum("ifb,jbf->fij", read[:, frequencies:], write),
+                torch.einsum("ifb,jbf->fij", read[:, frequencies : 2 * frequencies], write),
             )
             residual = torch.eye(len(group)) - product
             errors = torch.einsum("fij,fjk,fik->fi", residual, own.gram, residual.conj()).real
             lost += float((errors * own.query_energy.T).sum())
+    if moments.tail is not None:
+        rest = slice(2 * frequencies, None)
+        lost += lost_value_energy(HeadMaps(maps.write[:, rest, rest], maps.read[:, rest, rest]), groups, moments.tail)
     return max(lost, 0.0)
 
 
@@ -142,16 +167,35 @@ def key_pair_cost(moments: KeyMoments, slots: bool) -> torch.Tensor:
     weight = moments.query_energy.T.sqrt()
     gram = weight[:, :, None] * moments.gram * weight[:, None, :]  # [F, n, n]
     energy = gram.diagonal(dim1=1, dim2=2).real
+    tail, tail_energy = (0.0, 0.0) if moments.tail is None else _pair_energy(moments.tail)
+    scale = (energy.sum() + tail_energy).clamp_min(1e-300)
+    if moments.normed:
+        return _normed_pair_energy(moments) / scale
     total, difference = energy[:, :, None] + energy[:, None, :], energy[:, :, None] - energy[:, None, :]
     root = (difference.square() + 4 * gram.abs().square()).sqrt()
     lost = (total - root) / 2  # the smaller eigenvalue
     if slots:  # the smaller half of all eigenvalues
         lost = torch.cat([lost, (total + root) / 2]).sort(dim=0).values[: len(lost)]
-    return lost.clamp_min(0).sum(0).fill_diagonal_(0) / energy.sum().clamp_min(1e-300)
+    return (lost.clamp_min(0).sum(0).fill_diagonal_(0) + tail) / scale
+
+
+def _normed_pair_energy(moments: KeyMoments) -> torch.Tensor:
+    """`[n, n]`: energy lost when two heads behind a norm become their weighted mean, sum_f E|k_i - k_j|^2 ab/(a+b)."""
+    energy = moments.query_energy.T  # [F, n]
+    own = moments.gram.diagonal(dim1=1, dim2=2).real
+    apart = own[:, :, None] + own[:, None, :] - 2 * moments.gram.real
+    share = energy[:, :, None] * energy[:, None, :] / (energy[:, :, None] + energy[:, None, :]).clamp_min(1e-300)
+    return (apart.clamp_min(0) * share).sum(0).fill_diagonal_(0)
 
 
 def value_pair_cost(moments: ValueMoments) -> torch.Tensor:
     """`[n, n]`: share of the layer's output energy lost when two value heads become one (rank d of 2d)."""
+    cost, energy = _pair_energy(moments)
+    return cost / energy.clamp_min(1e-300)
+
+
+def _pair_energy(moments: ValueMoments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energy lost when two heads become one, `[n, n]`, and that of all heads."""
     n, d = moments.output_gram.shape[:2]
     eigenvalues, vectors = torch.linalg.eigh(moments.output_gram)
     root = vectors * eigenvalues.clamp_min(0).sqrt()[:, None] @ vectors.mT  # [n, d, d]
@@ -161,7 +205,7 @@ def value_pair_cost(moments: ValueMoments) -> torch.Tensor:
         for j in range(i + 1, n):
             pair = weighted[[i, j]][:, :, [i, j]].reshape(2 * d, 2 * d)
             cost[i, j] = cost[j, i] = torch.linalg.eigvalsh(pair)[:d].clamp_min(0).sum()
-    return cost / torch.einsum("iaia->", weighted).clamp_min(1e-300)
+    return cost, torch.einsum("iaia->", weighted)
 
 
 @dataclass(frozen=True)
@@ -262,6 +306,8 @@ def survey_layer(
 
 def _key_energy(moments: KeyMoments) -> list[float]:
     energy = (moments.gram.diagonal(dim1=1, dim2=2).real.T * moments.query_energy).sum(1)
+    if moments.tail is not None:
+        energy = energy + torch.einsum("iaib,iab->i", moments.tail.covariance, moments.tail.output_gram)
     return (energy / energy.sum().clamp_min(1e-300)).tolist()
 
 

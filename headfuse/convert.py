@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import headfuse
-from headfuse.architectures import AttentionWeights
+from headfuse.architectures import Architecture, AttentionWeights
 from headfuse.calibration import START_WEIGHT, CalibrationText
 from headfuse.card import fused_card
 from headfuse.checkpoint import (
@@ -174,14 +174,15 @@ def _convert(
     for layer in plan.layers:
         prefix = arch.layer_prefix(layer.layer_idx) + "."
         tensors, captures = streamed.layer_tensors(layer.layer_idx), list[AttentionCapture]()
-        weights = AttentionWeights.of_layer(tensors, arch, plan.heads.head_dim)
+        weights = AttentionWeights.of_layer(tensors, arch, plan.heads)
         with streamed.layer(layer.layer_idx, tensors) as run:
             windows, starts, before = run(windows, captures), run(starts, captures), run(before, None)
         written = dict[str, torch.Tensor]()
         if layer.layer_idx not in done.layers:
             if not layer.untouched:
                 weights = fuse_layer(weights, captures, layer, plan.heads, method)
-            tensors = layout.arrange(weights, layer, plan).in_layer(tensors, arch)
+            arranged = layout.arrange(weights, layer, plan)
+            tensors = arranged.in_layer(tensors, arch, plan.heads, layout.stored(arch))
             written = {prefix + name: tensors[name].to(done.writer.dtypes[prefix + name]) for name in sorted(tensors)}
             for name, tensor in written.items():
                 done.writer.write(name, tensor)
@@ -305,27 +306,19 @@ def _open_writer(
     source: Source, streamed: StreamedModel, plan: FusionPlan, partial: Path, options: dict[str, Any]
 ) -> tuple[SafetensorsWriter, Done]:
     """Lay out the output files, copy what does not change, and read which layers an earlier run finished."""
-    state, checkpoint, arch, d = partial / STATE, source.checkpoint, streamed.arch, source.heads.head_dim
+    state, checkpoint, arch = partial / STATE, source.checkpoint, streamed.arch
     dtype = None if options["dtype"] is None else DTYPE_NAMES[options["dtype"]]
     done = _layers_done(state / "done.json")
-    counts: dict[str, int] = {}
-    for layer in plan.layers:
-        prefix = arch.attention_prefix(layer.layer_idx)
-        for kind in ("weight", "bias"):
-            counts[f"{prefix}.{arch.key}.{kind}"] = len(layer.key_groups)
-            counts[f"{prefix}.{arch.value}.{kind}"] = len(layer.value_groups)
-    spec, in_layers = {}, tuple(arch.layer_prefix(i) + "." for i in range(streamed.num_layers))
+    in_layers = tuple(arch.layer_prefix(i) + "." for i in range(streamed.num_layers))
 
     def in_order_of_writing(name: str) -> tuple[int, str]:
         return next((i for i, prefix in enumerate(in_layers) if name.startswith(prefix)), -1), name
 
-    for name in sorted(checkpoint.shapes, key=in_order_of_writing):
-        if ignorable(name):
-            continue
-        shape = checkpoint.shapes[name]
-        kept = (counts[name] * d, *shape[1:]) if name in counts else shape
-        stored = checkpoint.dtypes[name]
-        spec[name] = (dtype if dtype is not None and stored.is_floating_point else stored, kept)
+    tensors = _written_tensors(checkpoint, arch, plan)
+    spec = {}
+    for name in sorted(tensors, key=in_order_of_writing):
+        stored, shape = tensors[name]
+        spec[name] = (dtype if dtype is not None and stored.is_floating_point else stored, shape)
     writer = SafetensorsWriter(partial, spec, resume=done is not None)
     if done is None:
         state.mkdir(exist_ok=True)
@@ -335,6 +328,26 @@ def _open_writer(
         if not name.startswith(in_layers):
             writer.write(name, checkpoint.read(name))
     return writer, Done(state / "done.json", writer, done or [])
+
+
+def _written_tensors(
+    checkpoint: Checkpoint, arch: Architecture, plan: FusionPlan
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of every tensor of the fused model, at the source's precision."""
+    layout, heads = LAYOUTS[plan.layout], plan.heads
+    spec = {n: (checkpoint.dtypes[n], shape) for n, shape in checkpoint.shapes.items() if not ignorable(n)}
+    for layer in plan.layers:
+        prefix = arch.layer_prefix(layer.layer_idx) + "."
+        own = [name for name in spec if name.startswith(prefix) and arch.owns(name.removeprefix(prefix))]
+        tensors = {n.removeprefix(prefix): torch.empty(spec[n][1], dtype=spec[n][0], device="meta") for n in own}
+        weights = AttentionWeights.of_layer(tensors, arch, heads)
+        weights = weights.resized(len(layer.key_groups), len(layer.value_groups))
+        written = weights.in_layer(tensors, arch, heads, layout.stored(arch))
+        for name in own:
+            if name.removeprefix(prefix) not in written:
+                del spec[name]
+        spec.update({prefix + name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in written.items()})
+    return spec
 
 
 def _layers_done(path: Path) -> list[int] | None:

@@ -11,6 +11,7 @@ from headfuse.calibration import key_moments, value_moments
 from headfuse.fusion import FusionMethod
 from headfuse.fusion.fold import fold
 from headfuse.fusion.maps import HeadMaps
+from headfuse.normed_keys import fit_normed_keys
 from headfuse.plan import Groups, HeadLayout, LayerPlan, head_of_source
 from headfuse.streaming import AttentionCapture
 
@@ -26,10 +27,13 @@ def fuse_layer(
     method: FusionMethod,
 ) -> AttentionWeights:
     """Fuse one layer: keys first, then values under the fused keys' attention, then the joint refit of the output."""
-    key_maps = method.key_maps(layer.key_groups, key_moments(captures, heads), layer.rotary_slots)
+    moments = key_moments(captures, heads)
+    key_maps = method.key_maps(layer.key_groups, moments, layer.rotary_slots)
     fused_keys = (key_maps, layer.key_groups)
     value_maps = method.value_maps(layer.value_groups, value_moments(captures, weights.output, heads, fused_keys))
     fused = fold(weights, key_maps, value_maps, layer, heads)
+    if method.refits_output and moments.normed and len(layer.key_groups) < heads.num_key_value_heads:
+        fit_normed_keys(weights, fused, key_maps, layer.key_groups, moments, captures, heads)
     if method.refits_output:
         fused.output = refit_output(weights.output, fused.output, captures, fused_keys, value_maps, layer, heads)
     return fused

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from headfuse.architectures import Architecture
 from headfuse.checkpoint import Checkpoint, SafetensorsWriter
 from headfuse.modeling.modeling_headfuse import HeadfuseAttention
-from headfuse.streaming import HiddenStates, ignorable
+from headfuse.streaming import HiddenStates, ignorable, load_layer
 
 
 class WrittenLayers:
@@ -52,8 +52,7 @@ class WrittenLayers:
         layer, prefix = self.layers[layer_idx], f"{self.arch.layer_prefix(layer_idx)}."
         names = [name for name in self.weights.shapes if name.startswith(prefix) and not ignorable(name)]
         tensors = {name: weights[name] if name in weights else self.weights.read(name) for name in names}
-        state = {name.removeprefix(prefix): t.to(self.device, torch.float32) for name, t in tensors.items()}
-        layer.load_state_dict(state, assign=True)
+        load_layer(layer, {name.removeprefix(prefix): t for name, t in tensors.items()}, self.arch, self.device)
         for module in layer.modules():
             if isinstance(module, HeadfuseAttention):
                 for name, table in list(module.named_buffers(recurse=False)):
@@ -87,6 +86,6 @@ class WrittenLayers:
 
 
 def _output(layer: torch.nn.Module, hidden: torch.Tensor, states: HiddenStates, layer_idx: int) -> torch.Tensor:
-    result = layer(hidden, **states.kwargs[layer_idx])
+    result = layer(hidden, *states.args[layer_idx], **states.kwargs[layer_idx])
     output: torch.Tensor = result[0] if isinstance(result, tuple) else result
     return output

@@ -55,9 +55,7 @@ def taylor(streamed: StreamedModel, windows: torch.Tensor, heads: HeadLayout, se
             tensors = {prefix + name: tensor.float() for name, tensor in streamed.layer_tensors(layer_idx).items()}
             gradient, of_weights = source.backward(layer_idx, inputs.pop(), gradient, tensors)
             own, slope = (
-                AttentionWeights.of_layer(
-                    {n.removeprefix(prefix): t for n, t in some.items()}, streamed.arch, heads.head_dim
-                )
+                AttentionWeights.of_layer({n.removeprefix(prefix): t for n, t in some.items()}, streamed.arch, heads)
                 for some in (tensors, of_weights)
             )
             importance[0, layer_idx] += _product(own.key, slope.key, own.key_bias, slope.key_bias)
@@ -101,13 +99,11 @@ def shapley(streamed: StreamedModel, windows: torch.Tensor, heads: HeadLayout, s
         with streamed.layer(layer_idx, tensors) as run:
             states = [run(one, None) for one in states]
         for index, row in enumerate(masked.view(len(masked), *shape)[:, :, layer_idx]):
-            weights = AttentionWeights.of_layer(
-                {n: t.clone() for n, t in tensors.items()}, streamed.arch, heads.head_dim
-            )
+            weights = AttentionWeights.of_layer({n: t.clone() for n, t in tensors.items()}, streamed.arch, heads)
             weights.key[row[0]], weights.value[row[1]] = 0, 0
             if weights.key_bias is not None and weights.value_bias is not None:
                 weights.key_bias[row[0]], weights.value_bias[row[1]] = 0, 0
-            with streamed.layer(layer_idx, weights.in_layer(tensors, streamed.arch)) as run:
+            with streamed.layer(layer_idx, weights.in_layer(tensors, streamed.arch, heads)) as run:
                 variants[index] = run(variants[index], None)
     whole = [streamed.nll(one, window[None]) for one, window in zip(states, windows, strict=True)]
     lost = torch.tensor(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -32,6 +32,13 @@ class HeadLayout(_Frozen):
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    rotary_dim: int
+    """Channels of a key head that RoPE rotates; all of them where a plan does not say."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_heads_rotated(cls, fields: Any) -> Any:
+        return {"rotary_dim": fields.get("head_dim"), **fields} if isinstance(fields, dict) else fields
 
     @property
     def queries_per_head(self) -> int:
@@ -71,7 +78,7 @@ class LayerPlan(_Frozen):
     key_groups: Groups
     value_groups: Groups
     rotary_slots: Groups | None = None
-    """The frequency that each slot of each fused key head carries, `[key heads, head_dim / 2]`; None: stock order."""
+    """The frequency that each slot of each fused key head carries, `[key heads, rotary_dim / 2]`; None: stock order."""
 
     @property
     def untouched(self) -> bool:
@@ -113,7 +120,7 @@ class FusionPlan(_Frozen):
             for side, groups in (("key", layer.key_groups), ("value", layer.value_groups)):
                 check_partition(groups, heads.num_key_value_heads, f"layer {layer.layer_idx}, {side}_groups")
             if layer.rotary_slots is not None:
-                _check_slots(layer, heads.head_dim // 2)
+                _check_slots(layer, heads.rotary_dim // 2)
             if self.layout in SHARED:
                 where = f"layer {layer.layer_idx}: layout {self.layout}"
                 if layer.rotary_slots is not None:

@@ -15,7 +15,7 @@ from headfuse.errors import ConfigError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.importance import HEAD_IMPORTANCE, coalition_tokens, cost_rows
 from headfuse.layouts import LAYOUTS
-from headfuse.plan import SHARED, FusionPlan, HeadBudget, HeadLayout, LayerPlan, Layout
+from headfuse.plan import SHARED, FusionPlan, HeadBudget, HeadLayout, LayerPlan
 from headfuse.presets import PRESETS, Preset
 from headfuse.probes import EndLossProbes, probe_tokens
 from headfuse.source import Source
@@ -36,16 +36,9 @@ def check_budget(config: FuseConfig, source: Source) -> HeadBudget:
         UnsupportedModelError: when the layout cannot hold this model.
         BudgetError: saying which budget works.
     """
-    check_layout(config.layout, source)
+    LAYOUTS[config.layout].check(source.config)
     rules, heads = config.rules, source.heads
     return rules.allocate_gqa(heads) if config.layout == "gqa" else rules.allocate("uniform", heads)
-
-
-def check_layout(layout: Layout, source: Source) -> None:
-    """Raise UnsupportedModelError when a layout cannot hold this model."""
-    check = LAYOUTS[layout].check
-    if check is not None:
-        check(source.config)
 
 
 def survey(
@@ -65,7 +58,7 @@ def survey(
         tensors, captures, inputs = streamed.layer_tensors(layer_idx), list[AttentionCapture](), windows.hidden
         with streamed.layer(layer_idx, tensors) as run:
             windows, starts = run(windows, captures), run(starts, captures)
-        output = AttentionWeights.of_layer(tensors, streamed.arch, source.heads.head_dim).output
+        output = AttentionWeights.of_layer(tensors, streamed.arch, source.heads).output
         every = preset.end_loss_probes == "all"
         layer = survey_layer(
             captures, output, inputs, source.heads, method, config.grouping, costs, slots, every, shared
@@ -148,7 +141,7 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
         )
     if plan.method not in FUSION_METHODS:
         raise ConfigError(f"unknown method {plan.method!r}", where=path, fix=f"choose from {', '.join(FUSION_METHODS)}")
-    check_layout(plan.layout, source)
+    LAYOUTS[plan.layout].check(source.config)
     given = config.model_fields_set
     changed: list[str] = [
         name for name in ("method", "layout") if name in given and getattr(config, name) != getattr(plan, name)

@@ -68,18 +68,17 @@ class EndLossProbes:
 
     def results(self) -> list[Probe]:
         """The divergence of every variant, after the last layer."""
-        head = self.streamed.model.get_output_embeddings()
-        wanted = self._logits(self.source, head)
+        wanted = self._logits(self.source)
         probes = []
         for layer_idx, side, count, states in self.variants:
-            lost = kl_divergence(self._logits(states, head), wanted).item() / len(wanted)
+            lost = kl_divergence(self._logits(states), wanted).item() / len(wanted)
             probes.append(Probe(layer_idx, side, count, lost))
         return probes
 
     @torch.no_grad()
-    def _logits(self, states: HiddenStates, head: torch.nn.Module) -> torch.Tensor:
-        logits: torch.Tensor = head(self.streamed.last_hidden_state(states.hidden[:, ::READ_TOKENS]).flatten(0, 1))
-        return logits.double()  # the divergence of equal models is 0, not the rounding of float32
+    def _logits(self, states: HiddenStates) -> torch.Tensor:
+        hidden = self.streamed.last_hidden_state(states.hidden[:, ::READ_TOKENS]).flatten(0, 1)
+        return self.streamed.logits(hidden).double()  # the divergence of equal models is 0, not the rounding of float32
 
 
 def reconstructed(
@@ -90,7 +89,8 @@ def reconstructed(
     It has the source's shapes, so the source's own class computes the fused layer: read maps of keys commute with RoPE.
     """
     arch, d = streamed.arch, maps.read.shape[1]
-    weights = AttentionWeights.of_layer(tensors, arch, d)
+    heads = streamed.heads
+    weights = AttentionWeights.of_layer(tensors, arch, heads)
     product = torch.zeros(len(maps.read), len(maps.read), d, d, dtype=torch.float64)  # R_j P_i
     for group in groups:
         index = list(group)
@@ -106,4 +106,4 @@ def reconstructed(
     else:
         weights.value = back(weights.value)
         weights.value_bias = None if weights.value_bias is None else back(weights.value_bias[..., None])[..., 0]
-    return weights.in_layer(dict(tensors), arch)
+    return weights.in_layer(tensors, arch, heads)

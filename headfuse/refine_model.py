@@ -82,7 +82,6 @@ def refine_model(
         seed: of the order of the windows.
         on_step: called with the steps done and all steps.
     """
-    head = streamed.model.get_output_embeddings()
     steps, rate = round(len(text.windows) * passes), learning_rate(text.hidden.shape[-1])
     for step, index in zip(range(1, steps + 1), _shuffled(len(text.windows), seed), strict=False):
         states, inputs = streamed.embed(text.windows[index : index + 1]), list[HiddenStates]()
@@ -92,7 +91,7 @@ def refine_model(
 
         def divergence(logits: torch.Tensor, part: slice, target: torch.Tensor = text.hidden[index]) -> torch.Tensor:
             with torch.no_grad():
-                wanted = head(target[part])
+                wanted = streamed.logits(target[part])
             return kl_divergence(logits, wanted) / len(target)
 
         gradient, now = streamed.end_gradient(states, divergence), rate * _schedule(step, steps)

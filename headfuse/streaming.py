@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
-from headfuse.architectures import architecture_of
+from headfuse.architectures import Architecture, architecture_of, canonical_order, head_layout, module_tensors
 from headfuse.checkpoint import Checkpoint
 from headfuse.errors import CheckpointError, UnsupportedModelError
 
@@ -27,9 +28,10 @@ BATCH_TOKENS = 512
 class AttentionCapture:
     """What one attention layer computed for a batch of windows.
 
-    Shapes: `query [B, n_q, T, d]`, `key` and `value [B, n_s, T, d]` (after RoPE and norms), `output [B, T, n_q, d]`
-    (head outputs before the output projection). `mask` is boolean `[1, 1, T, T]`, or None for plain causal attention;
-    `weight` is what one token counts in the layer's statistics.
+    Shapes: `query [B, n_q, T, d]`, `key` and `value [B, n_s, T, d]` (after RoPE and norms; channels of queries and keys
+    in the canonical order), `output [B, T, n_q, d]` (head outputs before the output projection). `mask` is boolean
+    `[1, 1, T, T]`, or None for plain causal attention; `weight` is what one token counts in the layer's statistics;
+    `key_before_norm [B, T, n_s, d]`, where keys have one.
     """
 
     query: torch.Tensor
@@ -39,6 +41,7 @@ class AttentionCapture:
     mask: torch.Tensor | None
     scaling: float
     weight: float = 1.0
+    key_before_norm: torch.Tensor | None = None
 
     def probabilities(self, key: torch.Tensor | None = None) -> torch.Tensor:
         """Attention probabilities `[B, n_q, T, T]`, with the source's keys or with others in their place."""
@@ -56,10 +59,11 @@ class AttentionCapture:
 class HiddenStates:
     """Windows of one length on their way through the layers.
 
-    `hidden [n, T, D]`; `kwargs` holds each layer's mask and positions; `weight` as in AttentionCapture.
+    `hidden [n, T, D]`; `args` and `kwargs` hold each layer's mask and positions; `weight` as in AttentionCapture.
     """
 
     hidden: torch.Tensor
+    args: list[tuple[Any, ...]]
     kwargs: list[dict[str, Any]]
     weight: float = 1.0
 
@@ -83,7 +87,8 @@ class StreamedModel:
         AttentionInterface.register(_CAPTURE, _capturing_attention)
         AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
         self.checkpoint, self.device = checkpoint, device
-        self.arch = architecture_of(config.model_type)
+        self.arch, self.heads = architecture_of(config.model_type), head_layout(config)
+        self.order = canonical_order(self.arch, self.heads)
         self.num_layers = config.num_hidden_layers
         try:
             with torch.device("meta"):
@@ -105,10 +110,11 @@ class StreamedModel:
     def _check_tensors(self) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         tied = set(self.model.all_tied_weights_keys) if self.model.config.tie_word_embeddings else set()
-        problems = [f"{name} is missing" for name in expected if name not in self.checkpoint and name not in tied]
+        stored = self._stored_shapes()
+        problems = [f"{name} is missing" for name in expected if name not in stored and name not in tied]
         problems += [
             f"{name} has shape {list(shape)}, config.json makes it {list(expected[name])}"
-            for name, shape in self.checkpoint.shapes.items()
+            for name, shape in stored.items()
             if name in expected and shape != expected[name]
         ]
         problems += [
@@ -118,7 +124,7 @@ class StreamedModel:
         ]
         problems += [
             f"{name} is not in the model of config.json"
-            for name in self.checkpoint.shapes
+            for name in stored
             if name not in expected and not ignorable(name)
         ]
         if problems:
@@ -128,6 +134,17 @@ class StreamedModel:
                 where=self.checkpoint.folder,
                 fix="config.json and the weights do not belong together: restore both from one source",
             )
+
+    def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The checkpoint's tensors by the names of the model's parameters."""
+        shapes = dict(self.checkpoint.shapes)
+        for layer_idx in range(self.num_layers) if self.arch.stacked else ():
+            prefix = self.arch.layer_prefix(layer_idx) + "."
+            names = [name for name in shapes if name.startswith(prefix)]
+            layer = {name.removeprefix(prefix): torch.empty(shapes.pop(name), device="meta") for name in names}
+            held = module_tensors(layer, self.arch)
+            shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in held.items()})
+        return shapes
 
     def _load_outer(self) -> None:
         """Materialise everything outside the layers: embeddings, final norm, head, rotary tables."""
@@ -139,20 +156,18 @@ class StreamedModel:
         }
         self.model.load_state_dict(outer, strict=False, assign=True)
         self.model.tie_weights()
-        for name, module in list(self.model.named_modules()):
-            if not name.startswith(layer_names) and any(b.is_meta for b in module.buffers(recurse=False)):
-                parent, _, child = name.rpartition(".")
-                fresh = type(module)(config=self.model.config)  # rotary tables are computed, not stored
-                setattr(self.model.get_submodule(parent), child, fresh.to(self.device))
+        outside = (m for name, m in self.model.named_modules() if not f"{name}.".startswith(layer_names))
+        compute_buffers(self.model, outside, self.device)
 
     def embed(self, windows: torch.Tensor, weight: float = 1.0) -> HiddenStates:
         """Token windows `[n, T]` -> input of layer 0, with the masks and positions of this length."""
         hidden: list[torch.Tensor] = []
+        positional: list[tuple[Any, ...]] = [() for _ in self.layers]
         recorded: list[dict[str, Any]] = [{} for _ in self.layers]
 
         def recorder(index: int) -> Callable[..., torch.Tensor]:
-            def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-                recorded[index] = kwargs
+            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+                positional[index], recorded[index] = args, kwargs
                 if index == 0:
                     hidden.append(hidden_states)
                 return hidden_states
@@ -164,7 +179,7 @@ class StreamedModel:
                 self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
         width = self.model.config.hidden_size
         none = torch.empty(0, windows.shape[1], width, device=self.device)
-        return HiddenStates(torch.cat([none, *hidden]), recorded, weight)
+        return HiddenStates(torch.cat([none, *hidden]), positional, recorded, weight)
 
     def layer_tensors(self, layer_idx: int) -> dict[str, torch.Tensor]:
         """The stored tensors of one layer, in their own dtype, names relative to the layer."""
@@ -181,8 +196,13 @@ class StreamedModel:
     ) -> Iterator[Callable[[HiddenStates, list[AttentionCapture] | None], HiddenStates]]:
         """One layer with the given weights, as a function of hidden states that appends a capture per batch."""
         layer = self.layers[layer_idx]
-        layer.load_state_dict({k: v.to(self.device, torch.float32) for k, v in tensors.items()}, assign=True)
+        load_layer(layer, tensors, self.arch, self.device)
+        compute_buffers(self.model, layer.modules(), self.device)
         attention: Any = layer.get_submodule(self.arch.attention)
+        attention.headfuse_order, hooks = self.order, []
+        if self.arch.norms:
+            norm = attention.get_submodule(self.arch.norms[1])
+            hooks.append(norm.register_forward_pre_hook(lambda _, args: setattr(attention, "headfuse_key", args[0])))
 
         def run(states: HiddenStates, captures: list[AttentionCapture] | None = None) -> HiddenStates:
             if not len(states):
@@ -191,7 +211,7 @@ class StreamedModel:
             attention.headfuse_captures = None if captures is None else (captures, states.weight)
             with torch.no_grad():
                 for batch in states.hidden.split(max(1, BATCH_TOKENS // states.hidden.shape[1])):
-                    result = layer(batch, **states.kwargs[layer_idx])
+                    result = layer(batch, *states.args[layer_idx], **states.kwargs[layer_idx])
                     outputs.append(result[0] if isinstance(result, tuple) else result)
             hidden = torch.cat(outputs)
             if not torch.isfinite(hidden).all():
@@ -205,7 +225,9 @@ class StreamedModel:
         try:
             yield run
         finally:
-            attention.headfuse_captures = None
+            attention.headfuse_captures = attention.headfuse_key = None
+            for hook in hooks:
+                hook.remove()
             layer.to("meta")
 
     @torch.no_grad()
@@ -216,6 +238,16 @@ class StreamedModel:
             logits = self._after_layers(self.model, state, window[None]).logits[0, :-1]
             total += nn.functional.cross_entropy(logits.float(), window[1:]).item()
         return total / len(windows)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model's head, scale and caps included, makes of last hidden states `[..., D]`."""
+        base = self.model.base_model
+        base.forward = lambda **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        try:
+            logits: torch.Tensor = self.model(use_cache=False).logits
+        finally:
+            del base.forward
+        return logits[0]
 
     def last_hidden_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the output embeddings read `[n, T, D]`, given what the last layer made of the windows `[n, T, D]`."""
@@ -230,13 +262,13 @@ class StreamedModel:
 
         `loss` gets logits `[chunk, vocabulary]` and the place of their tokens in the window: never all logits at once.
         """
-        head, end = self.model.get_output_embeddings(), states.hidden.detach().requires_grad_(True)
+        end = states.hidden.detach().requires_grad_(True)
         with torch.enable_grad():
             final = self.last_hidden_state(end)[0]
             hidden = final.detach().requires_grad_(True)
             for start in range(0, len(hidden), chunk_tokens):
                 part = slice(start, start + chunk_tokens)
-                loss(head(hidden[part]), part).backward()
+                loss(self.logits(hidden[part]), part).backward()
             final.backward(hidden.grad)
         assert end.grad is not None
         return end.grad
@@ -246,10 +278,28 @@ class StreamedModel:
         last = self.num_layers - 1
 
         def injector(index: int) -> Callable[..., torch.Tensor]:
-            return lambda hidden_states, **kwargs: state[None] if index == last else hidden_states
+            return lambda hidden_states, *args, **kwargs: state[None] if index == last else hidden_states
 
         with _forwards(self.layers, injector):
             return model(input_ids=tokens, use_cache=False)
+
+
+def load_layer(layer: nn.Module, tensors: Mapping[str, torch.Tensor], arch: Architecture, device: torch.device) -> None:
+    """Give a layer on the meta device its stored tensors (names relative to it), in float32."""
+    held = module_tensors(tensors, arch)
+    layer.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in held.items()}, assign=True)
+
+
+def compute_buffers(model: PreTrainedModel, modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Fill the buffers that are computed, not stored, such as rotary tables, as transformers does after loading."""
+    for module in modules:
+        buffers = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if buffers:
+            for name, buffer in buffers:
+                module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else it would be drawn anew
+            model._init_weights(module)
 
 
 def ignorable(name: str) -> bool:
@@ -288,5 +338,12 @@ def _capturing_attention(
         if kwargs.get("s_aux") is not None:
             raise UnsupportedModelError("attention sinks are not supported", fix="choose a model without them")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        captures.append(AttentionCapture(query, key, value, output, attention_mask, scale, weight))
+        before_norm = getattr(module, "headfuse_key", None)
+        if before_norm is not None:
+            before_norm = before_norm.view(*before_norm.shape[:2], -1, query.shape[-1])
+        order: Any = module.headfuse_order
+        if order is not None:
+            query, key = query[..., order], key[..., order]
+        capture = AttentionCapture(query, key, value, output, attention_mask, scale, weight, before_norm)
+        captures.append(capture)
     return output, None

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import headfuse
+from headfuse.architectures import ARCHITECTURES, Architecture, AttentionWeights, head_layout
 from headfuse.cli import app
+from headfuse.plan import HeadLayout
 
 WORDS = ["the", "head", "of", "a", "key", "reads", "what", "value", "it", "was", "given", "and", "no", "more"]
 VOCABULARY = 300
-FAMILY_OPTIONS: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 16}}
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "mistral": {"sliding_window": 16},
+    "mixtral": {**_EXPERTS, "sliding_window": 16},
+    "olmo": {"clip_qkv": 30.0},
+    "olmoe": {**_EXPERTS, "clip_qkv": None},
+    "phi3": {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": _EXPERTS,
+    "stablelm": {"use_qkv_bias": True},
+}
 """What makes a family differ from llama at the size of these models."""
+NARROW = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+"""Families whose query heads together may be wider than the hidden size."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -37,8 +53,9 @@ def tiny_model(
 ) -> Path:
     """A random model of a family, its tokenizer, and `text.txt` beside the folder."""
     torch.manual_seed(0)
+    width = 32 if model_type in NARROW else 8 * query_heads
     config = AutoConfig.for_model(
-        model_type, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        model_type, vocab_size=VOCABULARY, hidden_size=width, intermediate_size=48, num_hidden_layers=layers,
         num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=8, max_position_embeddings=128,
         bos_token_id=None, eos_token_id=0, pad_token_id=None, **FAMILY_OPTIONS.get(model_type, {}),
     )  # fmt: skip
@@ -98,27 +115,51 @@ def by_head(projection: torch.nn.Linear, d: int = 8) -> list[torch.Tensor]:
 Groups = Sequence[Sequence[int]]
 
 
-def plant(folder: Path, key_groups: Groups, value_groups: Groups | None = None, d: int = 8) -> None:
-    """Make the heads of each group equal up to a phase and scale per plane (keys) or an invertible map (values)."""
+def edit_weights(folder: Path, change: Callable[[AttentionWeights, Architecture, HeadLayout], None]) -> None:
+    """Call `change(weights, architecture, heads)` on every layer of a checkpoint of any family, and save it again."""
+    config, file = AutoConfig.from_pretrained(folder), folder / "model.safetensors"
+    arch, heads, tensors = ARCHITECTURES[config.model_type], head_layout(config), load_file(file)
+    for layer_idx in range(heads.num_hidden_layers):
+        prefix = arch.layer_prefix(layer_idx) + "."
+        layer = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        weights = AttentionWeights.of_layer(layer, arch, heads)
+        change(weights, arch, heads)
+        for name, tensor in weights.in_layer(layer, arch, heads).items():
+            tensors[prefix + name] = tensor.contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def plant(folder: Path, key_groups: Groups, value_groups: Groups | None = None) -> None:
+    """Make the heads of each group equal up to what fuses without loss.
+
+    Keys: a phase and scale per rotary plane, any invertible map of what is not rotated, nothing behind a norm; values:
+    any invertible map.
+    """
     torch.manual_seed(3)
 
-    def rotation() -> torch.Tensor:
-        plane = torch.polar(torch.rand(d // 2) + 0.5, torch.rand(d // 2) * 6)
+    def matrix(size: int) -> torch.Tensor:
+        return torch.eye(size) + 0.3 * torch.randn(size, size)
+
+    def key_map(rotated: int, d: int) -> torch.Tensor:
+        plane = torch.polar(torch.rand(rotated // 2) + 0.5, torch.rand(rotated // 2) * 6)
         c, s = torch.diag(plane.real), torch.diag(plane.imag)
-        return torch.cat([torch.cat([c, -s], 1), torch.cat([s, c], 1)])
+        return torch.block_diag(torch.cat([torch.cat([c, -s], 1), torch.cat([s, c], 1)]), matrix(d - rotated))
 
-    def matrix() -> torch.Tensor:
-        return torch.eye(d) + 0.3 * torch.randn(d, d)
+    def change(weights: AttentionWeights, arch: Architecture, heads: HeadLayout) -> None:
+        d, normed = heads.head_dim, weights.key_norm is not None
+        for first, *others in key_groups:
+            for other in others:
+                change_of_basis = torch.eye(d) if normed else key_map(heads.rotary_dim, d)
+                weights.key[other] = change_of_basis @ weights.key[first]
+                if weights.key_bias is not None:
+                    weights.key_bias[other] = change_of_basis @ weights.key_bias[first]
+                if weights.key_norm is not None and len(weights.key_norm) > 1:
+                    weights.key_norm[other] = weights.key_norm[first]
+        for first, *others in key_groups if value_groups is None else value_groups:
+            for other in others:
+                change_of_basis = matrix(d)
+                weights.value[other] = change_of_basis @ weights.value[first]
+                if weights.value_bias is not None:
+                    weights.value_bias[other] = change_of_basis @ weights.value_bias[first]
 
-    def change(attention: Any) -> None:
-        for projection, groups, draw in (
-            (attention.k_proj, key_groups, rotation),
-            (attention.v_proj, key_groups if value_groups is None else value_groups, matrix),
-        ):
-            for first, *others in groups:
-                for other in others:
-                    change_of_basis = draw()
-                    for heads in by_head(projection):
-                        heads[other] = change_of_basis @ heads[first]
-
-    edit_heads(folder, change)
+    edit_weights(folder, change)

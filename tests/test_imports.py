@@ -21,7 +21,7 @@ ORDER = [
     ["budget", "grouping", "fusion", "layouts", "distillation"],
     ["config", "checkpoint", "gates"],
     ["loading", "streaming", "recipe"],
-    ["calibration", "guard"],
+    ["calibration", "guard", "normed_keys"],
     ["source", "fuse_layer", "refine_model", "importance", "probes"],
     ["planning", "evaluate", "card"],
     ["teacher", "training"],

@@ -18,8 +18,9 @@ Maps = tuple[torch.Tensor, torch.Tensor]
 class FusionMethod:
     """A method as functions of one group's moments.
 
-    `keys` gives complex factors `[g, slots]`, `values` maps `[g, d, d]`, each for writing and for reading;
-    `slots`, where the method has it, chooses the frequency of each slot of a fused key head.
+    `keys` gives complex factors `[g, slots]`, `values` maps `[g, d, d]`, each for writing and for reading; the latter
+    serve the channels of keys that are not rotated, too. `slots`, where the method has it, chooses the frequency of
+    each slot of a fused key head.
     """
 
     keys: Callable[[KeyMoments, tuple[int, ...]], Maps]
@@ -29,6 +30,8 @@ class FusionMethod:
     """Refit the layer's output projection jointly by least squares."""
     order_dependent: bool = False
     """The result depends on the order of the source heads."""
+    normed_keys: Callable[[KeyMoments, tuple[int, ...]], Maps] = mean.keys
+    """In the place of `keys` behind a norm: real factors for writing, 1 for reading."""
     lossless: bool = False
     """Exact on heads that are equal up to a function-preserving map."""
 
@@ -36,7 +39,7 @@ class FusionMethod:
         """The frequency of each slot of each fused key head; None where all are in the stock order."""
         stock = tuple(range(moments.query_energy.shape[1]))
         choose = self.slots
-        if choose is None:
+        if choose is None or moments.normed:
             return None
         slots = tuple(choose(moments.of(group)) if len(group) > 1 else stock for group in groups)
         return None if all(head == stock for head in slots) else slots
@@ -44,14 +47,21 @@ class FusionMethod:
     def key_maps(self, groups: Groups, moments: KeyMoments, slots: Groups | None = None) -> HeadMaps:
         """Write and read maps of all key heads of a layer; single heads keep the identity."""
         n, frequencies = moments.query_energy.shape
-        maps, stock = _identity(n, 2 * frequencies), tuple(range(frequencies))
+        tail = 0 if moments.tail is None else moments.tail.output_gram.shape[1]
+        maps, stock = _identity(n, 2 * frequencies + tail), tuple(range(frequencies))
+        rotated, rest = slice(2 * frequencies), slice(2 * frequencies, None)
         for i, group in enumerate(groups):
-            if len(group) > 1:
+            if len(group) == 1:
+                continue
+            own, index = moments.of(group), list(group)
+            if frequencies:
                 carried = stock if slots is None else slots[i]
-                write, read = self.keys(moments.of(group), carried)
+                write, read = (self.normed_keys if own.normed else self.keys)(own, carried)
                 select = slot_matrix(carried)
-                maps.write[list(group)] = plane_matrix(write) @ select
-                maps.read[list(group)] = select.T @ plane_matrix(read)
+                maps.write[index, rotated, rotated] = plane_matrix(write) @ select
+                maps.read[index, rotated, rotated] = select.T @ plane_matrix(read)
+            if own.tail is not None:
+                maps.write[index, rest, rest], maps.read[index, rest, rest] = self.values(own.tail)
         return maps
 
     def value_maps(self, groups: Groups, moments: ValueMoments) -> HeadMaps:
@@ -70,7 +80,14 @@ def _identity(n: int, d: int) -> HeadMaps:
 
 FUSION_METHODS: dict[str, FusionMethod] = {
     "mean": FusionMethod(mean.keys, mean.values),
-    "first": FusionMethod(select.first_keys, select.first_values, order_dependent=True),
+    "first": FusionMethod(select.first_keys, select.first_values, normed_keys=select.first_keys, order_dependent=True),
     "align": FusionMethod(align.keys, align.values),
-    "subspace": FusionMethod(subspace.keys, subspace.values, subspace.slots, refits_output=True, lossless=True),
+    "subspace": FusionMethod(
+        subspace.keys,
+        subspace.values,
+        subspace.slots,
+        refits_output=True,
+        normed_keys=subspace.normed_keys,
+        lossless=True,
+    ),
 }

@@ -35,7 +35,14 @@ def fold(
         if weights.value_bias is None
         else _write(weights.value_bias[..., None], value_maps, layer.value_groups)[..., 0],
         weights.output_bias,
+        None if weights.query_norm is None else weights.query_norm.double(),
+        None if weights.key_norm is None else _group_means(weights.key_norm.double(), layer.key_groups),
     )
+
+
+def _group_means(norm: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """The weight of a norm over all heads `[n, d]` -> `[len(groups), d]`; one that all heads share, as it is."""
+    return norm if len(norm) == 1 else torch.stack([norm[list(group)].mean(0) for group in groups])
 
 
 def _write(source: torch.Tensor, maps: HeadMaps, groups: Groups) -> torch.Tensor:

@@ -44,6 +44,14 @@ def keys(moments: KeyMoments, slots: tuple[int, ...]) -> tuple[torch.Tensor, tor
     return write.T.contiguous(), read.T.contiguous()
 
 
+def normed_keys(moments: KeyMoments, slots: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means weighted by the queries' energy: the least-squares key that queries read as they are; factors `[g, F]`."""
+    energy = moments.query_energy
+    total = energy.sum(0)
+    share = torch.where(total > 0, energy / total.clamp_min(1e-300), torch.full_like(energy, 1 / len(energy)))
+    return share.to(torch.complex128), torch.ones_like(share, dtype=torch.complex128)
+
+
 def _weighted(moments: KeyMoments) -> torch.Tensor:
     """The Gram matrices `[F, g, g]` of a_j k_j."""
     weight = moments.query_energy.T.sqrt()

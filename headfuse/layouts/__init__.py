@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from headfuse.architectures import AttentionWeights
+from headfuse.architectures import Architecture, AttentionWeights
 from headfuse.layouts import decoupled, gqa, layerwise
 from headfuse.plan import FusionPlan, LayerPlan
 
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayoutFormat:
-    """The config.json of a layout, the order of its heads, and the runtimes that load it."""
+    """The config.json of a layout, which families it exists for, how its heads lie, and the runtimes that load it."""
 
     config: Callable[[dict[str, Any], FusionPlan], dict[str, Any]]
     arrange: Callable[[AttentionWeights, LayerPlan, FusionPlan], AttentionWeights]
     runtimes: str
-    check: Callable[[PreTrainedConfig], None] | None = None
+    check: Callable[[PreTrainedConfig], None]
     """Raises UnsupportedModelError for a source that the layout cannot hold."""
+    stored: Callable[[Architecture], Architecture] = lambda arch: arch
+    """Names and order of the attention's tensors in the output, given the source's."""
     free_slots: bool = False
     """Fused key heads may choose which frequencies their rotary slots carry."""
 
@@ -32,6 +34,8 @@ LAYOUTS: dict[str, LayoutFormat] = {
         decoupled.config,
         decoupled.arrange,
         "transformers (import headfuse.modeling, or trust_remote_code=True)",
+        decoupled.check,
+        decoupled.stored,
         free_slots=True,
     ),
     "layerwise": LayoutFormat(
@@ -41,7 +45,12 @@ LAYOUTS: dict[str, LayoutFormat] = {
         "transformers (import headfuse.modeling, or trust_remote_code=True)",
         layerwise.check,
     ),
-    "gqa": LayoutFormat(gqa.config, gqa.arrange, "transformers, vLLM, SGLang, TensorRT-LLM, llama.cpp (stock class)"),
+    "gqa": LayoutFormat(
+        gqa.config,
+        gqa.arrange,
+        "transformers, vLLM, SGLang, TensorRT-LLM, llama.cpp (stock class)",
+        gqa.check,
+    ),
 }
 LAYOUT_FOR = {
     "transformers": ("decoupled", "layerwise", "gqa"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from headfuse.architectures import AttentionWeights
+from headfuse.architectures import Architecture, AttentionWeights
+from headfuse.errors import UnsupportedModelError
 from headfuse.plan import FusionPlan, LayerPlan, head_of_query
 
 
@@ -27,6 +29,27 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
         "value_head_of_query": [head_of_query(layer.value_groups, plan.heads) for layer in plan.layers],
         "rotary_slots": None if all(table is None for table in slots) else slots,
     }
+
+
+def check(config: Any) -> None:
+    """Refuse a family whose attention modules cannot be replaced.
+
+    Raises:
+        UnsupportedModelError: naming the layout that works.
+    """
+    from headfuse.modeling.configuration_headfuse import FAMILIES
+
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"there is no model code for layout decoupled of model_type {config.model_type!r}",
+            where="--layout",
+            fix=f"choose --layout gqa; decoupled exists for {', '.join(sorted(FAMILIES))}",
+        )
+
+
+def stored(arch: Architecture) -> Architecture:
+    """Separate projections, and channels in the canonical order, whatever the source's class has."""
+    return replace(arch, packed=None, query="q_proj", key="k_proj", value="v_proj", rotary="half")
 
 
 def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:

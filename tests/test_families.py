@@ -1,0 +1,196 @@
+"""The contract of a table entry: one tiny random model of every family, in every layout that exists for it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILY_OPTIONS, fuse, logits, plant, run, tiny_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import headfuse
+from headfuse.architectures import ARCHITECTURES, UNSUPPORTED, AttentionWeights, head_layout
+from headfuse.errors import UnsupportedModelError
+from headfuse.fusion import FUSION_METHODS
+from headfuse.layouts import LAYOUTS
+
+
+def exists(layout: str, family: str) -> bool:
+    try:
+        LAYOUTS[layout].check(AutoConfig.for_model(family, **FAMILY_OPTIONS.get(family, {})))
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+CASES = [(family, layout) for family in sorted(ARCHITECTURES) for layout in LAYOUTS if exists(layout, family)]
+families = pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+KINDS = ("qwen3", "olmo2", "phi", "cohere", "phi3", "gpt_neox", "gpt2", "gptj")
+"""One family of each kind of key: behind a norm of a head, of a layer, rotated in part, interleaved; and packed."""
+
+
+NOT_TRAINED = ("cohere", "granite", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+"""Scaled logits, and experts whose names on disk are not the module's."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    family: str
+    layout: str
+    model: Path
+    out: Path
+    document: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def fused(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fused:
+    """A model with planted pairs of heads, and what is left of it at half of its cache."""
+    family, layout = request.param
+    folder = tmp_path_factory.mktemp(f"{family}-{layout}")
+    query_heads = 8 if ARCHITECTURES[family].stock_gqa else 4
+    model = tiny_model(folder / "model", family, query_heads=query_heads)
+    plant(model, [[0, 3], [1, 2]])
+    document = fuse(model, folder / "out", "--budget", "1/2", "--layout", layout, "--preset", "fast")
+    return Fused(family, layout, model, folder / "out", document)
+
+
+def test_planted_groups_are_lossless(fused: Fused) -> None:
+    assert fused.document["kv_ratio"] == 0.5
+    torch.testing.assert_close(logits(fused.out), logits(fused.model), rtol=2e-5, atol=2e-5)
+
+
+def test_output_reloads_with_the_promised_cache(fused: Fused) -> None:
+    import headfuse.modeling  # noqa: F401  registers decoupled models
+
+    loaded, report = AutoModelForCausalLM.from_pretrained(fused.out, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        cache = loaded(torch.randint(300, (1, 12)), use_cache=True).past_key_values
+    assert [layer.keys.shape[1] for layer in cache.layers] == fused.document["key_heads"]
+    assert [layer.values.shape[1] for layer in cache.layers] == fused.document["value_heads"]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == 12 * fused.document["kv_bytes_per_token"]["after"]
+
+
+def test_cached_decoding_equals_the_full_pass(fused: Fused) -> None:
+    loaded, lengths, width = headfuse.load(fused.out), [24, 19, 3], 24
+    mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
+    tokens = torch.randint(1, 300, (3, width), generator=torch.Generator().manual_seed(0)) * mask
+    positions, cache, steps = (mask.cumsum(1) - 1).clamp_min(0), None, []
+    with torch.no_grad():
+        for start, end in itertools.pairwise([0, 4, *range(5, width + 1)]):
+            step = loaded(
+                tokens[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = step.past_key_values
+            steps.append(step.logits)
+        decoded = torch.cat(steps, dim=1)
+        for row, length in enumerate(lengths):
+            alone = loaded(tokens[row : row + 1, -length:], use_cache=False).logits[0]
+            torch.testing.assert_close(decoded[row, -length:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_of_uptraining_changes_the_attention(fused: Fused, tmp_path: Path) -> None:
+    if fused.family in NOT_TRAINED:
+        pytest.skip("uptrain refuses it")
+    text = ("--data", fused.model.parent / "text.txt", "--tokens", 128, "--sequence-length", 32, "--batch-size", 2)
+    run("uptrain", fused.out, "-o", tmp_path / "out", "--loss", "ce", *text, "-q")
+    before, after = load_file(fused.out / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    prefix = ARCHITECTURES[fused.family].attention_prefix(1)
+    assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith(prefix))
+
+
+@pytest.mark.parametrize("layout", ["decoupled", "gqa"])
+def test_a_model_with_sliding_windows_in_some_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    sliding = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    monkeypatch.setitem(FAMILY_OPTIONS, "qwen2", sliding)
+    model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
+    plant(model, [[0, 3], [1, 2]])
+    fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", layout, "--preset", "fast")
+    assert headfuse.load(tmp_path / "out").config.layer_types == ["full_attention", "sliding_attention"]
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_full_budget_copies_bit_for_bit(tmp_path: Path, family: str, layout: str) -> None:
+    model = tiny_model(tmp_path / "model", family)
+    quick = ("--samples", 2, "--allocator", "uniform", "--preset", "fast")
+    fuse(model, tmp_path / "out", "--budget", 1, "--layout", layout, *quick)
+    source, copied = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    arch, heads = ARCHITECTURES[family], head_layout(AutoConfig.from_pretrained(model))
+    stored = LAYOUTS[layout].stored(arch)
+    for layer_idx in range(heads.num_hidden_layers):
+        prefix = arch.layer_prefix(layer_idx) + "."
+        layer = {name.removeprefix(prefix): source.pop(name) for name in list(source) if name.startswith(prefix)}
+        weights = AttentionWeights.of_layer(layer, arch, heads)
+        source |= {prefix + n: t for n, t in weights.in_layer(layer, arch, heads, stored).items()}
+    assert source.keys() == copied.keys()
+    assert all(torch.equal(source[name], copied[name]) for name in source)
+    if stored == arch:
+        assert torch.equal(logits(model), logits(tmp_path / "out"))
+    else:  # three products in the place of one may be summed in another order
+        torch.testing.assert_close(logits(model), logits(tmp_path / "out"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(FUSION_METHODS))
+@pytest.mark.parametrize("family", [family for family in KINDS if family in ARCHITECTURES])
+def test_every_method_fuses_every_kind_of_key(tmp_path: Path, family: str, method: str) -> None:
+    """Unequal groups of unrelated heads: a finite model that is not the source."""
+    layout = "decoupled" if exists("decoupled", family) else "gqa"
+    model = tiny_model(tmp_path / "model", family)
+    fuse(model, tmp_path / "out", "-b", "1/2", "--layout", layout, "--method", method, "--preset", "fast")
+    result = logits(tmp_path / "out")
+    assert torch.isfinite(result).all()
+    assert not torch.allclose(result, logits(model), atol=1e-3)
+
+
+@families
+def test_stored_weights_survive_the_round_trip(tmp_path: Path, family: str) -> None:
+    tensors = load_file(tiny_model(tmp_path / "model", family) / "model.safetensors")
+    arch, heads = ARCHITECTURES[family], head_layout(AutoConfig.from_pretrained(tmp_path / "model"))
+    prefix = arch.layer_prefix(0) + "."
+    layer = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    weights = AttentionWeights.of_layer(layer, arch, heads)
+    assert weights.query.shape[:2] == weights.key.shape[:2] == weights.value.shape[:2] == (4, 8)
+    again = weights.in_layer(layer, arch, heads)
+    assert again.keys() == layer.keys()
+    assert all(torch.equal(again[name], layer[name]) for name in layer)
+
+
+@pytest.mark.parametrize("model_type", [*UNSUPPORTED, "openai-gpt"])
+def test_other_families_are_refused_with_the_reason(tmp_path: Path, model_type: str) -> None:
+    if model_type in ("headfuse", "nemotron-nas"):
+        pytest.skip("tests/test_bad_input.py")
+    model = tiny_model(tmp_path / "model")
+    (model / "config.json").write_text(json.dumps({"model_type": model_type}))
+    lines = run("fuse", model, "--json", code=1).splitlines()
+    document = json.loads(next(line for line in lines if line.startswith('{"schema_version"')))
+    assert model_type in document["error"]["what"]
+    assert UNSUPPORTED.get(model_type, "") in document["error"]["what"]
+    assert all(family in document["error"]["fix"] for family in ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("cohere", {"use_qk_norm": True}), ("phi", {"qk_layernorm": True}), ("stablelm", {"qk_layernorm": True})],
+)
+def test_options_that_change_the_keys_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, options: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(FAMILY_OPTIONS, family, {**FAMILY_OPTIONS.get(family, {}), **options})
+    output = run("fuse", tiny_model(tmp_path / "model", family), code=1)
+    assert next(iter(options)) in output
