@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from headfuse.errors import ConfigError
 
@@ -32,13 +32,8 @@ class HeadLayout(_Frozen):
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rotary_dim: int
+    rotary_dim: int = Field(default_factory=lambda fields: fields.get("head_dim", 0))
     """Channels of a key head that RoPE rotates; all of them where a plan does not say."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _whole_heads_rotated(cls, fields: Any) -> Any:
-        return {"rotary_dim": fields.get("head_dim"), **fields} if isinstance(fields, dict) else fields
 
     @property
     def queries_per_head(self) -> int:
