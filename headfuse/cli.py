@@ -416,6 +416,8 @@ def _execute(
     work: Callable[[], tuple[dict[str, Any], Any]], threads: int | None, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
     """Run a command; print its document; turn every failure into one message and an exit code."""
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
+    as_json = as_json and first
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
         if threads:
@@ -441,6 +443,8 @@ def _execute(
         raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
+    if not first:
+        return
     if as_json:
         typer.echo(json.dumps(document))
     elif quiet:

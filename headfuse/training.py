@@ -242,7 +242,8 @@ def train(
     assert size is not None
     assert peak is not None
     windows_per_step = size * recipe.gradient_accumulation * world
-    steps = num_steps(recipe.tokens, windows_per_step * recipe.sequence_length)
+    tokens_per_step = windows_per_step * recipe.sequence_length
+    steps = num_steps(recipe.tokens, tokens_per_step)
     layerwise = math.ceil(recipe.layerwise * steps)
     every = recipe.checkpoint_every or default_checkpoint_every(steps, windows_per_step, len(text.validation))
     set_seed(recipe.seed, device_specific=world > 1)  # processes must not draw the same dropout
@@ -260,7 +261,7 @@ def train(
     if trackers is not None:
         accelerator.init_trackers("headfuse", config=dict(trackers))
 
-    validation = run.validations[max(run.validations)] if run.validations else None
+    validation = run.validations[max(run.validations)] if run.validations else run.figures["nll_before"]
     began = saved = time.monotonic()
     wrapped.train()
     done = range(0) if run.stopped else range(start + 1, steps + 1)
@@ -294,35 +295,34 @@ def train(
             optimizer.zero_grad()
 
             seconds = time.monotonic() - began
-            tokens_per_step = windows_per_step * recipe.sequence_length
+            speed = (step - start) * tokens_per_step / seconds
+            if step % log_every == 0 or step == steps:
+                figures = {"loss": mean_loss, "learning_rate": rate, "tokens_per_second": speed}
+                figures = {"tokens": step * tokens_per_step, **figures, "gradient_norm": float(norm)}
+                run.log("step", step=step, **figures)
+                if trackers is not None:
+                    accelerator.log(figures, step=step)
+            if (step % every == 0 or step == steps) and len(text.validation):
+                validation = student_nll(accelerator, wrapped, text.validation)
+                assert validation is not None
+                _check_finite(run, step, validation, 0.0)
+                run.validated(step, validation)
+                if trackers is not None:
+                    accelerator.log({"validation_nll": validation}, step=step)
+            if step % every == 0 or step == steps or due:
+                run.save(accelerator, step, batch)
+                saved = time.monotonic()
+                logger.info("step %d of %d: loss %.4f, NLL %s, state saved", step, steps, mean_loss, validation)
             progress = Progress(
                 step=step,
                 steps=steps,
                 tokens=step * tokens_per_step,
                 loss=mean_loss,
                 learning_rate=rate,
-                tokens_per_second=(step - start) * tokens_per_step / seconds,
-                seconds_left=seconds / (step - start) * (steps - step),
+                tokens_per_second=speed,
+                seconds_left=(time.monotonic() - began) / (step - start) * (steps - step),
                 validation=validation,
             )
-            if step % log_every == 0 or step == steps:
-                names = ("step", "tokens", "loss", "learning_rate", "tokens_per_second")
-                run.log("step", **{name: getattr(progress, name) for name in names}, gradient_norm=float(norm))
-                if trackers is not None:
-                    accelerator.log(_numbers(progress), step=step)
-            if step % every == 0 or step == steps or due:
-                if step % every == 0 or step == steps:
-                    validation = student_nll(accelerator, wrapped, text.validation)
-                if validation is not None and (step % every == 0 or step == steps):
-                    _check_finite(run, step, validation, 0.0)
-                    run.validated(step, validation)
-                    if trackers is not None:
-                        accelerator.log({"validation_nll": validation}, step=step)
-                run.save(accelerator, step, batch)
-                saved = time.monotonic()
-                logger.info(
-                    "step %d of %d: loss %.4f, validation NLL %s, state saved", step, steps, mean_loss, validation
-                )
             if on_progress is not None:
                 on_progress(progress)
             if run.stopped:
@@ -335,7 +335,7 @@ def train(
         logger.info("the best validation was after step %d: going back to it", run.best)
         run.load(accelerator, run.best)
     wrapped.eval()
-    return wrapped, seconds, (run.step - start) * windows_per_step * recipe.sequence_length
+    return wrapped, seconds, (run.step - start) * tokens_per_step
 
 
 def student_nll(accelerator: Accelerator, wrapped: torch.nn.Module, windows: torch.Tensor) -> float | None:
@@ -371,11 +371,6 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
                 yield batch
 
         yield generate()
-
-
-def _numbers(progress: Progress) -> dict[str, float]:
-    names = ("loss", "learning_rate", "tokens", "tokens_per_second")
-    return {name: getattr(progress, name) for name in names}
 
 
 def _check_finite(run: Run, step: int, loss: float, norm: float) -> None:

@@ -1,7 +1,9 @@
 import json
 import math
 import os
-import signal
+import re
+import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import headfuse
 from headfuse.checkpoint import file_sha256, fingerprint, read_plan, write_plan
 from headfuse.commands import uptrain as command
 from headfuse.distillation import LossWeights, Objective, document_positions, kl_divergence, model_states
-from headfuse.errors import ConfigError, DataError, HeadfuseError, OutputError, UnsupportedModelError
-from headfuse.loading import load_model
+from headfuse.errors import ConfigError, DataError, HeadfuseError, MissingExtraError, OutputError, UnsupportedModelError
+from headfuse.evaluate import nll_per_window
+from headfuse.loading import load_model, load_tokenizer
 from headfuse.modeling import HeadfuseConfig, HeadfuseForCausalLM
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, SourceModel
 from headfuse.recipe import (
@@ -28,11 +32,14 @@ from headfuse.recipe import (
     default_checkpoint_every,
     default_learning_rate,
     learning_rate_at,
+    load_recipe,
     num_steps,
     parse_tokens,
 )
+from headfuse.text import TrainingText, read_documents, token_windows
 from headfuse.uptrain import Progress, UptrainResult, default_output, uptrain
 
+PACKAGE = Path(headfuse.__file__).parent
 WORDS = [f"w{i}" for i in range(40)]
 GROUPS = ((0, 1), (2, 3))
 
@@ -115,7 +122,7 @@ def data(tmp_path: Path) -> str:
     return str(path)
 
 
-def train(model: Path, data: str, **options: Any) -> UptrainResult:
+def train(model: Path, data: str | None, **options: Any) -> UptrainResult:
     """Twelve steps of two windows of 16 tokens, checkpoints after 5 and 10."""
     defaults: dict[str, Any] = {
         "tokens": 12 * 32, "batch_size": 2, "sequence_length": 16, "checkpoint_every": 5, "learning_rate": 1e-2,
@@ -328,7 +335,7 @@ def test_learns_and_logs(fused: Path, data: str) -> None:
     assert [line["event"] for line in lines] == ["start", *five * 12, "end"]
     assert lines[-3]["loss"] < lines[1]["loss"]
     validations = [line["nll"] for line in lines if line["event"] == "validation"]
-    assert seen[-2].validation == validations[-2]
+    assert [progress.validation for progress in seen[::-5]] == validations[::-1]
     assert min(validations) == result.nll_after < result.nll_before
     assert [progress.step for progress in seen] == list(range(1, 61))
     assert seen[-1].tokens == result.tokens == 60 * 32
@@ -394,6 +401,379 @@ def test_same_seed_same_bytes(fused: Path, data: str, tmp_path: Path) -> None:
     assert sums[0] == sums[1] != sums[2]
 
 
+# ---------------------------------------------------------------- recipes, texts, teachers
+
+
+def test_packaged_recipes_are_strict_and_run(fused: Path, data: str, tmp_path: Path) -> None:
+    names = sorted(p.name.removesuffix(".yaml") for p in (PACKAGE / "data" / "recipes").iterdir())
+    assert {"recover", "dha", "two-stage", "attention", "lora"} <= set(names)
+    defaults = load_recipe(None, {"data": data, "tokens": 1})
+    assert load_recipe("recover", {"data": data, "tokens": 1}) == defaults
+    for name in names:
+        assert load_recipe(name, {"data": data, "tokens": "50M"}).tokens == 50_000_000
+    with pytest.raises(ConfigError, match="give a YAML file or a packaged name: attention, dha"):
+        load_recipe("recovery", {})
+
+
+def test_yaml_under_the_command_line(fused: Path, data: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"tokens: 384\ndata: {{{data}: 2, {data}l: 1}}\nseed: 3\n")
+    Path(f"{data}l").write_bytes(Path(data).read_bytes())
+    Path(f"{data}l").rename(tmp_path / "more.jsonl")
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text(recipe.read_text().replace(f"{data}l", str(tmp_path / "more.jsonl")))
+    result = train(fused, None, config=str(recipe), tokens=None, seed=4, weight_decay=0.1)
+    assert result.data == "text.jsonl=2, more.jsonl=1"
+    assert (result.recipe.tokens, result.recipe.seed, result.recipe.weight_decay) == (384, 4, 0.1)
+    written = (result.output / "uptrain.yaml").read_text()
+    assert str(tmp_path) not in written
+    assert load_recipe(str(result.output / "uptrain.yaml"), {"data": result.recipe.data}) == result.recipe
+    for bad, message in (
+        ("token: 3", "did you mean 'tokens'"),
+        ("data: 3", "data: give"),
+        ("tokens: 1\ntokens: 2", "twice"),
+    ):
+        recipe.write_text(bad)
+        with pytest.raises(ConfigError, match=message):
+            train(fused, None, config=str(recipe))
+    with pytest.raises(ConfigError, match="tokens: Field required"):
+        train(fused, data, tokens=None)
+
+
+@pytest.mark.parametrize("options", [{"loss": "kl", "cross_entropy": 0.5, "hidden": 0.1}, {"layerwise": 0.5}])
+def test_other_losses_learn(fused: Path, data: str, options: dict[str, Any]) -> None:
+    result = train(fused, data, tokens=40 * 32, **options)
+    steps = losses(result.output)
+    assert steps[-1][1] < steps[21][1] < steps[0][1] or not options.get("layerwise")
+    assert result.nll_after < result.nll_before  # type: ignore[operator]
+
+
+def test_layerwise_start_trains_the_layers_alone(fused: Path, data: str, tmp_path: Path) -> None:
+    trained = train(fused, data, tokens=32, layerwise=1.0, dtype="float32").output / "model.safetensors"
+    for name, start in load_file(fused / "model.safetensors").items():
+        assert torch.equal(load_file(trained)[name], start.float()) == (".layers." not in name), name
+
+
+@pytest.mark.parametrize("layout", ["gqa", "decoupled"])
+@pytest.mark.parametrize("kind", ["attention", "lora"])
+def test_only_attention_is_trained(
+    source: Path, fused: Path, decoupled: Path, data: str, kind: str, layout: str
+) -> None:
+    pytest.importorskip("peft")
+    model = fused if layout == "gqa" else decoupled
+    result = train(model, data, teacher=str(source), train=kind, tokens=40 * 32, dtype="float32")
+    assert result.nll_after < result.nll_before  # type: ignore[operator]
+    before, after = load_file(model / "model.safetensors"), load_file(result.output / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name].float(), after[name]) == (".self_attn." not in name), name
+        if kind == "lora" and ".self_attn." in name:
+            assert torch.linalg.matrix_rank(after[name] - before[name].float(), atol=1e-5) <= 16
+    again = load_model(result.output, device="cpu")
+    nll = nll_per_window(again, TrainingText(data, load_tokenizer(model), 16, 0).validation).mean().item()
+    assert nll == pytest.approx(result.nll_after, abs=1e-5)
+
+
+def test_missing_peft_is_one_clear_error(fused: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match="peft is not installed") as caught:
+        train(fused, data, train="lora")
+    assert "pip install 'headfuse[lora]'" in str(caught.value)
+
+
+def test_cached_teacher_is_the_live_one(
+    fused: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, cache = train(fused, data, output=tmp_path / "live"), tmp_path / "cache"
+    first = train(fused, data, output=tmp_path / "first", teacher_cache=cache)
+    loaded = []
+
+    def load(folder: Path, **options: Any) -> Any:
+        loaded.append(folder)
+        return load_model(folder, **options)
+
+    monkeypatch.setattr(sys.modules["headfuse.uptrain"], "load_model", load)
+    second = train(fused, data, output=tmp_path / "second", teacher_cache=cache)
+    assert loaded == [fused]
+    assert first.nll_teacher == second.nll_teacher == pytest.approx(live.nll_teacher, abs=1e-6)
+    assert losses(first.output) == losses(second.output)
+    for a, b in zip(losses(live.output), losses(first.output), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    train(fused, data, output=tmp_path / "third", teacher_cache=cache, seed=1)  # other text: filled anew
+    assert loaded == [fused, fused, tmp_path / "source"]
+    with pytest.raises(ConfigError, match="last states alone"):
+        train(fused, data, output=tmp_path / "fourth", teacher_cache=cache, hidden=0.1)
+    with pytest.raises(OutputError, match="is not a cache"):
+        train(fused, data, output=tmp_path / "fourth", teacher_cache=fused)
+
+
+def test_half_a_cache_is_filled_anew(fused: Path, data: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    whole = train(fused, data, output=tmp_path / "whole", teacher_cache=cache)
+    (cache / "cache.json").unlink()
+    (cache / "hidden.bin").write_bytes(b"\0" * 100)
+    again = train(fused, data, output=tmp_path / "again", teacher_cache=cache)
+    assert losses(whole.output) == losses(again.output)
+
+
+def test_teacher_in_another_dtype(fused: Path, data: str, tmp_path: Path) -> None:
+    full = train(fused, data, output=tmp_path / "full")
+    half = train(fused, data, output=tmp_path / "half", teacher_dtype="bfloat16", teacher_device="cpu")
+    assert losses(half.output) != losses(full.output)
+    assert half.nll_teacher == pytest.approx(full.nll_teacher, abs=0.02)
+
+
+def test_separate_documents_are_another_stream_of_losses(fused: Path, data: str, tmp_path: Path) -> None:
+    joined = train(fused, data, output=tmp_path / "joined", tokens=64)
+    separate = train(fused, data, output=tmp_path / "separate", tokens=64, packing="separate")
+    assert losses(joined.output) != losses(separate.output)
+    assert joined.nll_before == separate.nll_before
+
+
+# ---------------------------------------------------------------- validation
+
+
+def test_early_stop_and_the_best_weights(fused: Path, data: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tokens": 60 * 32, "learning_rate": 0.2, "patience": 2, "dtype": "float32"}
+    result = train(fused, data, **options)
+    found = {line["step"]: line["nll"] for line in records(result.output) if line["event"] == "validation"}
+    best = min(found, key=lambda step: found[step])
+    assert best < result.steps < 60
+    assert [step > best for step in found].count(True) == 2
+    assert (result.best_step, result.steps) == (best, max(found))
+    assert result.nll_after == pytest.approx(found[best], abs=1e-6)
+    shorter = train(fused, data, **{**options, "patience": None}, output=tmp_path / "all")
+    assert shorter.steps == 60
+    assert shorter.nll_after == pytest.approx(min(found.values()), abs=1e-6) or shorter.best_step > result.steps
+
+    with pytest.raises(Stop):
+        train(fused, data, **options, output=tmp_path / "cut", on_progress=stop_at(result.steps))
+    kept = {folder.name for folder in (tmp_path / "cut.partial" / "state").iterdir()}
+    assert kept == {f"step-{step:07d}" for step in (best, result.steps)}
+    again = train(fused, data, **options, output=tmp_path / "cut", resume=True)
+    assert again.steps == result.steps
+    assert file_sha256(again.output / "model.safetensors") == file_sha256(result.output / "model.safetensors")
+
+
+def test_validation_text_of_its_own(fused: Path, data: str, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text(" ".join(WORDS * 20))
+    result = train(fused, data, validation_data=str(tmp_path / "other.txt"), validation_windows=7)
+    windows = token_windows(read_documents(str(tmp_path / "other.txt")), load_tokenizer(fused), 16, 7)
+    expected = nll_per_window(load_model(tmp_path / "source", device="cpu"), windows).mean().item()
+    assert result.nll_teacher == pytest.approx(expected, abs=1e-6)
+    assert "7 windows of 16 tokens of `other.txt`" in (result.output / "README.md").read_text()
+
+
+# ---------------------------------------------------------------- processes
+
+
+def without_dropout(*folders: Path) -> None:
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
+
+
+def launch(script: list[str], processes: int) -> None:
+    """Run Python in processes that find each other, as `accelerate launch` and torchrun start them."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    common = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *script], env={**common, "RANK": str(i), "LOCAL_RANK": str(i)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+    outputs = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * processes, "\n".join(outputs)
+    assert not any("wrote" in output for output in outputs[1:])
+
+
+def test_two_processes_equal_one_at_the_same_global_batch(source: Path, fused: Path, data: str, tmp_path: Path) -> None:
+    without_dropout(source, fused)
+    options: dict[str, Any] = {"teacher": str(source), "dtype": "float32"}
+    one = train(fused, data, output=tmp_path / "one", batch_size=4, **options)
+    line = [
+        "-m", "headfuse.cli", "uptrain", str(fused), "--teacher", str(source), "--data", data, "--tokens", "384",
+        "--batch-size", "1", "--gradient-accumulation", "2", "--sequence-length", "16", "--checkpoint-every", "5",
+        "--learning-rate", "1e-2", "--dtype", "float32", "--device", "cpu", "--threads", "1",
+        "-o", str(tmp_path / "two"),
+    ]  # fmt: skip
+    launch(line, 2)
+    two = records(tmp_path / "two")
+    assert two[0]["processes"] == 2
+    for a, b in zip(losses(one.output), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert two[0]["nll_before"] == pytest.approx(one.nll_before, abs=1e-5)
+    assert two[-1]["nll_after"] == pytest.approx(one.nll_after, abs=1e-4)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+
+
+SHARDED = """
+import copy, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from headfuse.distillation import LossWeights, Objective, decoder_layers, model_states
+from headfuse.loading import load_model
+dist.init_process_group("gloo")
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+student, teacher = (load_model(folder, device="cpu") for folder in sys.argv[1:])
+torch.manual_seed(0)
+batch = torch.randint(0, 42, (2, 16))
+own = batch[dist.get_rank()][None]
+for mode, weights in (("loss", LossWeights(1, 0.5, 0.3)), ("layerwise", LossWeights())):
+    whole, part = copy.deepcopy(student), copy.deepcopy(student)
+    head = teacher.get_output_embeddings()
+    Objective(whole, head, weights)(batch, model_states(teacher, batch, layers=True), None, mode).backward()
+    objective = Objective(part, head, weights)
+    for layer in decoder_layers(part):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    objective(own, model_states(teacher, own, layers=True), None, mode).backward()
+    for a, b in zip(part.parameters(), whole.parameters(), strict=True):
+        if b.grad is not None:
+            assert torch.allclose(a.grad.full_tensor(), b.grad, atol=1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_sharded_gradients_are_those_of_one_process(source: Path, fused: Path) -> None:
+    """FSDP2 on two processes; accelerate itself shards on accelerators alone."""
+    without_dropout(source, fused)
+    launch(["-c", SHARDED, str(fused), str(source)], 2)
+
+
+# ---------------------------------------------------------------- trackers and the live line
+
+
+def test_tensorboard(fused: Path, data: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(fused, data, trackers=["tensorboard"], tracker_folder=tmp_path / "runs")
+    board = EventAccumulator(str(tmp_path / "runs" / "fused-uptrained" / "headfuse"))
+    board.Reload()
+    assert [(e.step, pytest.approx(e.value)) for e in board.Scalars("loss")] == losses(result.output)
+    assert [e.step for e in board.Scalars("validation_nll")] == [5, 10, 12]
+    assert not list(result.output.rglob("events*"))  # their names hold that of the machine
+
+
+def test_unknown_and_missing_trackers(fused: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="choose from tensorboard, wandb"):
+        train(fused, data, trackers=["tensorbord"])
+    monkeypatch.setattr("headfuse.training.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="is not installed") as caught:
+        train(fused, data, trackers=["wandb"])
+    assert "pip install wandb" in str(caught.value)
+
+
+def test_live_line_is_on_terminals_alone(
+    fused: Path, data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "model": str(fused), "data": data, "tokens": 64, "sequence_length": 16, "device": "cpu", "overwrite": True,
+    }  # fmt: skip
+    command.run(**options)
+    assert "validation NLL" not in capsys.readouterr().err
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "150")
+    command.run(**options)
+    shown = re.sub(r"\x1b\[[0-9;?]*\w", "", capsys.readouterr().err)
+    assert re.search(r"loss \d\.\d+, validation NLL \d\.\d+ [\d,]+ tokens/s, left", shown)
+    command.run(**options, quiet=True)
+    assert "validation NLL" not in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- kill -9, a full disk
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from headfuse.checkpoint import file_sha256
+from headfuse.uptrain import uptrain
+model, data, folder, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+
+def start(output):
+    child = os.fork()
+    if not child:
+        uptrain(model, data=data, tokens=1280, batch_size=2, sequence_length=16, checkpoint_every=2, learning_rate=1e-2,
+                device="cpu", threads=1, output=output, resume=True)
+        os._exit(0)
+    return child
+
+began = time.monotonic()
+assert os.waitpid(start(folder / "whole"), 0)[1] == 0
+seconds = time.monotonic() - began
+wanted, out = file_sha256(folder / "whole" / "model.safetensors"), folder / "out"
+chance = random.Random(kills)
+while kills:
+    child = start(out)
+    time.sleep(chance.uniform(0.2, 1.0) * seconds)
+    done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills -= 1
+    if out.exists():  # it was faster, or was killed after it was done
+        assert file_sha256(out / "model.safetensors") == wanted
+        out.rename(folder / f"done-{kills}-{time.monotonic()}")
+assert os.waitpid(start(out), 0)[1] == 0
+assert file_sha256(out / "model.safetensors") == wanted
+"""
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(fused: Path, data: str, tmp_path: Path, kills: int) -> None:
+    """`kill -9` while models load, steps run, states are written: the weights in the end are the same."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", KILLED, str(fused), data, str(tmp_path), str(kills)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_full_disk_keeps_the_last_state(fused: Path, data: str, tmp_path: Path) -> None:
+    """Writes beyond a limit fail as those on a full disk do."""
+    whole, output = train(fused, data, output=tmp_path / "whole"), tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(progress: Progress) -> None:
+        if progress.step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    try:
+        with pytest.raises(OutputError) as caught:
+            train(fused, data, output=output, on_progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written" in str(caught.value)
+    assert "--resume" in str(caught.value)
+    assert [folder.name for folder in (tmp_path / "out.partial" / "state").iterdir()] == ["step-0000005"]
+    train(fused, data, output=output, resume=True)
+    assert file_sha256(output / "model.safetensors") == file_sha256(whole.output / "model.safetensors")
+
+
+def test_states_are_also_written_as_time_passes(
+    fused: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(fused, data, output=tmp_path / "whole")
+    monkeypatch.setattr("headfuse.training.STATE_SECONDS", 0.0)
+    with pytest.raises(Stop):
+        train(fused, data, output=tmp_path / "out", on_progress=stop_at(8))
+    assert json.loads((tmp_path / "out.partial" / "resume.json").read_text())["step"] == 8
+    train(fused, data, output=tmp_path / "out", resume=True)
+    assert losses(tmp_path / "out") == losses(whole.output)
+    sums = [file_sha256(tmp_path / name / "model.safetensors") for name in ("out", "whole")]
+    assert sums[0] == sums[1]
+
+
 # ---------------------------------------------------------------- interruption
 
 
@@ -412,26 +792,6 @@ def test_resumed_run_equals_an_uninterrupted_one(fused: Path, data: str, tmp_pat
     assert (resumed.nll_before, resumed.nll_after) == (whole.nll_before, whole.nll_after)
     assert resumed.epochs == whole.epochs > 0
     assert {file.name for file in output.iterdir()} == {file.name for file in whole.output.iterdir()}
-
-
-def test_killed_process_can_be_resumed(fused: Path, data: str, tmp_path: Path) -> None:
-    whole, output = train(fused, data, output=tmp_path / "whole"), tmp_path / "out"
-    code = f"""
-import os, signal, sys
-from pathlib import Path
-from headfuse.uptrain import uptrain
-def kill(progress):
-    if progress.step == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-uptrain({str(fused)!r}, data={data!r}, tokens=384, batch_size=2, sequence_length=16, checkpoint_every=5,
-        learning_rate=1e-2, device="cpu", threads=1, output=Path({str(output)!r}), on_progress=kill)
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
-    assert json.loads((tmp_path / "out.partial" / "resume.json").read_text())["step"] == 5
-    train(fused, data, output=output, resume=True)
-    assert file_sha256(output / "model.safetensors") == file_sha256(whole.output / "model.safetensors")
-    assert losses(output) == losses(whole.output)
 
 
 def test_interrupted_save_leaves_the_state_before(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,8 @@ def run(
     from headfuse.checkpoint import read_plan
     from headfuse.uptrain import uptrain
 
-    with _live(hidden=quiet or json_output or verbose) as on_progress:
+    other = os.environ.get("RANK", "0") != "0"
+    with _live(hidden=quiet or json_output or verbose or other) as on_progress:
         result = uptrain(model, overwrite=overwrite, resume=resume, on_progress=on_progress, **options)
     kv_ratio = read_plan(result.output).kv_ratio if (result.output / "plan.json").exists() else None
     return {"schema_version": 1, "command": "uptrain", "kv_ratio": kv_ratio, **result.to_dict()}
