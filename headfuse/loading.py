@@ -100,7 +100,9 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """
     path = resolve_model(str(folder))
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer("text", add_special_tokens=False, verbose=False)  # some faults show only at work
+        return tokenizer
     except Exception as error:  # tokenizer backends raise many kinds
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
 from headfuse.architectures import Architecture, architecture_of, canonical_order, head_layout, module_tensors
-from headfuse.checkpoint import Checkpoint
+from headfuse.checkpoint import Checkpoint, is_finite
 from headfuse.errors import CheckpointError, UnsupportedModelError
 
 _CAPTURE = "headfuse_capture"
@@ -207,14 +207,15 @@ class StreamedModel:
         def run(states: HiddenStates, captures: list[AttentionCapture] | None = None) -> HiddenStates:
             if not len(states):
                 return states
-            outputs = []
+            outputs, earlier = [], len(captures or ())
             attention.headfuse_captures = None if captures is None else (captures, states.weight)
             with torch.no_grad():
                 for batch in states.hidden.split(max(1, BATCH_TOKENS // states.hidden.shape[1])):
                     result = layer(batch, *states.args[layer_idx], **states.kwargs[layer_idx])
                     outputs.append(result[0] if isinstance(result, tuple) else result)
             hidden = torch.cat(outputs)
-            if not torch.isfinite(hidden).all():
+            seen = [x for capture in (captures or ())[earlier:] for x in (capture.query, capture.key, capture.value)]
+            if not all(map(is_finite, [hidden, *seen])):  # attention may hide what its scores are not
                 raise CheckpointError(
                     f"layer {layer_idx} computes NaN or infinity",
                     where=self.checkpoint.folder,
