@@ -192,6 +192,9 @@ def uptrain(
         )  # fmt: skip
         # a sharded student must not be whole on a device
         sharded = accelerator.distributed_type == DistributedType.FSDP
+        if sharded and recipe.train == "lora":
+            fix = "train: attention, or leave FSDP out: adapters need little memory"
+            raise ConfigError("adapters cannot be merged into sharded weights", where="train: lora", fix=fix)
         place = "cpu" if sharded else str(accelerator.device)
         student = load_model(folder, device=place, dtype="float32", trust_remote_code=trust_remote_code)
         check_vocabulary(student, tokenizer, folder)

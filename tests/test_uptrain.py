@@ -3,6 +3,7 @@ import math
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -529,6 +530,16 @@ def test_separate_documents_are_another_stream_of_losses(fused: Path, data: str,
     assert joined.nll_before == separate.nll_before
 
 
+def test_gradient_checkpointing_changes_no_loss(fused: Path, source: Path, data: str, tmp_path: Path) -> None:
+    without_dropout(fused)
+    for more in ({}, {"hidden": 0.1}, {"layerwise": 0.5}):
+        options: dict[str, Any] = {"teacher": str(source), "tokens": 128, "overwrite": True, **more}
+        plain = train(fused, data, **options, output=tmp_path / "plain")
+        again = train(fused, data, **options, output=tmp_path / "again", gradient_checkpointing=True)
+        for a, b in zip(losses(plain.output), losses(again.output), strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+
+
 # ---------------------------------------------------------------- validation
 
 
@@ -572,7 +583,7 @@ def without_dropout(*folders: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
 
 
-def launch(script: list[str], processes: int) -> None:
+def launch(script: list[str], processes: int, code: int = 0) -> None:
     """Run Python in processes that find each other, as `accelerate launch` and torchrun start them."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -590,7 +601,7 @@ def launch(script: list[str], processes: int) -> None:
         for i in range(processes)
     ]  # fmt: skip
     outputs = [rank.communicate()[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * processes, "\n".join(outputs)
+    assert [rank.returncode for rank in ranks] == [code] * processes, "\n".join(outputs)
     assert not any("wrote" in output for output in outputs[1:])
 
 
@@ -648,6 +659,32 @@ def test_sharded_gradients_are_those_of_one_process(source: Path, fused: Path) -
     """FSDP2 on two processes; accelerate itself shards on accelerators alone."""
     without_dropout(source, fused)
     launch(["-c", SHARDED, str(fused), str(source)], 2)
+
+
+TOGETHER = """
+import os, signal, sys
+from pathlib import Path
+from headfuse.uptrain import uptrain
+model, teacher, data, output, last = sys.argv[1:]
+def kill(progress):
+    if progress.step == int(last):
+        os.kill(os.getpid(), signal.SIGKILL)
+uptrain(model, teacher=teacher, data=data, tokens=384, batch_size=1, sequence_length=16, checkpoint_every=5,
+        learning_rate=1e-2, device="cpu", threads=1, output=Path(output), resume=True, on_progress=kill)
+"""
+
+
+@pytest.mark.slow
+def test_killed_processes_go_on_together(source: Path, fused: Path, data: str, tmp_path: Path) -> None:
+    """With dropout, of which each process draws its own."""
+    script = ["-c", TOGETHER, str(fused), str(source), data]
+    launch([*script, str(tmp_path / "whole"), "-1"], 2)
+    launch([*script, str(tmp_path / "out"), "7"], 2, code=-signal.SIGKILL)
+    assert json.loads((tmp_path / "out.partial" / "resume.json").read_text())["step"] == 5
+    launch([*script, str(tmp_path / "out"), "-1"], 2)
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    sums = [file_sha256(tmp_path / name / "model.safetensors") for name in ("out", "whole")]
+    assert sums[0] == sums[1]
 
 
 # ---------------------------------------------------------------- trackers and the live line
