@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -566,6 +566,49 @@ def output_folder(
             raise
 
 
+@contextlib.contextmanager
+def output_file(path: Path, *, overwrite: bool = False, reads: Iterable[Path] = ()) -> Iterator[Path]:
+    """A file that appears under its name only when it is complete; yields `<path>.partial`.
+
+    Raises:
+        OutputError: as `check_output_file`, and when another process writes the same file or the disk refuses.
+    """
+    path = _absolute(path)
+    check_output_file(path, overwrite=overwrite, reads=reads)
+    partial = partial_folder(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = partial.open("ab")
+    except OSError as error:
+        raise _output_error(path, error) from None
+    with stream:
+        _lock(stream, partial, path)
+        try:
+            yield partial
+            sync(partial)
+            check_output_file(path, overwrite=overwrite)
+            partial.replace(path)
+            sync(path.parent)
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+                raise _output_error(path, error) from None
+            raise
+
+
+def check_output_file(path: Path, *, overwrite: bool = False, reads: Iterable[Path] = ()) -> None:
+    """Raise OutputError, before any work, when `path` cannot be the output file of a new run."""
+    path = _absolute(path)
+    for folder in reads:
+        _check_apart(path, partial_folder(path), folder)
+    if path.is_dir():
+        raise OutputError("is a folder, and the output is a file", where=path, fix="give the name of a file")
+    if os.path.lexists(path) and not overwrite:
+        raise OutputError(
+            "the output already exists", where=path, fix="pass --overwrite to replace it, or another --output"
+        )
+
+
 _FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _DISK_ERRORS = {*_FULL_DISK, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EBUSY}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -688,16 +731,19 @@ def _locked(folder: Path) -> Iterator[None]:
             folder.rmdir()  # nothing is in it when it is ours
         raise _output_error(folder, error) from None
     with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale = _identity(folder / _LOCK) != (os.fstat(stream.fileno()).st_dev, os.fstat(stream.fileno()).st_ino)
-        except OSError as error:
-            stale = error.errno not in _NO_LOCKS
-        if stale:  # locked by another process, or by one that has just finished with the folder
-            raise OutputError(
-                "another process is writing here", where=folder, fix="wait for it, or choose another --output"
-            )
+        _lock(stream, folder / _LOCK, folder)
         yield
+
+
+def _lock(stream: IO[Any], path: Path, where: Path) -> None:
+    """Lock an opened file, which has to be the one at `path` still."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stale = _identity(path) != (os.fstat(stream.fileno()).st_dev, os.fstat(stream.fileno()).st_ino)
+    except OSError as error:
+        stale = error.errno not in _NO_LOCKS
+    if stale:  # locked by another process, or by one that has just finished
+        raise OutputError("another process is writing here", where=where, fix="wait for it, or choose another --output")
 
 
 def _clear(partial: Path) -> None:

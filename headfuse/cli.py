@@ -91,6 +91,22 @@ class DtypeName(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class TargetName(str, Enum):
+    """What `export` writes."""
+
+    gqa = "gqa"
+    layerwise = "layerwise"
+    gguf = "gguf"
+
+
+class FileType(str, Enum):
+    """Numbers in a GGUF file."""
+
+    f16 = "f16"
+    f32 = "f32"
+    q8_0 = "q8_0"
+
+
 class LossName(str, Enum):
     """Losses of `uptrain`."""
 
@@ -332,6 +348,32 @@ def uptrain(
         return document, command.render
 
     _execute(work, threads, json_output, quiet, verbose)
+
+
+@app.command()
+def export(
+    model: Model,
+    to: Annotated[TargetName, typer.Option(help="Layout of a folder, or one GGUF file for llama.cpp.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Output folder, or GGUF file.")] = None,
+    file_type: Annotated[FileType | None, typer.Option("--type", help="Numbers in a GGUF file; default f16.")] = None,
+    overwrite: Overwrite = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write the same model in another layout, without loss."""
+
+    def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.commands import export as command
+
+        document = command.run(
+            model=model, to=to.value, output=output, file_type=file_type and file_type.value, overwrite=overwrite,
+            trust_remote_code=trust_remote_code, log=_log(quiet or json_output),
+        )  # fmt: skip
+        return document, command.render
+
+    _execute(work, None, json_output, quiet, verbose)
 
 
 @app.command("eval")

@@ -25,7 +25,7 @@ ORDER = [
     ["source", "fuse_layer", "refine_model", "importance", "probes"],
     ["planning", "evaluate", "card"],
     ["teacher", "training"],
-    ["convert", "uptrain", "analysis", "estimate"],
+    ["convert", "uptrain", "analysis", "estimate", "export"],
     ["commands"],
     ["cli"],
 ]

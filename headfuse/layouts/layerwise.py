@@ -54,6 +54,22 @@ def layerwise_config(source: dict[str, Any], num_key_value_heads: tuple[int, ...
     }
 
 
+def family_config(layerwise: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the source's family for a layerwise one, with the largest number of KV heads."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = layerwise["source_model_type"]
+    biases = {"attention_bias": layerwise["qkv_bias"], "mlp_bias": layerwise["mlp_bias"]}
+    return {
+        "model_type": model_type,
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
+        "dtype": layerwise["dtype"],
+        **{name: layerwise[name] for name in (*KEPT, "num_key_value_heads")},
+        **(biases if FAMILIES[model_type] is None else {}),
+        **({"sliding_window": None} if model_type == "mistral" else {}),
+    }
+
+
 def _ffn(intermediate_size: int, hidden_size: int) -> dict[str, Any]:
     """The feed-forward part of a block: vLLM takes `ffn_mult` where it is there, TensorRT-LLM knows nothing else."""
     ffn = {"no_op": False, "replace_with_linear": False, "intermediate_size": intermediate_size}
