@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -414,6 +415,14 @@ def test_packaged_recipes_are_strict_and_run(fused: Path, data: str, tmp_path: P
         assert load_recipe(name, {"data": data, "tokens": "50M"}).tokens == 50_000_000
     with pytest.raises(ConfigError, match="give a YAML file or a packaged name: attention, dha"):
         load_recipe("recovery", {})
+
+
+def test_the_yaml_of_the_docs_is_every_option_with_its_default(tmp_path: Path) -> None:
+    text = (PACKAGE.parent / "docs" / "uptraining.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "docs.yaml").write_text(block)
+    assert load_recipe(str(tmp_path / "docs.yaml"), {}) == load_recipe(None, {"data": "corpus.jsonl", "tokens": "50M"})
+    assert set(yaml.safe_load(block)) == set(Recipe.model_fields)
 
 
 def test_yaml_under_the_command_line(fused: Path, data: str, tmp_path: Path) -> None:
