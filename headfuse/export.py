@@ -169,7 +169,7 @@ def plan_export(
     _check_exact(folder, to, layers)
     counts = [len(layer.keys) for layer in layers]
     if to == "gguf":
-        name = gguf.architecture(folder.heads.model_type, counts, folder.path).name
+        name = gguf.architecture(folder.config, counts, folder.path).name
         gguf.require_gguf()
     else:
         name = _config(folder, to, counts)["architectures"][0]
@@ -231,7 +231,7 @@ def export(
         tokenizer = load_tokenizer(folder.path)
         with output_file(plan.output, **place) as partial:  # type: ignore[arg-type]
             gguf.write(
-                partial, folder.name, folder.heads.model_type, folder.config, plan.num_key_value_heads, tokenizer,
+                partial, folder.name, folder.config, plan.num_key_value_heads, tokenizer,
                 _shapes(plan), _tensors(plan, on_progress), file_type, folder.path,
             )  # fmt: skip
         return plan.output

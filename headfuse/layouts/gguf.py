@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headfuse.errors import HeadfuseError, MissingExtraError, UnsupportedModelError
+from headfuse.layouts import layerwise
 from headfuse.layouts.gguf_tokenizer import chat_template, tokenizer_keys
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ FAMILIES = {
     "llama": GGUFArchitecture("llama", True),
     "mistral": GGUFArchitecture("llama", True),
     "qwen2": GGUFArchitecture("qwen2", False),
+    "qwen3": GGUFArchitecture("qwen3", False),
 }
 PER_LAYER = GGUFArchitecture("deci", True)
 """The one Llama-like architecture of llama.cpp whose head counts may differ by layer."""
@@ -41,12 +43,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
 
-def architecture(model_type: str, num_key_value_heads: Sequence[int], where: object = None) -> GGUFArchitecture:
-    """The architecture for a family and the head counts of its layers.
+def architecture(
+    config: PreTrainedConfig, num_key_value_heads: Sequence[int], where: object = None
+) -> GGUFArchitecture:
+    """The architecture for a model of a family and the head counts of its layers.
 
     Raises:
         UnsupportedModelError: for families that are not written.
     """
+    model_type = config.model_type
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"models of model_type {model_type!r} are not written as GGUF",
@@ -54,7 +59,21 @@ def architecture(model_type: str, num_key_value_heads: Sequence[int], where: obj
             fix=f"supported: {', '.join(FAMILIES)}; for others, convert a folder of layout gqa with llama.cpp's own "
             "convert_hf_to_gguf.py",
         )
-    return FAMILIES[model_type] if len(set(num_key_value_heads)) == 1 else PER_LAYER
+    wide = config.num_attention_heads * head_dim(config) != config.hidden_size  # llama.cpp's qwen2 has no such heads
+    if len(set(num_key_value_heads)) == 1 and not (wide and model_type == "qwen2"):
+        return FAMILIES[model_type]
+    if model_type not in layerwise.FAMILIES:
+        raise UnsupportedModelError(
+            f"llama.cpp has no architecture for model_type {model_type!r} with head counts that differ by layer",
+            where=where,
+            fix="fuse the source with --layout gqa",
+        )
+    return PER_LAYER
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Channels of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def require_gguf() -> Any:
@@ -75,7 +94,6 @@ def require_gguf() -> Any:
 def write(
     path: Path,
     name: str,
-    model_type: str,
     config: PreTrainedConfig,
     num_key_value_heads: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
@@ -89,8 +107,7 @@ def write(
     Args:
         path: the file.
         name: the model's name in it.
-        model_type: the family.
-        config: of a model of that family, whatever its own number of KV heads.
+        config: of a stock model of the family, whatever its own number of KV heads.
         num_key_value_heads: KV heads of every layer.
         tokenizer: the model's.
         shapes: of all tensors, by their names in transformers, in the order in which they come.
@@ -102,7 +119,7 @@ def write(
         UnsupportedModelError: for what llama.cpp does not compute, or a tokenizer that it does not have.
     """
     gguf = require_gguf()
-    arch = architecture(model_type, num_key_value_heads, where)
+    arch = architecture(config, num_key_value_heads, where)
     keys = tokenizer_keys(tokenizer, config.vocab_size, where)
     writer = gguf.GGUFWriter(None, arch.name)
     _model_keys(writer, gguf, name, arch, config, num_key_value_heads, file_type, where)
@@ -153,7 +170,7 @@ def rope_factors(config: PreTrainedConfig) -> Any:
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    d = head_dim(config)
     frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
     old, factor = rope["original_max_position_embeddings"], rope["factor"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -172,7 +189,7 @@ def _model_keys(
     file_type: str,
     where: object,
 ) -> None:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    d = head_dim(config)
     if config.hidden_act != "silu":
         raise UnsupportedModelError(
             f"hidden_act is {config.hidden_act!r}, and llama.cpp computes silu for this family",
@@ -191,9 +208,9 @@ def _model_keys(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(num_key_value_heads[0] if uniform else list(num_key_value_heads))
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(d)
+    writer.add_value_length(d)
+    writer.add_rope_dimension_count(d)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -214,8 +231,6 @@ def _names(
     names_of = gguf.get_tensor_name_map(_arch_enum(gguf, arch.name), config.num_hidden_layers)
     names = dict[str, str]()
     for source in shapes:
-        if source == "lm_head.weight" and config.tie_word_embeddings:
-            continue
         target = names_of.get_name(source, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise UnsupportedModelError(

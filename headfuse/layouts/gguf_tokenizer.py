@@ -17,7 +17,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBERS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PRE_TOKENIZERS = {
+PRE_TOKENIZERS: dict[str, tuple[list[tuple[str, Any]], bool]] = {
     "gpt-2": ([("ByteLevel", True)], False),
     "smollm": ([("Digits", True), ("ByteLevel", True)], False),
     "qwen2": ([("Split", _GPT4.replace("NUMBERS", r"\p{N}")), ("ByteLevel", False)], False),
