@@ -89,7 +89,7 @@ def keep_tokenizer_class(source: Path, target: Path) -> None:
     fields = json.loads(path.read_text(encoding="utf-8"))
     if "auto_map" not in fields:
         fields["tokenizer_class"] = type(load_tokenizer(source)).__name__
-        path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -23,15 +23,18 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+_Count = Annotated[int, Field(ge=1)]
+
+
 class HeadLayout(_Frozen):
     """The attention heads of a source model, equal in all its layers."""
 
     model_type: str
-    num_hidden_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    num_hidden_layers: _Count
+    hidden_size: _Count
+    num_attention_heads: _Count
+    num_key_value_heads: _Count
+    head_dim: _Count
     rotary_dim: int = Field(default_factory=lambda fields: fields.get("head_dim", 0))
     """Channels of a key head that RoPE rotates; all of them where a plan does not say."""
 
@@ -109,7 +112,8 @@ class FusionPlan(_Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> FusionPlan:
         heads = self.heads
-        if [layer.layer_idx for layer in self.layers] != list(range(heads.num_hidden_layers)):
+        numbers = [layer.layer_idx for layer in self.layers]
+        if len(numbers) != heads.num_hidden_layers or numbers != list(range(len(numbers))):
             raise ValueError(f"layers must be numbered 0 to {heads.num_hidden_layers - 1} in order")
         for layer in self.layers:
             for side, groups in (("key", layer.key_groups), ("value", layer.value_groups)):
@@ -173,7 +177,8 @@ def check_partition(groups: Sequence[Sequence[int]], num_heads: int, where: str)
     """Raise ValueError unless `groups` holds each of `num_heads` heads exactly once."""
     if not all(groups):
         raise ValueError(f"{where}: a group is empty")
-    if sorted(head for group in groups for head in group) != list(range(num_heads)):
+    members = sorted(head for group in groups for head in group)
+    if len(members) != num_heads or members != list(range(len(members))):  # a damaged number may be beyond any list
         raise ValueError(f"{where}: each source head 0 to {num_heads - 1} must occur in exactly one group")
 
 
