@@ -244,6 +244,7 @@ class Objective(nn.Module):
         self.model, self.weights = model, weights or LossWeights(*((1.0, 0.0) if teacher_head else (0.0, 1.0)))
         self._teacher_head = (teacher_head,)  # in a tuple: not a part of this module's state
         self.chunk = chunk or chunk_tokens(model.get_output_embeddings().weight.shape[0])
+        self._no_split_modules = model._no_split_modules  # what FSDP shards one by one
 
     def forward(
         self,
@@ -274,6 +275,10 @@ class Objective(nn.Module):
             assert teacher is not None
             loss = loss + self.weights.hidden * relative_error(mine.outputs, teacher.outputs)
         return loss
+
+    def tie_weights(self) -> None:
+        """Tie the model's weights again, which sharding parts."""
+        self.model.tie_weights()
 
     def _of_logits(
         self, hidden: torch.Tensor, head: nn.Module, batch: torch.Tensor, teacher: States | None

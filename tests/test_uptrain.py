@@ -639,11 +639,18 @@ SHARDED = """
 import copy, sys
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from types import SimpleNamespace
+from torch.distributed.fsdp import FSDPModule
 from headfuse.distillation import LossWeights, Objective, decoder_layers, model_states
 from headfuse.loading import load_model
 dist.init_process_group("gloo")
-mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+plugin = dict(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False)
+accelerator = SimpleNamespace(
+    state=SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**plugin)), torch_device_mesh=None,
+    mixed_precision="no", is_main_process=True, device=torch.device("cpu"),
+)
 student, teacher = (load_model(folder, device="cpu") for folder in sys.argv[1:])
 torch.manual_seed(0)
 batch = torch.randint(0, 42, (2, 16))
@@ -652,10 +659,9 @@ for mode, weights in (("loss", LossWeights(1, 0.5, 0.3)), ("layerwise", LossWeig
     whole, part = copy.deepcopy(student), copy.deepcopy(student)
     head = teacher.get_output_embeddings()
     Objective(whole, head, weights)(batch, model_states(teacher, batch, layers=True), None, mode).backward()
-    objective = Objective(part, head, weights)
-    for layer in decoder_layers(part):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(objective, mesh=mesh)
+    objective = fsdp2_prepare_model(accelerator, Objective(part, head, weights))
+    assert all(isinstance(layer, FSDPModule) for layer in decoder_layers(part))
+    assert part.get_output_embeddings().weight is part.get_input_embeddings().weight
     objective(own, model_states(teacher, own, layers=True), None, mode).backward()
     for a, b in zip(part.parameters(), whole.parameters(), strict=True):
         if b.grad is not None:
