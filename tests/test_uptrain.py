@@ -493,22 +493,24 @@ def test_missing_peft_is_one_clear_error(fused: Path, data: str, monkeypatch: py
 def test_cached_teacher_is_the_live_one(
     fused: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    live, cache = train(fused, data, output=tmp_path / "live"), tmp_path / "cache"
-    first = train(fused, data, output=tmp_path / "first", teacher_cache=cache)
+    (tmp_path / "other.txt").write_text(" ".join(WORDS * 20))
+    options: dict[str, Any] = {"validation_data": str(tmp_path / "other.txt")}
+    live, cache = train(fused, data, output=tmp_path / "live", **options), tmp_path / "cache"
+    first = train(fused, data, output=tmp_path / "first", teacher_cache=cache, **options)
     loaded = []
 
-    def load(folder: Path, **options: Any) -> Any:
+    def load(folder: Path, **how: Any) -> Any:
         loaded.append(folder)
-        return load_model(folder, **options)
+        return load_model(folder, **how)
 
     monkeypatch.setattr(sys.modules["headfuse.uptrain"], "load_model", load)
-    second = train(fused, data, output=tmp_path / "second", teacher_cache=cache)
+    second = train(fused, data, output=tmp_path / "second", teacher_cache=cache, **options)
     assert loaded == [fused]
     assert first.nll_teacher == second.nll_teacher == pytest.approx(live.nll_teacher, abs=1e-6)
     assert losses(first.output) == losses(second.output)
     for a, b in zip(losses(live.output), losses(first.output), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
-    train(fused, data, output=tmp_path / "third", teacher_cache=cache, seed=1)  # other text: filled anew
+    train(fused, data, output=tmp_path / "third", teacher_cache=cache, **options, seed=1)  # another order
     assert loaded == [fused, fused, tmp_path / "source"]
     with pytest.raises(ConfigError, match="last states alone"):
         train(fused, data, output=tmp_path / "fourth", teacher_cache=cache, hidden=0.1)
