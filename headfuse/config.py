@@ -156,7 +156,13 @@ def load_config(name: str | None, overrides: Mapping[str, Any]) -> FuseConfig:
     return load_options(FuseConfig, name, overrides)
 
 
-def load_options(model: type[Options], name: str | None, overrides: Mapping[str, Any], folder: str = "") -> Options:
+def load_options(
+    model: type[Options],
+    name: str | None,
+    overrides: Mapping[str, Any],
+    folder: str = "",
+    fix: str = "see the README for every key",
+) -> Options:
     """Read a YAML file, or a packaged config by name, and lay the command line over it.
 
     Args:
@@ -164,6 +170,7 @@ def load_options(model: type[Options], name: str | None, overrides: Mapping[str,
         name: path of a YAML file, name of a packaged config, or None for the defaults.
         overrides: dotted option -> value; None values are skipped.
         folder: where in the package's data the packaged ones lie.
+        fix: where a reader finds every key.
 
     Raises:
         ConfigError: naming every problem with its place.
@@ -182,9 +189,7 @@ def load_options(model: type[Options], name: str | None, overrides: Mapping[str,
         return model.model_validate(raw)
     except ValidationError as error:
         problems = [_describe(dict(problem), model) for problem in error.errors()]
-        raise ConfigError(
-            "; ".join(dict.fromkeys(problems)), where=name or "options", fix="see the README for every key"
-        ) from None
+        raise ConfigError("; ".join(dict.fromkeys(problems)), where=name or "options", fix=fix) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,7 +108,7 @@ class Recipe(Strict):
 
     def named(self) -> dict[str, Any]:
         """Plain data in which texts have their names alone, as an output may hold it."""
-        names = {data_name(name): weight for name, weight in self.data.items()}
+        names = _distinct(self.data, data_name)
         validation = self.validation_data and data_name(self.validation_data)
         return {**self.model_dump(mode="json"), "data": names, "validation_data": validation}
 
@@ -120,7 +120,7 @@ class Recipe(Strict):
     def to_yaml(self) -> str:
         """The YAML that reproduces this recipe; a text at an absolute path is named by its file alone."""
         data = self.model_dump(mode="json", exclude_none=True)
-        data["data"] = {_relative(name): weight for name, weight in self.data.items()}
+        data["data"] = _distinct(self.data, _relative)
         if self.validation_data:
             data["validation_data"] = _relative(self.validation_data)
         return yaml.safe_dump(data, sort_keys=False)
@@ -132,7 +132,20 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: naming every problem with its place.
     """
-    return load_options(Recipe, name, overrides, "recipes")
+    return load_options(Recipe, name, overrides, "recipes", "docs/uptraining.md has every key")
+
+
+def _distinct(data: Mapping[str, float], name_of: Callable[[str], str]) -> dict[str, float]:
+    """The weights by shorter names, which get a number where two are the same."""
+    names: dict[str, float] = {}
+    for text, weight in data.items():
+        short = name = name_of(text)
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{short} ({number})"
+        names[name] = weight
+    return names
 
 
 def _relative(name: str) -> str:

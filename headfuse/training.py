@@ -35,6 +35,9 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 """Trackers of accelerate -> packages, of which one is needed."""
 
 
+_ANEW = "start anew with --overwrite, without --resume"
+
+
 class Teacher(Protocol):
     """What the loop asks a teacher for; see `teacher.py`."""
 
@@ -84,7 +87,10 @@ class Run:
         self.figures: dict[str, float | None] = {}
         saved = read_resume(folder, "uptrain") if resume else None
         if saved is not None:
-            self._go_on(saved)
+            try:
+                self._go_on(saved)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise OutputError("is damaged", where=folder / RESUME, fix=_ANEW) from None
         elif main:
             shutil.rmtree(folder / STATE, ignore_errors=True)
             (folder / RESUME).unlink(missing_ok=True)
@@ -109,8 +115,20 @@ class Run:
         self.validations = {int(step): nll for step, nll in saved["validations"].items()}
 
     def load(self, accelerator: Accelerator, step: int) -> None:
-        """Restore model, optimizer and random numbers of a state."""
-        accelerator.load_state(str(self._state(step)))
+        """Restore model, optimizer and random numbers of a state.
+
+        Raises:
+            OutputError: when it is missing or damaged.
+        """
+        if not self._state(step).is_dir():
+            raise OutputError("the state of the interrupted run is missing", where=self._state(step), fix=_ANEW)
+        try:
+            accelerator.load_state(str(self._state(step)))
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # torch.load and accelerate raise many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise OutputError(f"cannot be read: {reason}", where=self._state(step), fix=_ANEW) from None
 
     def save(self, accelerator: Accelerator, step: int, batch: Batch) -> None:
         """Write the state after `step` steps; the last one, and the best, stay until this one is complete."""

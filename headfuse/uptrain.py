@@ -245,6 +245,9 @@ def uptrain(
         )  # fmt: skip
         merge()
         windows = text.validation
+        nll_after = run.validations.get(run.best)
+        if recipe.train == "lora":  # as it is written: merged
+            nll_after = student_nll(accelerator, wrapped, windows)
         result = UptrainResult(
             output=output,
             teacher=teacher_name,
@@ -259,7 +262,7 @@ def uptrain(
             tokens_per_second=trained / seconds if seconds else 0.0,
             validation_windows=len(windows),
             nll_before=run.figures["nll_before"],
-            nll_after=student_nll(accelerator, wrapped, windows),
+            nll_after=nll_after,
             nll_teacher=run.figures["nll_teacher"],
         )
         run.log("end", nll_after=result.nll_after, best_step=result.best_step, epochs=result.epochs)

@@ -124,7 +124,7 @@ def data(tmp_path: Path) -> str:
     return str(path)
 
 
-def train(model: Path, data: str | None, **options: Any) -> UptrainResult:
+def train(model: Path, data: str | list[str] | None, **options: Any) -> UptrainResult:
     """Twelve steps of two windows of 16 tokens, checkpoints after 5 and 10."""
     defaults: dict[str, Any] = {
         "tokens": 12 * 32, "batch_size": 2, "sequence_length": 16, "checkpoint_every": 5, "learning_rate": 1e-2,
@@ -481,6 +481,13 @@ def test_only_attention_is_trained(
     again = load_model(result.output, device="cpu")
     nll = nll_per_window(again, TrainingText(data, load_tokenizer(model), 16, 0).validation).mean().item()
     assert nll == pytest.approx(result.nll_after, abs=1e-5)
+
+
+def test_texts_of_one_name_stay_apart(fused: Path, data: str, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "text.jsonl").write_bytes(Path(data).read_bytes())
+    result = train(fused, [data, str(tmp_path / "more" / "text.jsonl")], tokens=32)
+    assert records(result.output)[0]["recipe"]["data"] == {"text.jsonl": 1.0, "text.jsonl (2)": 1.0}
 
 
 def test_missing_peft_is_one_clear_error(fused: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -870,6 +877,24 @@ def test_interrupted_save_leaves_the_state_before(
     assert [folder.name for folder in state.iterdir()] == ["step-0000005"]
     train(fused, data, output=output, resume=True)
     assert file_sha256(output / "model.safetensors") == file_sha256(whole.output / "model.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["resume.json", "no state", "half a state"])
+def test_damaged_state_is_one_clear_error(fused: Path, data: str, tmp_path: Path, damage: str) -> None:
+    with pytest.raises(Stop):
+        train(fused, data, on_progress=stop_at(7))
+    partial = tmp_path / "fused-uptrained.partial"
+    (state,) = (partial / "state").iterdir()
+    if damage == "resume.json":
+        (partial / "resume.json").write_text('{"command": "uptrain", "recipe": {}, "inputs": {}}')
+    elif damage == "no state":
+        state.rename(tmp_path / "elsewhere")
+    else:
+        weights = state / "pytorch_model.bin"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(OutputError, match=r"damaged|is missing|cannot be read") as caught:
+        train(fused, data, resume=True)
+    assert "--overwrite" in str(caught.value)
 
 
 def test_only_the_last_state_is_kept(fused: Path, data: str, tmp_path: Path) -> None:
