@@ -239,8 +239,35 @@ def least_cost(total: int, choices: Choices, costs: CostTable | None = None) -> 
     return counts[::-1]
 
 
+def dha_greedy(total: int, choices: Choices, costs: CostTable | None = None) -> list[int]:
+    """The fewest for every row, then shares of n/2, n/4, n/8, ... where the loss per head is largest.
+
+    The loss of a row is its cost of keeping one head; a share raises a row to its size, and the last ones are single
+    heads (DHA, arXiv 2406.06567, appendix B.4, which names a dynamic programme and describes this greedy). The paper
+    caps the large shares without a number: here each size may spend half of what is left.
+    """
+    if costs is None:
+        raise ValueError("the greedy needs a cost table")
+    counts = [row[0] for row in choices]
+    left, share = total - sum(counts), max(row[-1] for row in choices) // 2
+    while left > 0:
+        spendable = left if share <= 1 else left // 2
+        before = left
+        for index in sorted(range(len(counts)), key=lambda i: (-costs[i][0] / counts[i], i)):
+            more = [c for c in choices[index] if counts[index] < c <= counts[index] + spendable]
+            level = min(more, default=0) if share <= 1 else max((c for c in more if c <= share), default=0)
+            if level:
+                spendable, left = spendable - (level - counts[index]), left - (level - counts[index])
+                counts[index] = level
+        if share <= 1 and left == before:
+            break
+        share //= 2
+    return counts
+
+
 ALLOCATORS: dict[str, Allocator] = {
     "uniform": uniform,
+    "dha-greedy": dha_greedy,
     "sensitivity": least_cost,
     "taylor": least_cost,
     "shapley": least_cost,

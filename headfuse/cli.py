@@ -155,9 +155,9 @@ Budget = Annotated[
         "--budget", "-b", parser=_budget, metavar="SHARE", help="Kept KV bytes over the source's: 0.25 or 1/4."
     ),
 ]
-Method = Annotated[str | None, typer.Option(help="subspace (default), align, mean, first.")]
-Allocator = Annotated[str | None, typer.Option(help="sensitivity (default), taylor, shapley or uniform.")]
-Grouping = Annotated[str | None, typer.Option(help="cluster (default) or neighbours.")]
+Method = Annotated[str | None, typer.Option(help="subspace (default), align, mean, first; dha trains.")]
+Allocator = Annotated[str | None, typer.Option(help="sensitivity (default), taylor, shapley, dha-greedy or uniform.")]
+Grouping = Annotated[str | None, typer.Option(help="cluster (default), neighbours or anneal.")]
 Layout = Annotated[LayoutName | None, typer.Option(help="How the result lies on disk.")]
 For = Annotated[Runtime | None, typer.Option("--for", help="Pick the layout that this runtime loads.")]
 Preset = Annotated[

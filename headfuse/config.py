@@ -19,7 +19,7 @@ from headfuse.grouping import GROUPERS
 from headfuse.plan import Layout
 from headfuse.presets import PRESETS
 
-METHODS = ("mean", "first", "align", "subspace")
+METHODS = ("mean", "first", "align", "subspace", "dha")
 """The names in FUSION_METHODS, written out because that table needs torch."""
 
 
@@ -121,6 +121,39 @@ class CalibrationConfig(Strict):
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.25
 
 
+Rate = Annotated[float, Field(gt=0)]
+Steps = Annotated[int, Field(ge=0, strict=True)]
+
+
+class DhaConfig(Strict):
+    """The trainings of `method: dha`; defaults are the paper's where it tells them (docs/dha.md)."""
+
+    search_steps: Steps = 240
+    fusion_steps: Steps = 1000
+    """At most, over all rounds."""
+    progressive: bool = True
+    """Rounds that halve the heads; else one round to the final groups."""
+    b: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Base of the decaying target of the fusion loss."""
+    k: Count | None = None
+    """Steps of a round until that target is zero; by default half of the round."""
+    stop: Annotated[float, Field(ge=0)] = 1e-3
+    """The fusion loss at which a round ends."""
+    raw_fusion_loss: bool = False
+    """The paper's sum over channels, pairs, groups and layers, instead of the mean."""
+    loss: Annotated[str, one_of("ce", "kl")] = "ce"
+    start: Annotated[str, one_of("raw", "align", "subspace")] = "raw"
+    """The basis in which heads are mixed: their own, or that of another method's maps."""
+    learning_rate: Rate = 1e-4
+    omega_learning_rate: Rate = 1e-2
+    lambda_learning_rate: Rate = 1e-2
+    lambda_start: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: Count = 64
+    micro_batch_size: Count = 8
+    """Windows in a forward pass."""
+    checkpoint_every: Count = 100
+
+
 class FuseConfig(Strict):
     """Every option of `headfuse fuse`."""
 
@@ -130,7 +163,27 @@ class FuseConfig(Strict):
     layout: Layout = "decoupled"
     preset: Annotated[str, one_of(*PRESETS)] = "balanced"
     calibration: CalibrationConfig = CalibrationConfig()
+    dha: DhaConfig = DhaConfig()
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_paper(cls, raw: Any) -> Any:
+        """Method dha has its own allocator and grouping where none are given."""
+        if not isinstance(raw, dict) or raw.get("method") != "dha":
+            return raw
+        budget = raw.get("budget") or {}
+        if isinstance(budget, BudgetConfig):
+            budget = budget.model_dump(exclude_unset=True)
+        if isinstance(budget, dict):
+            budget = {"allocator": "dha-greedy", **budget}
+        return {"grouping": "anneal", **raw, "budget": budget}
+
+    @model_validator(mode="after")
+    def _dha_is_decoupled(self) -> FuseConfig:
+        if self.method == "dha" and self.layout != "decoupled":
+            raise ValueError(f"method dha gives keys and values heads of their own: layout {self.layout} has none")
+        return self
 
     @property
     def rules(self) -> BudgetRules:
@@ -145,6 +198,8 @@ class FuseConfig(Strict):
             data["calibration"]["data"] = Path(self.calibration.data).name
         if self.budget.rules.total is None:
             data["budget"].pop("total", None)
+        if self.method != "dha":
+            data.pop("dha")
         return yaml.safe_dump(data, sort_keys=False)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import headfuse
+from headfuse import dha
 from headfuse.architectures import Architecture, AttentionWeights
 from headfuse.calibration import START_WEIGHT, CalibrationText
 from headfuse.card import fused_card
@@ -127,10 +128,16 @@ def fuse(
         "dtype": dtype,
         "plan": None if ready is None else ready.to_json(),
     }
+    trained = FUSION_METHODS[config.method].trained
+    if trained:
+        options["source"] = source.identity().fingerprint
     streamed = StreamedModel(source.checkpoint, source.config, pick_device(device))
     with output_folder(output, **place) as partial:
-        ready = _resumed_plan(partial, source, options) or ready
-        ready = ready or make_plan(source, config, survey(source, streamed, text, config, on_progress))
+        found = _resumed_plan(partial, source, options)
+        if trained:
+            training = _train(partial, source, streamed, text, config, ready, options, on_progress, trust_remote_code)
+            return _write_trained(partial, output, source, streamed, training, config, options)
+        ready = found or ready or make_plan(source, config, survey(source, streamed, text, config, on_progress))
         writer, done = _open_writer(source, streamed, ready, partial, options)
         _write_config(partial, source, ready, dtype)
         as_written = LAYOUTS[ready.layout].config(streamed.model.config.to_dict(), ready)
@@ -154,6 +161,47 @@ def default_output(model: str, source: Source, config: FuseConfig, plan: FusionP
     label = config.budget.label if plan is None else f"{plan.kv_ratio:.4g}"
     parent = Path(model).resolve().parent if Path(model).exists() else Path.cwd()
     return parent / f"{source.name.rsplit('/')[-1]}-headfuse-{label}"
+
+
+def _train(
+    partial: Path,
+    source: Source,
+    streamed: StreamedModel,
+    text: CalibrationText,
+    config: FuseConfig,
+    plan: FusionPlan | None,
+    options: dict[str, Any],
+    on_progress: Progress,
+    trust_remote_code: bool,
+) -> dha.Trained:
+    """The trained stages of method dha; resumable from their first step on."""
+    if read_resume(partial, "fuse") is None:
+        write_resume(partial, "fuse", {"options": options})
+    return dha.train(source, streamed, config, text, partial, plan, on_progress, trust_remote_code)
+
+
+def _write_trained(
+    partial: Path,
+    output: Path,
+    source: Source,
+    streamed: StreamedModel,
+    trained: dha.Trained,
+    config: FuseConfig,
+    options: dict[str, Any],
+) -> FuseResult:
+    """Write trained weights, where nothing was trained the source's, as the other methods' are written."""
+    writer, _ = _open_writer(source, streamed, trained.plan, partial, options)
+    for name in writer.shapes:
+        tensor = trained.weights.get(name)
+        writer.write(name, source.checkpoint.read(name) if tensor is None else tensor)
+    _write_config(partial, source, trained.plan, options["dtype"])
+    itemsize = next(iter(writer.dtypes.values())).itemsize
+    kv_bytes = source.heads.kv_bytes_per_token(itemsize), trained.plan.kv_bytes_per_token(itemsize)
+    stages = (Stage("trained", trained.nll_after),)
+    result = FuseResult(output, trained.plan, stages, trained.nll_before, *kv_bytes)
+    _write_beside_weights(partial, source, result, config, writer)
+    Checkpoint(partial)
+    return result
 
 
 def _convert(
@@ -282,7 +330,8 @@ def _resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> Fus
         return None
     before = state.get("options", {})
     changed = [name for name in options if options[name] != before.get(name)]
-    plan = None if changed else _plan_of(partial)
+    trained = "source" in options  # the plan is in the state of the training
+    plan = None if changed or trained else _plan_of(partial)
     if plan is not None and plan.source != source.identity():
         changed = ["source"]
     if changed:

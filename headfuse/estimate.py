@@ -10,6 +10,7 @@ import torch
 
 from headfuse.calibration import MAX_ROWS, START_LENGTH, STARTS_PER_WINDOW
 from headfuse.config import FuseConfig
+from headfuse.dha import training_memory
 from headfuse.fusion import FUSION_METHODS
 from headfuse.loading import pick_device
 from headfuse.planning import SURVEYED
@@ -65,6 +66,13 @@ def estimate(source: Source, config: FuseConfig, device: str = "auto") -> Estima
     moments = rows * (2 * length * pairs + 4 * pairs**2) + 30 * pairs**3  # float64 counts twice
     passes = seen + 2 * held_out + seen * SURVEYED
     work = passes * once + layers * (seen * per_token + 2 * moments) + 2 * 2 * held_out * head
+
+    if FUSION_METHODS[config.method].trained:
+        steps = config.dha.search_steps + config.dha.fusion_steps
+        tokens = steps * config.dha.batch_size * length
+        per_token = (3 + (config.dha.loss == "kl")) * (once + 2 * head)  # forward, backward, the teacher's forward
+        seconds = tokens * per_token / (EFFICIENCY * _speed(device)) + source.checkpoint.nbytes / 5e8 + 5
+        return Estimate(LIBRARIES + training_memory(source, config), seconds)
 
     preset = PRESETS[config.preset]
     if preset.end_loss_probes and config.budget.allocator == "sensitivity" and config.layout != "gqa":

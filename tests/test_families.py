@@ -146,7 +146,7 @@ def test_full_budget_copies_bit_for_bit(tmp_path: Path, family: str, layout: str
         torch.testing.assert_close(logits(model), logits(tmp_path / "out"), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", sorted(FUSION_METHODS))
+@pytest.mark.parametrize("method", [name for name, method in FUSION_METHODS.items() if not method.trained])
 @pytest.mark.parametrize("family", [family for family in KINDS if family in ARCHITECTURES])
 def test_every_method_fuses_every_kind_of_key(tmp_path: Path, family: str, method: str) -> None:
     """Unequal groups of unrelated heads: a finite model that is not the source."""

@@ -25,6 +25,7 @@ ORDER = [
     ["source", "fuse_layer", "refine_model", "importance", "probes"],
     ["planning", "evaluate", "card"],
     ["teacher", "training"],
+    ["dha"],
     ["convert", "uptrain", "analysis", "estimate", "export"],
     ["commands"],
     ["cli"],

@@ -34,6 +34,8 @@ class FusionMethod:
     """In the place of `keys` behind a norm: real factors for writing, 1 for reading."""
     lossless: bool = False
     """Exact on heads that are equal up to a function-preserving map."""
+    trained: bool = False
+    """The maps are where a training of the whole model starts from (dha.py)."""
 
     def rotary_slots(self, groups: Groups, moments: KeyMoments) -> Groups | None:
         """The frequency of each slot of each fused key head; None where all are in the stock order."""
@@ -90,4 +92,5 @@ FUSION_METHODS: dict[str, FusionMethod] = {
         normed_keys=subspace.normed_keys,
         lossless=True,
     ),
+    "dha": FusionMethod(mean.keys, mean.values, trained=True),
 }
