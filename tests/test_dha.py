@@ -52,6 +52,12 @@ def outputs(model: Any) -> torch.Tensor:
     return result
 
 
+def symmetric(n: int) -> list[list[float]]:
+    cost = torch.rand(n, n, generator=torch.Generator().manual_seed(0))
+    found: list[list[float]] = (cost + cost.T).fill_diagonal_(0).tolist()
+    return found
+
+
 PAIRS = ((0, 2), (1, 3))
 UNEVEN = ((0, 1, 3), (2,))
 
@@ -116,7 +122,9 @@ def test_another_basis_changes_no_output(tmp_path: Path, start: str, model_type:
     document = fuse(folder, tmp_path / "plan", "--budget", "1/2", "--method", "mean", "--allocator", "uniform")
     model, streamed = opened(folder)
     wanted, before = outputs(model), model.model.layers[0].self_attn.k_proj.weight.clone()
-    config = FuseConfig(calibration={"data": str(tmp_path / "text.txt"), "samples": 4, "sequence_length": 32})
+    config = FuseConfig.model_validate(
+        {"calibration": {"data": str(tmp_path / "text.txt"), "samples": 4, "sequence_length": 32}}
+    )
     text = Source.open(str(folder)).calibration_text(config)
     stages.rebase(model, streamed, read_plan(Path(document["output"])), text, start)
     torch.testing.assert_close(outputs(model), wanted, rtol=1e-4, atol=1e-4)
@@ -127,8 +135,7 @@ def test_another_basis_changes_no_output(tmp_path: Path, start: str, model_type:
 
 
 def test_annealing_gives_equal_groups_by_its_seed() -> None:
-    cost = torch.rand(12, 12, generator=torch.Generator().manual_seed(0))
-    cost = (cost + cost.T).fill_diagonal_(0).tolist()
+    cost = symmetric(12)
     found = {anneal(cost, 4, True, seed) for seed in range(8)}
     assert len(found) > 1
     assert all({len(group) for group in groups} == {3} for groups in found)
@@ -141,8 +148,7 @@ def test_annealing_gives_equal_groups_by_its_seed() -> None:
 @pytest.mark.parametrize("grouping", ["anneal", "cluster", "neighbours"])
 @pytest.mark.parametrize("progressive", [True, False])
 def test_rounds_end_at_every_count(grouping: str, progressive: bool) -> None:
-    cost = torch.rand(7, 7, generator=torch.Generator().manual_seed(0))
-    cost = (cost + cost.T).fill_diagonal_(0).tolist()
+    cost = symmetric(7)
     for count in range(1, 8):
         heads = 7
         for groups in stages.divide(cost, count, grouping, progressive, 0):
@@ -207,7 +213,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
     fuse(model, tmp_path / "whole", "--config", config)
     save: Callable[..., None] = stages.Training._save
     for killed_at in (1, 2, 3, 5):  # in the search, at its end, in the first round, in the second
-        saves = []
+        saves: list[int] = []
 
         def stop(self: Any, *args: Any, saves: list[int] = saves, killed_at: int = killed_at) -> None:
             save(self, *args)
