@@ -3,17 +3,57 @@
 This file is shipped beside the weights, so it imports only transformers and the standard library.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 FORMAT = 1
-FAMILIES = {"llama": "o_proj", "mistral": "o_proj", "qwen2": "o_proj", "qwen3": "o_proj"}
-"""Model families whose attention can be decoupled, and the name of their output projection.
 
-A family fits if its attention is `self_attn` of each of `layers`, has `q_proj`, `k_proj` and `v_proj`, rotates
-half-style, goes through the attention interface, and has at most per-head norms `q_norm` and `k_norm`.
-"""
+
+@dataclass(frozen=True)
+class Family:
+    """Where the stock classes of a model family keep what is replaced, and how they rotate keys.
+
+    A decoupled model stores `q_proj`, `k_proj` and `v_proj` whatever its family has, with the channels of a query or
+    key head in one order: the first channels of all rotary planes, the second ones, then those that are not rotated.
+    Scaling, dropout, clamps (`clip_qkv`) and the window of an attention are read from its stock module and config.
+    """
+
+    layers: str = "layers"
+    """The list of decoder layers, relative to the base model."""
+    attention: str = "self_attn"
+    """The attention module, relative to a layer."""
+    packed: str | None = None
+    """The stock projection of queries, keys and values together, where there is one."""
+    output: str = "o_proj"
+    """The output projection, relative to the attention module; stays as it is."""
+    rotary: Literal["half", "interleaved", "none"] = "half"
+    """How the model's cos and sin [b, s, 2 p] hold the p frequencies: as two halves, each one twice in a row, or there
+    are none. Where a layer gets none, they are its own table `embed_positions`, at `position_ids`."""
+    norm: Literal["head", "layer"] | None = None
+    """`q_norm` and `k_norm` before RoPE: over the channels of each head, or over those of all heads at once."""
+
+
+FAMILIES: dict[str, Family] = {
+    "cohere": Family(rotary="interleaved"),
+    "gemma": Family(),
+    "gpt2": Family("h", "attn", "c_attn", "c_proj", "none"),
+    "gpt_neox": Family("layers", "attention", "query_key_value", "dense"),
+    "gptj": Family("h", "attn", None, "out_proj", "interleaved"),
+    "granite": Family(),
+    "llama": Family(),
+    "mistral": Family(),
+    "olmo": Family(),
+    "olmo2": Family(norm="layer"),
+    "opt": Family("decoder.layers", output="out_proj", rotary="none"),
+    "phi": Family(output="dense"),
+    "phi3": Family(packed="qkv_proj"),
+    "qwen2": Family(),
+    "qwen3": Family(norm="head"),
+    "stablelm": Family(),
+}
+"""Model families whose attention can be decoupled."""
 AUTO_MAP = {
     "AutoConfig": "configuration_headfuse.HeadfuseConfig",
     "AutoModel": "modeling_headfuse.HeadfuseModel",
@@ -22,6 +62,8 @@ AUTO_MAP = {
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NOT_INHERITED = ("quantization_config", "transformers_weights", "gradient_checkpointing")
 """Attributes of a source config that speak of its files or its run, not of its architecture."""
+READ_BY_STOCK_CLASSES = ("_remove_final_layer_norm",)
+"""Private attributes of a source config that its models read."""
 
 
 class HeadfuseConfig(PreTrainedConfig):
@@ -36,8 +78,8 @@ class HeadfuseConfig(PreTrainedConfig):
         num_value_heads: value heads of each layer.
         key_head_of_query: for each layer, the key head that each query head reads.
         value_head_of_query: for each layer, the value head that each query head reads.
-        rotary_slots: None, or for each layer None (the stock order) or a table [key heads, head_dim / 2]: the rotary
-            frequency that each slot of a key head carries. Slot s is the pair of channels (s, s + head_dim / 2).
+        rotary_slots: None, or for each layer None (the stock order) or a table [key heads, p]: the rotary frequency
+            that each slot of a key head carries, where p planes are rotated. Slot s is the pair of channels (s, s + p).
 
     Raises:
         ValueError: naming the field and the layer that do not fit.
@@ -72,9 +114,15 @@ class HeadfuseConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         source = self.__dict__.get("source_config")
-        if name.startswith("_") or name in NOT_INHERITED or not isinstance(source, PreTrainedConfig):
+        hidden = name in NOT_INHERITED or (name.startswith("_") and name not in READ_BY_STOCK_CLASSES)
+        if hidden or not isinstance(source, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(source, name)
+
+    @property
+    def family(self) -> Family:
+        """The table entry of the source's family."""
+        return FAMILIES[self.source_config.model_type]
 
     @property
     def num_key_value_heads(self) -> int:
@@ -97,7 +145,7 @@ class HeadfuseConfig(PreTrainedConfig):
     def _check_slots(self) -> None:
         if self.rotary_slots is None:
             return
-        head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+        planes = rotary_dim(self.source_config) // 2
         for layer_idx, table in enumerate(self._per_layer("rotary_slots")):
             if table is None:
                 continue
@@ -105,16 +153,24 @@ class HeadfuseConfig(PreTrainedConfig):
             if not isinstance(table, list | tuple) or len(table) != num_heads:
                 raise ValueError(f"rotary_slots[{layer_idx}]: must be null or {num_heads} lists, one per key head")
             for head, frequencies in enumerate(table):
-                if not _is_table(frequencies, head_dim // 2) or not all(0 <= f < head_dim // 2 for f in frequencies):
-                    raise ValueError(
-                        f"rotary_slots[{layer_idx}][{head}]: must be {head_dim // 2} integers in [0, {head_dim // 2})"
-                    )
+                if not _is_table(frequencies, planes) or not all(0 <= f < planes for f in frequencies):
+                    raise ValueError(f"rotary_slots[{layer_idx}][{head}]: must be {planes} integers in [0, {planes})")
 
     def _per_layer(self, name: str) -> list[Any]:
         value, num_layers = getattr(self, name), self.source_config.num_hidden_layers
         if not isinstance(value, list | tuple) or len(value) != num_layers:
             raise ValueError(f"{name}: must be a list of {num_layers} entries, one per layer")
         return list(value)
+
+
+def rotary_dim(config: Any) -> int:
+    """Channels of a key head that RoPE rotates in a source model; the first ones."""
+    if FAMILIES[config.model_type].rotary == "none":
+        return 0
+    if getattr(config, "rotary_dim", None):
+        return int(config.rotary_dim)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * ((getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0))
 
 
 def _is_table(value: object, length: int) -> bool:

@@ -17,14 +17,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, Cache, Gene
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .configuration_headfuse import FAMILIES, HeadfuseConfig
+from .configuration_headfuse import HeadfuseConfig
 
 
 class HeadfuseAttention(nn.Module):
     """Attention with `nk` key heads and `nv` value heads, and a free map from the `n_q` query heads to each.
 
-    An instance is a stock attention module whose class was made a subclass of this one: its norms, scaling, dropout,
-    query projection and output projection stay as they are.
+    An instance is a stock attention module whose class was made a subclass of this one: its norms, scaling, dropout
+    and output projection stay as they are.
     """
 
     config: HeadfuseConfig
@@ -32,43 +32,51 @@ class HeadfuseAttention(nn.Module):
     head_dim: int
     scaling: float
     attention_dropout: float
+    clip: float | None
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
+    resid_dropout: nn.Module
+    embed_positions: torch.Tensor
     sliding_window: int | None
     num_key_value_groups: int
+    num_heads: tuple[int, int]
     cache_heads: int
     key_heads: torch.Tensor | None
     value_heads: torch.Tensor | None
     query_slots: torch.Tensor | None
     score_slots: torch.Tensor | None
     output_slots: torch.Tensor | None
-    key_frequencies: torch.Tensor | None
-    query_frequencies: torch.Tensor | None
+    frequencies: torch.Tensor | None
 
     def decouple(self, config: HeadfuseConfig) -> None:
         """Give a stock attention module, whose class has just become this one, the heads of its layer."""
+        num_queries = config.num_attention_heads
         num_keys, num_values = config.num_key_heads[self.layer_idx], config.num_value_heads[self.layer_idx]
-        for name, num_heads in (("k_proj", num_keys), ("v_proj", num_values)):
-            stock = getattr(self, name)
-            resized = nn.Linear(
-                stock.in_features,
-                num_heads * self.head_dim,
-                bias=stock.bias is not None,
-                device=stock.weight.device,
-                dtype=stock.weight.dtype,
-            )
-            setattr(self, name, resized)
+        family = config.family
+        self.head_dim = getattr(config.source_config, "head_dim", None) or config.hidden_size // num_queries
+        stock = getattr(self, family.packed or "q_proj")
+        has_bias = stock.bias is not None
+        for name, heads in (("q_proj", num_queries), ("k_proj", num_keys), ("v_proj", num_values)):
+            setattr(self, name, nn.Linear(config.hidden_size, heads * self.head_dim, bias=has_bias).to(stock.weight))
+        if family.packed:
+            delattr(self, family.packed)
+        if family.norm == "layer":
+            self.k_norm = type(self.k_norm)(num_keys * self.head_dim, self.k_norm.variance_epsilon)
+        self.num_heads = (num_queries, num_keys)
         self.cache_heads = math.gcd(num_keys, num_values)
+        self.scaling = getattr(self, "scaling", self.head_dim**-0.5)
+        self.attention_dropout = _dropout(self)
+        self.clip = getattr(config, "clip_qkv", None)
         if not hasattr(self, "sliding_window"):
             self.sliding_window = getattr(config, "sliding_window", None)
         self.num_key_value_groups, tables = self._tables()
         for name, table in tables.items():
             self.register_buffer(name, None if table is None else torch.tensor(table), persistent=False)
 
-    def _tables(self) -> tuple[int, dict[str, list[Any] | None]]:
+    def _tables(self) -> tuple[int, dict[str, list[int] | None]]:
         """Query heads that share one expanded key and value head, and the index buffers (None = nothing to do)."""
         key_map = list(self.config.key_head_of_query[self.layer_idx])
         value_map = list(self.config.value_head_of_query[self.layer_idx])
@@ -78,14 +86,16 @@ class HeadfuseAttention(nn.Module):
         # One query: query heads sorted by key head and by value head, the groups padded to the largest.
         by_key, by_value = _slots(key_map), _slots(value_map)
         slots = self.config.rotary_slots and self.config.rotary_slots[self.layer_idx]
+        stride = 2 if self.config.family.rotary == "interleaved" else 1
+        planes = [[stride * f for f in head] for head in slots] if slots else []
         return group, {
             "key_heads": _index(key_map[::group], max(key_map) + 1),
             "value_heads": _index(value_map[::group], max(value_map) + 1),
             "query_slots": _index(by_key, num_queries),
             "score_slots": _index([by_key.index(query) for query in by_value], len(by_key)),
             "output_slots": _index([by_value.index(query) for query in range(num_queries)], len(by_value)),
-            "key_frequencies": [list(head) for head in slots] if slots else None,
-            "query_frequencies": [list(slots[head]) for head in key_map] if slots else None,
+            # of all query heads, then of all key heads
+            "frequencies": [f for head in (*key_map, *range(len(planes))) for f in planes[head]] if slots else None,
         }
 
     def reset_tables(self) -> None:
@@ -97,20 +107,26 @@ class HeadfuseAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        layer_past: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from `hidden_states` [batch, length, hidden] to themselves and to the cache."""
+        past_key_values = layer_past if past_key_values is None else past_key_values
         batch, length, _ = hidden_states.shape
         heads = (batch, length, -1, self.head_dim)
-        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
-        value = self.v_proj(hidden_states)
-        if hasattr(self, "q_norm"):
-            query, key = self.q_norm(query), self.k_norm(key)
-        query = rotate(query, *position_embeddings, self.query_frequencies).transpose(1, 2)
-        key = rotate(key, *position_embeddings, self.key_frequencies)
+        query, key, value = self._project(hidden_states, heads)
+        if position_embeddings is None and self.config.family.rotary != "none":
+            sin, cos = self.embed_positions[position_ids].repeat_interleave(2, dim=-1).chunk(2, dim=-1)
+            position_embeddings = cos, sin
+        if position_embeddings is not None:
+            cos, sin = (self._angles(angles) for angles in position_embeddings)
+            both = rotate(torch.cat((query, key), dim=2), cos, sin)  # in one go: a decode step is bound by calls
+            query, key = both.split(self.num_heads, dim=2)
+        query = query.transpose(1, 2)
 
         # Static caches size both buffers by one head count: there neighbouring heads share a row of the cache.
         static = past_key_values is not None and past_key_values.is_compileable
@@ -119,7 +135,7 @@ class HeadfuseAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        if self._reads_once(length, attention_mask):
+        if self._reads_once(length, key.shape[2], attention_mask):
             output, weights = self._attend_once(query, key, value, attention_mask)
         else:
             attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -136,16 +152,39 @@ class HeadfuseAttention(nn.Module):
                 sliding_window=self.sliding_window,
                 **kwargs,
             )
-        output_proj = getattr(self, FAMILIES[self.config.source_config.model_type])
-        return output_proj(output.reshape(batch, length, -1).contiguous()), weights
+        output = getattr(self, self.config.family.output)(output.reshape(batch, length, -1).contiguous())
+        return self.resid_dropout(output) if hasattr(self, "resid_dropout") else output, weights
 
-    def _reads_once(self, length: int, attention_mask: torch.Tensor | None) -> bool:
-        return (
-            length == 1
-            and self.config._attn_implementation in ("eager", "sdpa")
-            and not (self.training or torch.is_grad_enabled())
-            and (attention_mask is None or attention_mask.shape[1] == 1)
-        )
+    def _project(
+        self, hidden_states: torch.Tensor, heads: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [b, s, heads, d] before the rotation."""
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        norm = self.config.family.norm
+        if norm == "layer":
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.clip is not None:
+            query, key, value = (states.clamp(-self.clip, self.clip) for states in (query, key, value))
+        query, key, value = query.view(heads), key.view(heads), value.view(heads)
+        if norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value
+
+    def _angles(self, angles: torch.Tensor) -> torch.Tensor:
+        """The cos or sin [b, s, 2 p] as [b, s, 1 or heads, p]: of each slot of all query heads, then of key heads."""
+        planes = angles.shape[-1] // 2
+        if self.frequencies is not None:
+            return angles.index_select(-1, self.frequencies).unflatten(-1, (-1, planes))
+        return (angles[..., ::2] if self.config.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
+
+    def _reads_once(self, length: int, num_cached: int, attention_mask: torch.Tensor | None) -> bool:
+        if length != 1 or self.training or torch.is_grad_enabled():
+            return False
+        if self.config._attn_implementation in ("eager", "sdpa"):
+            return attention_mask is None or attention_mask.shape[1] == 1
+        # these apply the window themselves, and other masks have forms of their own
+        is_flash = str(self.config._attn_implementation).startswith("flash_attention")
+        return is_flash and attention_mask is None and (self.sliding_window or num_cached) >= num_cached
 
     def _attend_once(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
@@ -155,39 +194,37 @@ class HeadfuseAttention(nn.Module):
         `query` [b, n_q, 1, d], folded `key` and `value`, mask [b, 1, 1, s] (bool, additive or None) to the output
         [b, n_q, d] and, for "eager", the attention weights [b, n_q, 1, s].
         """
-        grouped = _select(query.squeeze(2), self.query_slots)
+        grouped = _select(query.squeeze(2) * self.scaling, self.query_slots)
         scores = _select(_grouped_product(grouped, _heads(key, self.head_dim, transpose=True)), self.score_slots)
-        scores = scores.float() * self.scaling
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attention_mask[:, 0], torch.finfo(scores.dtype).min)
         elif attention_mask is not None:
             scores = scores + attention_mask[:, 0]
-        weights = scores.softmax(dim=-1).to(query.dtype)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
         output = _grouped_product(weights, _heads(value, self.head_dim))
         if self.config._attn_implementation != "eager":
             return _select(output, self.output_slots), None
         return _select(output, self.output_slots), _select(weights, self.output_slots).unsqueeze(2)
 
 
-def rotate(
-    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frequencies: torch.Tensor | None
-) -> torch.Tensor:
-    """Rotary embedding, half style: slot s is the plane of channels (s, s + p) and stock RoPE turns it at frequency s.
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding: slot s of a head is the plane of channels (s, s + p).
 
     Args:
         states: [b, s, n, d]; channels from 2 p on are not rotated.
-        cos: [b, s, 2 p], two equal halves, from the model's own rotary embedding.
+        cos: [b, s, 1 or n, p], of the frequency that each slot carries.
         sin: likewise.
-        frequencies: None for the stock order, or [n, p]: the frequency that each slot of each head carries.
     """
-    half = cos.shape[-1] // 2
-    cos, sin = cos[..., :half], sin[..., :half]
-    if frequencies is None:
-        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    else:
-        cos, sin = cos[..., frequencies], sin[..., frequencies]
-    first, second, rest = states.split([half, half, states.shape[-1] - 2 * half], dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    planes = cos.shape[-1]
+    first, second, rest = states.split([planes, planes, states.shape[-1] - 2 * planes], dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(states.dtype)
+
+
+def _dropout(attention: nn.Module) -> float:
+    """The dropout of attention weights, under one of its names."""
+    rates = (getattr(attention, name, None) for name in ("attention_dropout", "attn_dropout", "dropout"))
+    rate = next((rate for rate in rates if rate is not None), 0.0)
+    return float(getattr(rate, "p", rate))
 
 
 def _changes(heads: list[int]) -> list[int]:
@@ -216,19 +253,21 @@ def _unfold(folded: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def _heads(folded: torch.Tensor, head_dim: int, transpose: bool = False) -> tuple[torch.Tensor, ...]:
-    """Views that a batched product reads without a copy: [b, h, s, r d] -> r times [b, h, s, d], or [b, h, d, s].
+    """Views that a batched product reads without a copy: [b, h, s, r d] -> r times [b h, s, d], or [b h, d, s].
 
-    A single [b, h r, s, d] is one only if b h = 1; else its batch and heads are not a stride apart.
+    A single one of h r heads exists only if b h = 1; else batch and heads are not a stride apart.
     """
     heads = (_unfold(folded, head_dim),) if folded.shape[:2] == (1, 1) else folded.split(head_dim, dim=-1)
-    return tuple(head.mT if transpose else head for head in heads)
+    return tuple(head.flatten(0, 1).mT if transpose else head.flatten(0, 1) for head in heads)
 
 
 def _grouped_product(rows: torch.Tensor, heads: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Product of `rows` [b, h r g, i] with the head of their group: r views [b, h, i, j] -> [b, h r g, j]."""
+    """Product of `rows` [b, h r g, i] with the head of their group: r views [b h, i, j] -> [b, h r g, j]."""
     batch, num_rows, size = rows.shape
-    rows = rows.view(batch, heads[0].shape[1], len(heads), -1, size)
-    return torch.stack([rows[:, :, i] @ head for i, head in enumerate(heads)], dim=2).view(batch, num_rows, -1)
+    rows = rows.reshape(heads[0].shape[0], len(heads), -1, size)
+    products = [rows[:, i] @ head for i, head in enumerate(heads)]
+    product = products[0] if len(heads) == 1 else torch.stack(products, dim=1)
+    return product.view(batch, num_rows, -1)
 
 
 @cache
@@ -257,9 +296,10 @@ class HeadfusePreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: HeadfuseConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        for layer in self.base_model.layers:
-            layer.self_attn.__class__ = _specialise(HeadfuseAttention, layer.self_attn.__class__)
-            layer.self_attn.decouple(config)
+        for layer in self.base_model.get_submodule(config.family.layers):
+            attention = getattr(layer, config.family.attention)
+            attention.__class__ = _specialise(HeadfuseAttention, attention.__class__)
+            attention.decouple(config)
         self.post_init()
 
     def initialize_weights(self) -> None:
