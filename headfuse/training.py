@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -214,6 +215,8 @@ def make_accelerator(
             raise MissingExtraError(
                 "is not installed", where=f"--tracker {name}", fix=f"pip install {TRACKERS[name][0]}"
             )
+    # else transformers leaves every model but the first process's empty, and the teacher is not one that is sharded
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     target = pick_device(device)
     bfloat16 = target.type == "cuda" and torch.cuda.is_bf16_supported()
     return Accelerator(
@@ -277,7 +280,9 @@ def train(
     if not start:
         run.log("start", recipe=recipe.named(), **run.inputs, steps=steps, **run.figures)
     if trackers is not None:
-        accelerator.init_trackers("headfuse", config=dict(trackers))
+        folder = Path(accelerator.logging_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers("headfuse", config=dict(trackers), init_kwargs={"wandb": {"dir": str(folder)}})
 
     validation = run.validations[max(run.validations)] if run.validations else run.figures["nll_before"]
     began = saved = time.monotonic()

@@ -726,6 +726,16 @@ def test_tensorboard(fused: Path, data: str, tmp_path: Path) -> None:
     assert not list(result.output.rglob("events*"))  # their names hold that of the machine
 
 
+def test_wandb_offline(fused: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    train(fused, data, trackers=["wandb"])
+    assert list((tmp_path / "runs" / "fused-uptrained").rglob("run-*.wandb"))
+    assert not (tmp_path / "wandb").exists()
+
+
 def test_unknown_and_missing_trackers(fused: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="choose from tensorboard, wandb"):
         train(fused, data, trackers=["tensorbord"])
