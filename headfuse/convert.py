@@ -328,7 +328,8 @@ def _resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> Fus
     state = read_resume(partial, "fuse")
     if state is None:
         return None
-    before = state.get("options", {})
+    before = state.get("options")
+    before = before if isinstance(before, dict) else {}
     changed = [name for name in options if options[name] != before.get(name)]
     trained = "source" in options  # the plan is in the state of the training
     plan = None if changed or trained else _plan_of(partial)

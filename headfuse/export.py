@@ -33,6 +33,7 @@ from headfuse.layouts import LAYOUTS, decoupled, gguf, layerwise
 from headfuse.layouts.relayout import HeadMaps, StockHeads, common_group
 from headfuse.loading import load_tokenizer
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, query_order
+from headfuse.streaming import model_without_weights
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Folder:
             both = zip(loaded.key_head_of_query, loaded.value_head_of_query, strict=True)
             maps = tuple(HeadMaps(tuple(keys), tuple(values)) for keys, values in both)
         elif hasattr(loaded, "num_key_value_heads_per_layer"):
-            if loaded.source_model_type not in layerwise.FAMILIES:
+            if str(loaded.source_model_type) not in layerwise.FAMILIES:
                 raise CheckpointError(
                     f"source_model_type is {loaded.source_model_type!r}", where=path / "config.json",
                     fix="restore the config.json that headfuse wrote",
@@ -91,12 +92,45 @@ class Folder:
             counts = loaded.num_key_value_heads_per_layer
             maps = tuple(HeadMaps.stock(loaded.num_attention_heads, count) for count in counts)
         fields = {name: value for name, value in family.items() if name != "model_type"}
-        config = AutoConfig.for_model(family["model_type"], **fields)
+        try:
+            config = AutoConfig.for_model(family["model_type"], **fields)
+        except Exception as error:  # the strict configs of transformers raise many kinds
+            reason = " ".join(str(error).split())[:300]
+            fix = "restore the config.json that headfuse wrote"
+            raise CheckpointError(reason, where=path / "config.json", fix=fix) from None
         heads = head_layout(config, path / "config.json")
         if maps is None:
             maps = (HeadMaps.stock(heads.num_attention_heads, heads.num_key_value_heads),) * heads.num_hidden_layers
         plan = read_plan(path) if (path / "plan.json").exists() else None
-        return cls(path, layout, family, config, heads, maps, Checkpoint(path), plan)
+        shape = ("num_hidden_layers", "num_attention_heads", "head_dim")
+        if plan is not None and any(getattr(plan.heads, name) != getattr(heads, name) for name in shape):
+            raise CheckpointError(
+                "plan.json is of a model of another shape than config.json", where=path,
+                fix="restore both as headfuse wrote them",
+            )  # fmt: skip
+        opened = cls(path, layout, family, config, heads, maps, Checkpoint(path), plan)
+        opened.check_shapes()
+        return opened
+
+    def check_shapes(self) -> None:
+        """Compare the tensors with the config, but for keys and values, whose heads are the layout's.
+
+        Raises:
+            CheckpointError: for the first that differs.
+        """
+        own = tuple(
+            f"{self.arch.attention_prefix(i)}.{name}."
+            for i in range(self.heads.num_hidden_layers)
+            for name in (self.arch.key, self.arch.value)
+        )
+        for name, tensor in model_without_weights(self.config, self.path).state_dict().items():
+            shape = self.checkpoint.shapes.get(name, tuple(tensor.shape))
+            if shape != tuple(tensor.shape) and not name.startswith(own):
+                raise CheckpointError(
+                    f"tensor {name} has shape {list(shape)}, config.json makes it {list(tensor.shape)}",
+                    where=self.path,
+                    fix="config.json and the weights do not belong together: restore both from one source",
+                )
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,25 @@ class HiddenStates:
         return len(self.hidden)
 
 
+def model_without_weights(config: PreTrainedConfig, folder: Path, attention: str = "sdpa") -> PreTrainedModel:
+    """The model of a config, on the meta device.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    except Exception as error:  # a field that no check of transformers caught, such as an unknown activation
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(
+            f"describes no model that can be built ({reason})",
+            where=folder / "config.json",
+            fix="use the config.json that came with the model",
+        ) from None
+    return model.eval()
+
+
 class StreamedModel:
     """A causal language model whose decoder layers are loaded one after another, computed in float32.
 
@@ -90,17 +110,7 @@ class StreamedModel:
         self.arch, self.heads = architecture_of(config.model_type), head_layout(config)
         self.order = canonical_order(self.arch, self.heads)
         self.num_layers = config.num_hidden_layers
-        try:
-            with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(config, attn_implementation=_CAPTURE, dtype=torch.float32)
-        except Exception as error:  # a field that no check of transformers caught, such as an unknown activation
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise CheckpointError(
-                f"describes no model that can be built ({reason})",
-                where=checkpoint.folder / "config.json",
-                fix="use the config.json that came with the model",
-            ) from None
-        self.model.eval()
+        self.model = model_without_weights(config, checkpoint.folder, _CAPTURE)
         self.layers: list[nn.Module] = [
             self.model.get_submodule(self.arch.layer_prefix(i)) for i in range(self.num_layers)
         ]

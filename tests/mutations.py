@@ -23,6 +23,7 @@ from conftest import run, tiny_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from headfuse import convert
 from headfuse.cli import app
 
 PATIENCE = 60
@@ -51,6 +52,8 @@ class Place:
         (root / "lines.jsonl").write_text('{"text": "the head of a key"}\n' * 40)
         run(*place.fuse(place.model), "-o", place.fused)
         shutil.copyfile(place.fused / "plan.json", root / "plan.json")
+        run(*place.fuse(place.model), "--layout", "layerwise", "-o", place.layerwise)
+        place.interrupt()
         (root / "gates.yaml").write_text('gates:\n- "nll<=99"\n- "parameters>=1"\n- "perplexity<=1e9"\n')
         (root / "recipe.yaml").write_text("loss: kl\nlearning_rate: 1e-4\nbatch_size: 2\nsequence_length: 8\n")
         return place
@@ -58,11 +61,29 @@ class Place:
     model = property(lambda self: self.root / "model")
     shards = property(lambda self: self.root / "shards")
     fused = property(lambda self: self.root / "fused")
+    layerwise = property(lambda self: self.root / "layerwise")
+    remains = property(lambda self: self.root / "remains")
     out = property(lambda self: self.root / "out")
+    partial = property(lambda self: self.root / "out.partial")
     marker = property(lambda self: self.root / "code-was-run")
 
     def fuse(self, model: Path, *more: object) -> tuple[object, ...]:
         return ("fuse", model, "--data", self.root / "text.txt", "--budget", 1 / 2, "--preset", "fast", *SIZE, *more)
+
+    def interrupt(self) -> None:
+        """Leave in `remains/` what a conversion to `out` has done when Ctrl-C comes after its layer."""
+        add = convert.Done.add
+
+        def interrupted(self: convert.Done, layer_idx: int) -> None:
+            add(self, layer_idx)
+            raise KeyboardInterrupt
+
+        convert.Done.add = interrupted  # type: ignore[method-assign]
+        try:
+            run(*self.fuse(self.model), "-o", self.out, code=130)
+        finally:
+            convert.Done.add = add  # type: ignore[method-assign]
+        self.partial.rename(self.remains)
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,12 @@ TARGETS = {
     "plan": Target("plan.json", lambda p: [p.fuse(p.model, "--plan", p.root / "plan.json")]),
     "fused config": Target("fused/config.json", lambda p: [evaluation(p, p.fused)]),
     "checksums": Target("fused/plan.json", lambda p: [evaluation(p, p.fused, "--verify")]),
+    "export": Target("layerwise/config.json", lambda p: [export(p, "gqa"), export(p, "gguf")]),
+    "export weights": Target("layerwise/model.safetensors", lambda p: [export(p, "gqa")], binary=True),
+    "export plan": Target("layerwise/plan.json", lambda p: [export(p, "gqa")]),
+    "resume": Target("remains/resume.json", lambda p: [p.fuse(p.model, "--resume")]),
+    "resume layers": Target("remains/state/done.json", lambda p: [p.fuse(p.model, "--resume")]),
+    "resume plan": Target("remains/state/plan.json", lambda p: [p.fuse(p.model, "--resume")]),
     "gates": Target("gates.yaml", lambda p: [evaluation(p, p.fused, "--gate", p.root / "gates.yaml")]),
     "recipe": Target("recipe.yaml", lambda p: [training(p, "--config", p.root / "recipe.yaml")]),
     "records": Target("lines.jsonl", lambda p: [evaluation(p, p.fused, "--data", p.root / "lines.jsonl")]),
@@ -95,6 +122,10 @@ TARGETS = {
 def evaluation(place: Place, model: Path, *more: object) -> tuple[object, ...]:
     data = () if "--data" in more else ("--data", place.root / "text.txt")
     return ("eval", model, *data, *SIZE, *more)
+
+
+def export(place: Place, to: str) -> tuple[object, ...]:
+    return ("export", place.layerwise, "--to", to, "-o", place.out)
 
 
 def training(place: Place, *more: object) -> tuple[object, ...]:
@@ -114,6 +145,8 @@ def check(place: Place, name: str, content: bytes) -> int:
     code = 0
     try:
         for line in target.lines(place):
+            if "--resume" in line:
+                shutil.copytree(place.remains, place.partial)
             code = check_line(place, line)
             if code:
                 break
@@ -125,7 +158,7 @@ def check(place: Place, name: str, content: bytes) -> int:
 def check_line(place: Place, line: tuple[object, ...], codes: tuple[int, ...] = (0, 1, 3)) -> int:
     """Run a command: it succeeds, or says where, what and what to do, leaves no output, and looks nowhere else."""
     arguments = [str(part) for part in line]
-    if arguments[:1] == ["fuse"] and "-o" not in arguments:
+    if arguments[0] == "fuse" and "-o" not in arguments:
         arguments += ["-o", str(place.out)]
     with _patience(), _watched() as opened:
         result = CliRunner().invoke(app, arguments)
@@ -138,9 +171,10 @@ def check_line(place: Place, line: tuple[object, ...], codes: tuple[int, ...] = 
         assert "error: " in first, result.stderr
         assert fix.strip(), (arguments, result.stderr)
         assert not place.out.exists(), arguments
-        assert not (place.root / "out.partial").exists(), arguments
-    for folder in (place.out, place.root / "out.partial"):
-        shutil.rmtree(folder, ignore_errors=True)
+        assert "--resume" in line or not place.partial.exists(), arguments
+    for left in (place.out, place.partial):
+        shutil.rmtree(left, ignore_errors=True)
+        left.unlink(missing_ok=True)
     assert not place.marker.exists(), "code of the model was run"
     assert not opened, opened
     return result.exit_code
