@@ -14,10 +14,22 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headfuse.checkpoint import fingerprint, mapped_tensor, read_plan, resolve_model, sync, write_whole
+from headfuse.checkpoint import (
+    DTYPE_NAMES,
+    Checkpoint,
+    fingerprint,
+    mapped_tensor,
+    read_config,
+    read_plan,
+    resolve_model,
+    sync,
+    write_whole,
+)
 from headfuse.distillation import States, document_positions, model_states
 from headfuse.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
 from headfuse.evaluate import model_name
+from headfuse.loading import load_tokenizer
+from headfuse.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -58,24 +70,43 @@ class CachedTeacher:
 
     Args:
         folder: where it lies.
-        identity: what the states depend on beside the tokens.
+        teacher: the teacher's folder.
+        dtype: in which the states are computed and kept.
+        recipe: for how windows are made.
         validation: windows `[n, length]`.
         device: where the states are wanted.
+        trust_remote_code: run code that comes with the teacher.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], validation: torch.Tensor, device: torch.device) -> None:
-        self.folder, self.identity, self.validation, self.device = folder, identity, validation, device
+    def __init__(
+        self,
+        folder: Path,
+        teacher: Path,
+        dtype: str,
+        recipe: Recipe,
+        validation: torch.Tensor,
+        device: torch.device,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.folder, self.validation, self.device = folder, validation, device
+        self.identity = {
+            "teacher": fingerprint(teacher),
+            "hidden_size": read_config(teacher, trust_remote_code).get_text_config().hidden_size,
+            "dtype": dtype,
+            "sequence_length": recipe.sequence_length,
+            "packing": recipe.packing,
+        }
         self.head: nn.Module
 
     def prepare(
         self,
-        training: Iterable[torch.Tensor],
+        training: Callable[[], Iterable[torch.Tensor]],
         rows: int,
         load: Callable[[], PreTrainedModel],
         accelerator: Accelerator,
         eos: int | None,
     ) -> None:
-        """Make sure that the cache holds the validation windows and `rows` of training; loads the teacher if not.
+        """Make sure that the cache holds the validation windows and `rows` of `training()`; loads the teacher if not.
 
         Raises:
             OutputError: where the folder is not a cache, or cannot hold it.
@@ -132,12 +163,12 @@ class CachedTeacher:
         self.windows = mapped_tensor(self.folder / WINDOWS, windows, torch.int64)
         self.hidden = mapped_tensor(self.folder / HIDDEN, hidden, getattr(torch, self.identity["dtype"]))
 
-    def _same_text(self, training: Iterable[torch.Tensor], rows: int) -> bool:
+    def _same_text(self, training: Callable[[], Iterable[torch.Tensor]], rows: int) -> bool:
         self._open(len(self.validation) + rows)
         place = len(self.validation)
         if not torch.equal(self.windows[:place], self.validation):
             return False
-        for batch in training:
+        for batch in training():
             if not torch.equal(self.windows[place : place + len(batch)], batch):
                 return False
             place += len(batch)
@@ -145,7 +176,7 @@ class CachedTeacher:
 
     def _fill(
         self,
-        training: Iterable[torch.Tensor],
+        training: Callable[[], Iterable[torch.Tensor]],
         rows: int,
         load: Callable[[], PreTrainedModel],
         accelerator: Accelerator,
@@ -164,7 +195,7 @@ class CachedTeacher:
         if accelerator.is_main_process:
             torch.save(dict(teacher.head.state_dict()), self.folder / HEAD)
         place = 0
-        for number, batch in enumerate((*self.validation.split(8), *training)):
+        for number, batch in enumerate((*self.validation.split(8), *training())):
             if number % accelerator.num_processes == accelerator.process_index:
                 self.windows[place : place + len(batch)] = batch
                 training_place = None if place < len(self.validation) else place
@@ -218,18 +249,13 @@ def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str]:
 
 
 def check_teacher(
-    config: Any,
-    student: PreTrainedModel,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    layers: bool,
+    folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: bool, trust_remote_code: bool
 ) -> None:
-    """Raise ConfigError for a teacher whose states the student cannot learn from."""
+    """Raise ConfigError for a teacher whose states, `layers` those of its layers too, the student cannot learn from."""
     fix = "give the model that this one was fused from"
-    if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(folder, trust_remote_code).get_vocab() != tokenizer.get_vocab():
         raise ConfigError("the teacher has another tokenizer", where=folder, fix=fix)
-    text, mine = config.get_text_config(), student.config.get_text_config()
+    text, mine = (c.get_text_config() for c in (read_config(folder, trust_remote_code), student.config))
     rows = student.get_output_embeddings().weight.shape[0]
     if text.vocab_size != rows:
         raise ConfigError(f"the teacher predicts {text.vocab_size} tokens, the model {rows}", where=folder, fix=fix)
@@ -237,6 +263,14 @@ def check_teacher(
     if layers and shapes[0] != shapes[1]:
         what = f"the teacher has (layers, hidden size) {shapes[0]}, the model {shapes[1]}"
         raise ConfigError(what, where=folder, fix="leave `hidden` and `layerwise` at 0, or " + fix)
+
+
+def computing_dtype(folder: Path, device: str) -> str:
+    """The dtype in which `load_model` computes on a device, where none is asked for."""
+    if device == "cpu":
+        return "float32"
+    stored = set(Checkpoint(folder).dtypes.values())
+    return next((name for name, kind in DTYPE_NAMES.items() if stored == {kind}), "float32")
 
 
 @torch.no_grad()

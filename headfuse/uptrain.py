@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from headfuse.errors import CheckpointError, ConfigError, HeadfuseError, Missing
 from headfuse.evaluate import check_context, check_vocabulary
 from headfuse.loading import load_model, load_tokenizer
 from headfuse.recipe import Recipe, default_batch_size, default_learning_rate, load_recipe, num_steps
-from headfuse.teacher import CachedTeacher, LiveTeacher, check_head, check_teacher, find_teacher
+from headfuse.teacher import CachedTeacher, LiveTeacher, check_head, check_teacher, computing_dtype, find_teacher
 from headfuse.text import DEFAULT_DATA, TrainingText
 from headfuse.training import Progress, Run, make_accelerator, student_nll, train, weights_of
 
@@ -168,6 +169,9 @@ def uptrain(
         device, unused=recipe.layerwise > 0, trackers=trackers, tracker_folder=tracker_folder / output.name
     )
     main = accelerator.is_main_process
+    if recipe.train == "lora" and accelerator.distributed_type == DistributedType.FSDP:
+        fix = "train: attention, or leave FSDP out: adapters need little memory"
+        raise ConfigError("adapters cannot be merged into sharded weights", where="train: lora", fix=fix)
     if main:
         check_output(output, overwrite=overwrite, resume=resume, reads=reads)
     check_context(read_config(folder, trust_remote_code), recipe.sequence_length)
@@ -179,62 +183,50 @@ def uptrain(
         per_window = recipe.gradient_accumulation * recipe.sequence_length * accelerator.num_processes
         recipe = recipe.model_copy(update={"batch_size": default_batch_size(recipe.tokens, per_window)})
 
-    with _shared_folder(accelerator, output, overwrite=overwrite, resume=resume, reads=reads) as partial:
+    with _shared_folder(accelerator, output, overwrite=overwrite, resume=resume, reads=reads) as making:
         inputs = {
             "model": fingerprint(folder), "teacher": teacher_name, "teacher_dtype": teacher_dtype,
             "processes": accelerator.num_processes,
         }  # fmt: skip
-        run = Run(partial, recipe, inputs, resume, main)
+        run = Run(making, recipe, inputs, resume, main)
         tokenizer = load_tokenizer(folder, trust_remote_code)
         text = TrainingText(
             recipe.data, tokenizer, recipe.sequence_length, recipe.seed, recipe.validation_data,
             recipe.validation_windows,
         )  # fmt: skip
-        # a sharded student must not be whole on a device
-        sharded = accelerator.distributed_type == DistributedType.FSDP
-        if sharded and recipe.train == "lora":
-            fix = "train: attention, or leave FSDP out: adapters need little memory"
-            raise ConfigError("adapters cannot be merged into sharded weights", where="train: lora", fix=fix)
-        place = "cpu" if sharded else str(accelerator.device)
-        student = load_model(folder, device=place, dtype="float32", trust_remote_code=trust_remote_code)
-        check_vocabulary(student, tokenizer, folder)
-        _check_tensors(student, folder)
-        check_head(student, folder)
+        student = _load_student(folder, tokenizer, accelerator, trust_remote_code)
         if run.recipe.learning_rate is None:
             rate = default_learning_rate(student.num_parameters(), recipe.train)
             run.recipe = run.recipe.model_copy(update={"learning_rate": rate})
         eos = tokenizer.eos_token_id if recipe.packing == "separate" else None
         logger.info("documents in a window %s", "see each other" if eos is None else "do not see each other")
-
         source: LiveTeacher | CachedTeacher | None = None
         if teacher_folder is not None:
-            config_of_teacher = read_config(teacher_folder, trust_remote_code)
             layers = recipe.hidden > 0 or recipe.layerwise > 0
-            of_teacher = load_tokenizer(teacher_folder, trust_remote_code)
-            check_teacher(config_of_teacher, student, of_teacher, tokenizer, teacher_folder, layers)
-
-            def load_teacher() -> PreTrainedModel:
-                assert teacher_folder is not None
-                where = teacher_device or str(accelerator.device)
-                found = load_model(
-                    teacher_folder, device=where, dtype=teacher_dtype, trust_remote_code=trust_remote_code
-                )
-                check_head(found, teacher_folder)
-                return found
-
+            check_teacher(teacher_folder, student, tokenizer, layers, trust_remote_code)
+            load = partial(
+                _load_teacher, teacher_folder, teacher_device or str(accelerator.device), teacher_dtype,
+                trust_remote_code,
+            )  # fmt: skip
             if teacher_cache is None:
-                source = LiveTeacher(load_teacher(), accelerator.device, eos, layers)
+                source = LiveTeacher(load(), accelerator.device, eos, layers)
             else:
-                where = teacher_device or accelerator.device.type
-                identity = {
-                    "teacher": fingerprint(teacher_folder),
-                    "hidden_size": config_of_teacher.get_text_config().hidden_size,
-                    "dtype": teacher_dtype or _computing_dtype(teacher_folder, where),
-                    "sequence_length": recipe.sequence_length,
-                    "packing": recipe.packing,
-                }
-                source = CachedTeacher(teacher_cache, identity, text.validation, accelerator.device)
-                _fill_cache(source, text, run.recipe, load_teacher, accelerator, eos)
+                dtype_of_states = teacher_dtype or computing_dtype(
+                    teacher_folder, teacher_device or accelerator.device.type
+                )
+                source = CachedTeacher(
+                    teacher_cache,
+                    teacher_folder,
+                    dtype_of_states,
+                    recipe,
+                    text.validation,
+                    accelerator.device,
+                    trust_remote_code,
+                )
+                size = windows_per_step(run.recipe, accelerator)
+                steps = num_steps(recipe.tokens, size * recipe.sequence_length)
+                training = partial(_first_windows, text, size, steps)
+                source.prepare(training, steps * size, load, accelerator, eos)
 
         merge = _prepare_training(student, run.recipe)
         weights = LossWeights(float(recipe.loss == "kl"), recipe.cross_entropy + (recipe.loss == "ce"), recipe.hidden)
@@ -268,7 +260,7 @@ def uptrain(
         run.log("end", nll_after=result.nll_after, best_step=result.best_step, epochs=result.epochs)
         trained_weights = weights_of(accelerator, wrapped)
         if main:
-            _write(partial, folder, trained_weights, dtype, result)
+            _write(making, folder, trained_weights, dtype, result)
     accelerator.wait_for_everyone()
     return result
 
@@ -283,12 +275,33 @@ def windows_per_step(recipe: Recipe, accelerator: Accelerator) -> int:
 def _shared_folder(accelerator: Accelerator, output: Path, **options: Any) -> Iterator[Path]:
     """The folder in which the main process makes the output, and from which the others read states."""
     if accelerator.is_main_process:
-        with output_folder(output, **options) as partial:
+        with output_folder(output, **options) as making:
             accelerator.wait_for_everyone()
-            yield partial
+            yield making
     else:
         accelerator.wait_for_everyone()
         yield partial_folder(output)
+
+
+def _load_student(folder: Path, tokenizer: Any, accelerator: Accelerator, trust_remote_code: bool) -> PreTrainedModel:
+    # one that is to be sharded must not be whole on a device
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    device = "cpu" if sharded else str(accelerator.device)
+    student = load_model(folder, device=device, dtype="float32", trust_remote_code=trust_remote_code)
+    check_vocabulary(student, tokenizer, folder)
+    _check_tensors(student, folder)
+    check_head(student, folder)
+    return student
+
+
+def _load_teacher(folder: Path, device: str, dtype: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    teacher = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_head(teacher, folder)
+    return teacher
+
+
+def _first_windows(text: TrainingText, size: int, batches: int) -> Iterator[torch.Tensor]:
+    return (batch.windows for batch in islice(text.batches(size), batches))
 
 
 # ---------------------------------------------------------------- what is trained
@@ -339,31 +352,6 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
     """The recipe as trackers keep it."""
     options = recipe.named()
     return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in options.items()}
-
-
-def _computing_dtype(folder: Path, device: str) -> str:
-    if device == "cpu":
-        return "float32"
-    stored = set(Checkpoint(folder).dtypes.values())
-    return next((name for name, kind in DTYPE_NAMES.items() if stored == {kind}), "float32")
-
-
-def _fill_cache(
-    teacher: CachedTeacher,
-    text: TrainingText,
-    recipe: Recipe,
-    load: Callable[[], PreTrainedModel],
-    accelerator: Accelerator,
-    eos: int | None,
-) -> None:
-    size = windows_per_step(recipe, accelerator)
-    steps = num_steps(recipe.tokens, size * recipe.sequence_length)
-
-    class Training:
-        def __iter__(self) -> Iterator[torch.Tensor]:
-            return (batch.windows for batch in islice(text.batches(size), steps))
-
-    teacher.prepare(Training(), steps * size, load, accelerator, eos)
 
 
 # ---------------------------------------------------------------- inputs and output
