@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 _CHUNK_LOGITS, _CHUNK_TOKENS = 2**22, 256
 """Logits are computed in chunks of at most so many, or of so few tokens: small blocks of memory are used again."""
@@ -151,7 +151,7 @@ def model_states(
     with recording as seen:
         last = model.base_model(input_ids=batch, position_ids=positions, use_cache=False).last_hidden_state
     order = sorted(seen)
-    return States(last, tuple(seen[i][0] for i in order), tuple(seen[i][1] for i in order))
+    return States(last * logit_scale(model.config), tuple(seen[i][0] for i in order), tuple(seen[i][1] for i in order))
 
 
 _Seen = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -181,6 +181,12 @@ def _recorded(model: PreTrainedModel, inputs: tuple[torch.Tensor, ...] | None) -
     finally:
         for handle in handles:
             handle.remove()
+
+
+def logit_scale(config: PreTrainedConfig) -> float:
+    """What a family multiplies its logits by (cohere, granite); the same on the states that the head reads."""
+    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    return (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

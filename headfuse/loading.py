@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, read_config, resolve_model
 from headfuse.errors import CheckpointError, ConfigError
 
-_LAYER = re.compile(r"model\.layers\.\d+\.")
+_LAYER = re.compile(r".*\b(layers|h)\.\d+\.")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -90,6 +92,11 @@ def keep_tokenizer_class(source: Path, target: Path) -> None:
     if "auto_map" not in fields:
         fields["tokenizer_class"] = type(load_tokenizer(source)).__name__
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def stored_names(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A loaded model's weights under the names, and in the shapes, that they have on the disk: experts one by one."""
+    return revert_weight_conversion(model, dict(weights))
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:

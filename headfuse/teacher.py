@@ -275,11 +275,11 @@ def computing_dtype(folder: Path, device: str) -> str:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, folder: Path) -> None:
-    """The loss reads logits as `output embeddings (last hidden state)`: refuse a model that scales or caps them."""
+    """The loss reads logits as `output embeddings (scaled last hidden state)`: refuse a model that caps them."""
     batch = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
     if not torch.allclose(
         model(batch).logits, model.get_output_embeddings()(model_states(model, batch).last), rtol=1e-3
     ):
         raise UnsupportedModelError(
-            "scales or caps its logits, which uptrain does not support", where=folder, fix="choose another model"
+            "caps its logits, which uptrain does not support", where=folder, fix="choose another model"
         )

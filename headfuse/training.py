@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType, set_seed
 from headfuse.checkpoint import RESUME, STATE, read_resume, sync, write_resume
 from headfuse.distillation import Objective, States, document_positions, window_nll
 from headfuse.errors import ConfigError, HeadfuseError, MissingExtraError, OutputError
-from headfuse.loading import pick_device
+from headfuse.loading import pick_device, stored_names
 from headfuse.recipe import Recipe, default_checkpoint_every, learning_rate_at, num_steps
 from headfuse.text import Batch, TrainingText
 
@@ -413,4 +413,5 @@ def weights_of(accelerator: Accelerator, wrapped: torch.nn.Module) -> dict[str, 
         weights = accelerator.get_state_dict(wrapped)
     else:
         weights = accelerator.unwrap_model(wrapped).state_dict()
-    return {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
+    return stored_names(accelerator.unwrap_model(wrapped).model, weights)

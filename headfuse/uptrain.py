@@ -36,7 +36,7 @@ from headfuse.checkpoint import (
 from headfuse.distillation import LossWeights, Objective
 from headfuse.errors import CheckpointError, ConfigError, HeadfuseError, MissingExtraError
 from headfuse.evaluate import check_context, check_vocabulary
-from headfuse.loading import load_model, load_tokenizer
+from headfuse.loading import load_model, load_tokenizer, stored_names
 from headfuse.recipe import Recipe, default_batch_size, default_learning_rate, load_recipe, num_steps
 from headfuse.teacher import CachedTeacher, LiveTeacher, check_head, check_teacher, computing_dtype, find_teacher
 from headfuse.text import DEFAULT_DATA, TrainingText
@@ -374,7 +374,7 @@ def _check(**dtypes: str | None) -> None:
 
 def _check_tensors(model: PreTrainedModel, folder: Path) -> None:
     """Every stored tensor must be one that is trained, or the output could not hold it."""
-    missing = sorted(set(Checkpoint(folder).shapes) - set(model.state_dict()))
+    missing = sorted(set(Checkpoint(folder).shapes) - set(stored_names(model, model.state_dict())))
     if missing:
         raise CheckpointError(
             f"holds a tensor that the model does not have: {missing[0]}",

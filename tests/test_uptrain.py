@@ -976,17 +976,17 @@ def test_teacher_needs_the_same_tokenizer(fused: Path, data: str, tmp_path: Path
         train(fused, data, teacher=str(other))
 
 
-def test_scaled_logits_are_refused(data: str, tmp_path: Path) -> None:
-    from transformers import GraniteConfig, GraniteForCausalLM
+def test_capped_logits_are_refused(data: str, tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    config = GraniteConfig(
+    config = Gemma2Config(
         vocab_size=42, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        logits_scaling=8.0, bos_token_id=None, eos_token_id=1, pad_token_id=None,
+        head_dim=8, num_key_value_heads=4, final_logit_softcapping=0.01, bos_token_id=None, eos_token_id=1, pad_token_id=None,
     )  # fmt: skip
-    GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
-    write_tokenizer(tmp_path / "granite", WORDS)
-    with pytest.raises(UnsupportedModelError, match="scales or caps its logits"):
-        train(tmp_path / "granite", data, loss="ce")
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
+    write_tokenizer(tmp_path / "gemma2", WORDS)
+    with pytest.raises(UnsupportedModelError, match="caps its logits"):
+        train(tmp_path / "gemma2", data, loss="ce")
 
 
 @pytest.mark.parametrize(
