@@ -981,7 +981,8 @@ def test_capped_logits_are_refused(data: str, tmp_path: Path) -> None:
 
     config = Gemma2Config(
         vocab_size=42, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        head_dim=8, num_key_value_heads=4, final_logit_softcapping=0.01, bos_token_id=None, eos_token_id=1, pad_token_id=None,
+        head_dim=8, num_key_value_heads=4, final_logit_softcapping=0.01,
+        bos_token_id=None, eos_token_id=1, pad_token_id=None,
     )  # fmt: skip
     Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
     write_tokenizer(tmp_path / "gemma2", WORDS)
