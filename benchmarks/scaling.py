@@ -3,6 +3,7 @@
 
     python benchmarks/scaling.py sweep            # against layers, tokens and hidden size, on random models
     python benchmarks/scaling.py measure MODEL    # one model, beside one forward pass over the same text
+    python benchmarks/scaling.py paper            # counted, not measured: Llama shapes up to 70B
 
 Times are processor seconds of one thread: on a busy machine they do not grow as the clock's do. What starting Python
 and its libraries takes is measured apart and subtracted.
@@ -137,6 +138,46 @@ def sweep() -> None:
             )
 
 
+PAPER = {
+    "Llama-2-7B": {},
+    "Llama-2-13B": {
+        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+    },
+    "LLaMA-65B": {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "Llama-2-70B": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+
+
+def paper() -> None:
+    """What `--dry-run` would count for the shapes of PAPER: 8 x 512 tokens, preset fast, a quarter of the cache."""
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from headfuse.architectures import head_layout
+    from headfuse.config import load_config
+    from headfuse.estimate import count
+
+    settings = load_config(None, {"preset": "fast", "calibration.samples": 8})
+    for name, shape in PAPER.items():
+        config = LlamaConfig(
+            **{"num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008, **shape}
+        )
+        with torch.device("meta"):
+            tensors = AutoModelForCausalLM.from_config(config).state_dict()
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        heads, weights = head_layout(config), sum(tensor.numel() for tensor in tensors.values())
+        source: Any = SimpleNamespace(heads=heads, config=config, checkpoint=SimpleNamespace(shapes=shapes))
+        memory, work = count(source, settings)
+        once = 8 * LENGTH * (2 * weights + 4 * config.hidden_size * LENGTH * config.num_hidden_layers)
+        figures = {"memory GB": memory / 1e9, "passes": work / once, "read GB": 4 * weights / 1e9, "work": work}
+        print(json.dumps({"model": name, "weights": weights, **figures}))
+
+
 def exponent(sizes: list[int], costs: list[float]) -> float:
     """Slope of the least-squares line through the logarithms."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in costs]
@@ -149,6 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sweep")
+    commands.add_parser("paper")
     for name in ("measure", "forward"):
         command = commands.add_parser(name)
         command.add_argument("model", type=Path)
@@ -158,6 +200,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "sweep":
         sweep()
+    elif args.command == "paper":
+        paper()
     elif args.command == "forward":
         forward(str(args.model), args.samples)
     else:

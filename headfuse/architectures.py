@@ -155,6 +155,7 @@ def head_layout(config: Any, where: object = None) -> HeadLayout:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     for name, value in (
         ("num_hidden_layers", config.num_hidden_layers),
+        ("hidden_size", config.hidden_size),
         ("num_attention_heads", num_heads),
         ("num_key_value_heads", num_kv),
         ("head_dim", head_dim),

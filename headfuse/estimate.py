@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from headfuse.calibration import MAX_ROWS, START_LENGTH, STARTS_PER_WINDOW
+from headfuse.architectures import architecture_of
+from headfuse.calibration import START_LENGTH, STARTS_PER_WINDOW
 from headfuse.config import FuseConfig
 from headfuse.dha import training_memory
 from headfuse.fusion import FUSION_METHODS
@@ -24,6 +25,9 @@ LIBRARIES = 450 * 10**6
 REFINED = 3.5
 """Price of a token's refinement within the layers, in forward passes: two of them, and the gradients."""
 
+EIGEN, PROBED = 4, 10
+"""Work on the groups of all head counts, over [n d, n d] products; counts whose error is measured, keys and values."""
+
 EFFICIENCY = 0.6
 """Share of a matrix product's speed that whole layers reach: SmolLM2-135M on two cores."""
 
@@ -37,42 +41,58 @@ class Estimate:
 
 
 def estimate(source: Source, config: FuseConfig, device: str = "auto") -> Estimate:
-    """Count what convert.py holds at once and multiplies, at the speed of a matrix product measured here.
+    """What a conversion takes, at the speed of a matrix product measured here.
 
     Args:
         source: the opened source.
         config: the options of the conversion.
         device: as for `fuse`.
     """
-    heads, calibration = source.heads, config.calibration
+    memory, work = count(source, config)
+    return Estimate(memory, work / (EFFICIENCY * _speed(device)) + 3 * source.checkpoint.nbytes / 1e9 + 5)
+
+
+def count(source: Source, config: FuseConfig) -> tuple[int, float]:
+    """Bytes that convert.py holds at once, and its floating-point operations; those in float64 count twice.
+
+    Args:
+        source: the opened source.
+        config: the options of the conversion.
+    """
+    heads, calibration, shapes = source.heads, config.calibration, source.checkpoint.shapes
+    vocabulary, arch = source.config.vocab_size, architecture_of(heads.model_type)
     length, width, d = calibration.sequence_length, heads.hidden_size, heads.head_dim
     held_out = round(calibration.samples * calibration.held_out) * length
     seen = calibration.samples * length - held_out
     seen += seen // length * STARTS_PER_WINDOW * START_LENGTH
     layers, queries, pairs = heads.num_hidden_layers, heads.num_attention_heads * d, heads.num_key_value_heads * d
-    outer = sum(math.prod(s) for name, s in source.checkpoint.shapes.items() if ".layers." not in name)
-    layer = (sum(map(math.prod, source.checkpoint.shapes.values())) - outer) // layers
-    head = source.config.vocab_size * width
+    stem = arch.layer_prefix(0).removesuffix("0")
+    outer = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(stem))
+    layer = (sum(map(math.prod, shapes.values())) - outer) // layers
+    head = vocabulary * width
 
     hidden = 2 * (seen + 2 * held_out) * width  # input and output of a layer
     captures = seen * (2 * queries + 2 * pairs)
-    attention = 4 * heads.num_attention_heads * length**2 + length * source.config.vocab_size
+    attention = 4 * heads.num_attention_heads * length**2 + length * vocabulary
     statistics = 2 * (3 * queries**2 + 4 * pairs**2)  # float64
     memory = LIBRARIES + 4 * (outer + 2 * layer + hidden + captures + attention + statistics)
 
     once = 2 * layer * layers + 4 * queries * length * layers  # of one token through all layers
     per_token = 2 * queries * (queries + 2 * width) + 4 * queries * length  # refit of one layer
-    rows = min(seen * heads.num_attention_heads, max(MAX_ROWS, 16 * pairs))
-    moments = rows * (2 * length * pairs + 4 * pairs**2) + 30 * pairs**3  # float64 counts twice
-    passes = seen + 2 * held_out + seen * SURVEYED
-    work = passes * once + layers * (seen * per_token + 2 * moments) + 2 * 2 * held_out * head
+    solve = 3 * queries**3
+    surveyed = seen * SURVEYED
+    sums = 2 * heads.num_attention_heads * length**2 + 2 * length * pairs + 2 * pairs**2  # of one token's values
+    groups = EIGEN * pairs**3
+    moments = (seen + surveyed) * sums + solve + groups  # float64
+    costs = 2 * PROBED * length * (queries * width + 2 * queries * length)
+    passes = seen + 2 * held_out + surveyed
+    work = passes * once + layers * (seen * per_token + 2 * moments + costs) + 2 * 2 * held_out * head
 
     if FUSION_METHODS[config.method].trained:
         steps = config.dha.search_steps + config.dha.fusion_steps
         tokens = steps * config.dha.batch_size * length
         per_token = (3 + (config.dha.loss == "kl")) * (once + 2 * head)  # forward, backward, the teacher's forward
-        seconds = tokens * per_token / (EFFICIENCY * _speed(device)) + source.checkpoint.nbytes / 5e8 + 5
-        return Estimate(LIBRARIES + training_memory(source, config), seconds)
+        return LIBRARIES + training_memory(source, config), tokens * per_token
 
     preset = PRESETS[config.preset]
     if preset.end_loss_probes and config.budget.allocator == "sensitivity" and config.layout != "gqa":
@@ -80,8 +100,8 @@ def estimate(source: Source, config: FuseConfig, device: str = "auto") -> Estima
     if preset.model_passes and FUSION_METHODS[config.method].refits_output:
         trained = preset.model_passes * seen
         work += trained * (REFINED * once + 3 * 2 * head) + held_out * (once + 2 * head)
-        memory += 4 * ((layers * length + seen + 16 * length) * width + 3 * length * source.config.vocab_size // 4)
-    return Estimate(int(memory), work / (EFFICIENCY * _speed(device)) + source.checkpoint.nbytes / 5e8 + 5)
+        memory += 4 * ((layers * length + seen + 16 * length) * width + 3 * length * vocabulary // 4)
+    return int(memory), work
 
 
 def _speed(device: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headfuse.errors import HeadfuseError, MissingExtraError, UnsupportedModelError
+from headfuse.errors import CheckpointError, HeadfuseError, MissingExtraError, UnsupportedModelError
 from headfuse.layouts import layerwise
 from headfuse.layouts.gguf_tokenizer import chat_template, tokenizer_keys
 
@@ -138,7 +139,11 @@ def write(
         writer.add_tensor_info(target, shape, dtype, nbytes, gguf.GGMLQuantizationType[kind.upper()])
     try:
         writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
+        try:
+            writer.write_kv_data_to_file()
+        except (struct.error, OverflowError, TypeError) as error:
+            fix = "restore the model's own config.json and tokenizer"
+            raise CheckpointError(f"holds a number that GGUF cannot ({error})", where=where, fix=fix) from None
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
