@@ -137,12 +137,14 @@ def train(
             training.phase = number + 1
             name = f"fusion {number + 1} of {total}"
             training.run(name, sides, steps, number * steps, total * steps)
+        mixed = nll(model, stream.validation) if number == total - 1 else None
         for side in sides:
             side.collapse()
-    training.finish(sides)
     for side in sides:
         side.group(_alone(len(side.weight)))
-    return Trained(plan, collapsed_weights(model, streamed), nll_before, nll(model, stream.validation))
+    nll_after = nll(model, stream.validation)
+    training.finish(heads=[len(side.weight) for side in sides], nll_mixed=mixed, nll=nll_after)
+    return Trained(plan, collapsed_weights(model, streamed), nll_before, nll_after)
 
 
 # ---------------------------------------------------------------- the model with fusion operators
@@ -513,9 +515,9 @@ class Training:
             total += loss.item()
         return total
 
-    def finish(self, sides: Sequence[MixedProjection]) -> None:
+    def finish(self, **values: Any) -> None:
         """Say in the log what came out."""
-        self._log(phase="collapsed", step=0, tokens=self._tokens(), heads=[len(side.weight) for side in sides])
+        self._log(phase="collapsed", step=0, tokens=self._tokens(), **values)
 
     def _tokens(self) -> int:
         return self.steps_done * self.options.batch_size * self.text.sequence_length

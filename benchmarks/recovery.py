@@ -1,0 +1,203 @@
+"""The race to recover a model: `python benchmarks/recovery.py --train TEXT --validation TEXT [--seed 0 1]`.
+
+Start points at the same share of the cache, each uptrained by `headfuse.uptrain` with one recipe and one order of the
+text; the loss on text of its own against the tokens that were spent, those of search, fusion, calibration and
+refinement included. One row per budget, start and seed, appended to `recovery.jsonl` when it is complete, and not run
+again when it is there; `recovery.md` and the plot are drawn from all rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import headfuse
+from headfuse.config import FuseConfig
+
+LENGTH, BATCH, SAMPLES, WINDOWS = 256, 2, 64, 32
+EVERY = 40
+"""Steps between two evaluations."""
+SEARCH, FUSION = 40, 160
+DHA = {
+    "search_steps": SEARCH, "fusion_steps": FUSION, "batch_size": BATCH, "learning_rate": 5e-4,
+    "omega_learning_rate": 5e-2, "lambda_start": 10.0, "progressive": False,
+}  # fmt: skip
+"""Scaled to the bundled model and to few tokens: see docs/recovery.md."""
+GQA = {"layout": "gqa", "preset": "fast", "grouping": "neighbours"}
+STARTS: dict[str, dict[str, Any]] = {
+    "gqa": {"method": "mean", **GQA},
+    "align": {"method": "align", "layout": "gqa", "preset": "fast"},
+    "dha": {"method": "dha", "dha": DHA},
+    "dha, no fusion": {"method": "dha", "dha": {**DHA, "fusion_steps": 0}},
+    "dha, uniform": {"method": "dha", "allocator": "uniform", "dha": DHA},
+    "dha, from subspace": {"method": "dha", "dha": {**DHA, "start": "subspace"}},
+    "fast": {"preset": "fast"},
+    "balanced": {"preset": "balanced"},
+}
+"""Name -> options of `headfuse fuse`: mean-pooled GQA, its ablations, and the presets of the default method."""
+KEY = ("budget", "start", "seed", "tokens")
+
+
+def main() -> None:
+    """Run what is missing, then draw."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="examples/mha-6m")
+    parser.add_argument("--train", help="text to calibrate and to train on")
+    parser.add_argument("--validation", help="text of the figures alone")
+    parser.add_argument("--budget", nargs="+", default=["1/4", "1/2"])
+    parser.add_argument("--start", nargs="+", default=list(STARTS), choices=STARTS)
+    parser.add_argument("--tokens", type=int, default=40_960, help="of uptraining")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--results", type=Path, default=Path("docs/recovery.jsonl"))
+    parser.add_argument("--draw", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    known = {tuple(row[name] for name in KEY) for row in rows}
+    wanted = [(b, s, seed, options.tokens) for seed in options.seed for b in options.budget for s in options.start]
+    for key in () if options.draw else wanted:
+        if key not in known:
+            rows.append(race(options, *key))
+            with options.results.open("a") as stream:
+                stream.write(json.dumps(rows[-1]) + "\n")
+    write(rows, options.results.with_suffix(".md"))
+
+
+def race(options: argparse.Namespace, budget: str, start: str, seed: int, tokens: int) -> dict[str, Any]:
+    """Convert, uptrain, and read the log: one row."""
+    settings = dict(STARTS[start])
+    share: dict[str, Any] = {"total": budget}
+    if "allocator" in settings:
+        share["allocator"] = settings.pop("allocator")
+    calibration = {"data": options.train, "samples": SAMPLES, "sequence_length": LENGTH}
+    config = FuseConfig.model_validate({"budget": share, "calibration": calibration, "seed": seed, **settings})
+    folder = Path(tempfile.mkdtemp())
+    try:
+        fused = headfuse.fuse(options.model, config, output=folder / "fused")
+        headfuse.uptrain(
+            str(folder / "fused"), data=options.train, tokens=tokens, loss="ce", batch_size=BATCH,
+            sequence_length=LENGTH, seed=seed, validation_data=options.validation, validation_windows=WINDOWS,
+            checkpoint_every=EVERY, output=folder / "uptrained",
+        )  # fmt: skip
+        log = [json.loads(line) for line in (folder / "uptrained/train_log.jsonl").read_text().splitlines()]
+        fusion = folder / "fused/train_log.jsonl"
+        stages = [json.loads(line) for line in fusion.read_text().splitlines()] if fusion.exists() else []
+        source = headfuse.evaluate(options.model, data=options.validation, samples=WINDOWS, sequence_length=LENGTH)
+    finally:
+        shutil.rmtree(folder)
+    step = BATCH * LENGTH
+    points = [[0, next(e["nll_before"] for e in log if e["event"] == "start")]]
+    points += [[e["step"] * step, e["nll"]] for e in log if e["event"] == "validation"]
+    budgets = fused.plan.head_budget
+    row = {
+        "budget": budget, "start": start, "seed": seed, "tokens": tokens, "spent": spent(start, stages),
+        "source": source.model.nll, "points": points,
+        "key_heads": budgets.key_heads, "value_heads": budgets.value_heads,
+    }  # fmt: skip
+    if stages:
+        row["fusion_loss"] = [s["fusion"] for s in stages if s["phase"] != "collapsed"]
+    print(json.dumps({**row, "fusion_loss": row.get("fusion_loss", [None])[-1]}), flush=True)
+    return row
+
+
+def spent(start: str, stages: list[dict[str, Any]]) -> int:
+    """Tokens that were read before uptraining began, those of several passes as often as they were read."""
+    if stages:
+        return int(stages[-1]["tokens"])
+    statistics = SAMPLES * LENGTH
+    return {"gqa": 0, "balanced": statistics + 3 * (3 * statistics // 4)}.get(start, statistics)
+
+
+# ---------------------------------------------------------------- tables and plot
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """The tables and the plot, below what the file says by hand up to the line of dashes."""
+    text = path.read_text().split("\n---\n")[0] if path.exists() else "# Recovery\n"
+    lines = [text, "---", "", "Written by `python benchmarks/recovery.py --draw` from `recovery.jsonl`.", ""]
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        own = [row for row in rows if row["budget"] == budget]
+        lines += [f"## {budget} of the cache", f"Source: NLL {own[0]['source']:.3f}.", ""]
+        lines += ["| start | seed | tokens before | NLL before | tokens: NLL (perplexity, source / model) | heads |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for row in own:
+            after = ", ".join(f"{n // 1000}k: {nll:.3f} ({relative(row, nll):.3f})" for n, nll in row["points"][1:])
+            heads = " ".join(map(str, row["key_heads"])) + " + " + " ".join(map(str, row["value_heads"]))
+            cells = row["start"], row["seed"], f"{row['spent'] // 1000}k", f"{row['points'][0][1]:.3f}", after, heads
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines += ["", *needed(own), ""]
+    lines += ["![NLL against tokens](recovery.png)", ""]
+    path.write_text("\n".join(lines))
+    draw(rows, path.with_suffix(".png"))
+
+
+def relative(row: dict[str, Any], nll: float) -> float:
+    """Perplexity of the source over that of the model."""
+    return float(torch.tensor(row["source"] - nll).exp())
+
+
+def needed(rows: list[dict[str, Any]]) -> list[str]:
+    """How many tokens one start takes to the last loss of another: GQA to those of all, the others to DHA's."""
+    lines = []
+    for runner, goals in (("gqa", list(STARTS)[1:]), *((start, ["dha"]) for start in ("align", "fast", "balanced"))):
+        curve = max((row for row in rows if row["start"] == runner), key=lambda row: row["tokens"], default=None)
+        for goal in (row for row in rows if row["start"] in goals and curve is not None):
+            assert curve is not None
+            spent, loss = goal["spent"] + goal["points"][-1][0], goal["points"][-1][1]
+            total = [(n + curve["spent"], nll) for n, nll in curve["points"]]
+            takes = reached(total, loss)
+            said = f"{takes / spent:.2f} times" if takes is not None else f"more than {total[-1][0] / spent:.2f} times"
+            lines.append(
+                f"- {runner} takes {said} the tokens of {goal['start']}, seed {goal['seed']} ({spent // 1000}k), "
+                f"to reach its last NLL, {loss:.3f}."
+            )
+    return lines
+
+
+def reached(points: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Tokens at which a curve falls to a loss, between its points on a line; None if it does not."""
+    if points[0][1] <= loss:
+        return points[0][0]
+    for (a, high), (b, low) in itertools.pairwise(points):
+        if low <= loss:
+            return a + (b - a) * (high - loss) / (high - low)
+    return None
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """NLL against all tokens spent, one panel per budget."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    figure, axes = pyplot.subplots(
+        1, max(1, len(budgets)), figsize=(5.5 * max(1, len(budgets)), 4.2), squeeze=False, layout="constrained"
+    )
+    colours = {start: f"C{index}" for index, start in enumerate(STARTS)}
+    for axis, budget in zip(axes[0], budgets, strict=False):
+        seen = set[str]()
+        for row in (row for row in rows if row["budget"] == budget):
+            tokens, losses = zip(*row["points"], strict=True)
+            label = None if row["start"] in seen else row["start"]
+            seen.add(row["start"])
+            total = [(n + row["spent"]) / 1000 for n in tokens]
+            axis.plot(total, losses, "o-", ms=3, lw=1.2, color=colours[row["start"]], label=label)
+            axis.axhline(row["source"], color="black", lw=0.6, ls=":")
+        axis.set(title=f"{budget} of the cache", xlabel="tokens read, thousands", ylabel="NLL, unseen text")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
