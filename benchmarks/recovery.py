@@ -21,14 +21,15 @@ import torch
 
 import headfuse
 from headfuse.config import FuseConfig
+from headfuse.evaluate import evaluate
 
-LENGTH, BATCH, SAMPLES, WINDOWS = 256, 2, 64, 32
-EVERY = 40
+LENGTH, BATCH, SAMPLES, WINDOWS = 256, 4, 64, 32
+EVERY = 20
 """Steps between two evaluations."""
-SEARCH, FUSION = 40, 160
+SEARCH, FUSION = 20, 120
 DHA = {
-    "search_steps": SEARCH, "fusion_steps": FUSION, "batch_size": BATCH, "learning_rate": 5e-4,
-    "omega_learning_rate": 5e-2, "lambda_start": 10.0, "progressive": False,
+    "search_steps": SEARCH, "fusion_steps": FUSION, "batch_size": 2, "learning_rate": 5e-4,
+    "omega_learning_rate": 5e-2, "lambda_start": 1000.0, "progressive": False,
 }  # fmt: skip
 """Scaled to the bundled model and to few tokens: see docs/recovery.md."""
 GQA = {"layout": "gqa", "preset": "fast", "grouping": "neighbours"}
@@ -83,14 +84,14 @@ def race(options: argparse.Namespace, budget: str, start: str, seed: int, tokens
     try:
         fused = headfuse.fuse(options.model, config, output=folder / "fused")
         headfuse.uptrain(
-            str(folder / "fused"), data=options.train, tokens=tokens, loss="ce", batch_size=BATCH,
+            str(folder / "fused"), data=options.train, tokens=tokens, loss="kl", teacher=options.model, batch_size=BATCH,
             sequence_length=LENGTH, seed=seed, validation_data=options.validation, validation_windows=WINDOWS,
             checkpoint_every=EVERY, output=folder / "uptrained",
         )  # fmt: skip
         log = [json.loads(line) for line in (folder / "uptrained/train_log.jsonl").read_text().splitlines()]
         fusion = folder / "fused/train_log.jsonl"
         stages = [json.loads(line) for line in fusion.read_text().splitlines()] if fusion.exists() else []
-        source = headfuse.evaluate(options.model, data=options.validation, samples=WINDOWS, sequence_length=LENGTH)
+        source = evaluate(options.model, data=options.validation, samples=WINDOWS, sequence_length=LENGTH)
     finally:
         shutil.rmtree(folder)
     step = BATCH * LENGTH

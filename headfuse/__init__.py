@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +21,8 @@ __all__ = ["__version__", "analyze", "evaluate", "fuse", "load", "uptrain"]
 def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module 'headfuse' has no attribute {name!r}")
-    module, attribute = _API[name]
-    value = getattr(import_module(module), attribute)
-    globals()[name] = value
-    return value
+    import_module(_API[name][0])
+    for known, (module, attribute) in _API.items():  # importing a module of this package hides a function of its name
+        if module in sys.modules and hasattr(sys.modules[module], attribute):
+            globals()[known] = getattr(sys.modules[module], attribute)
+    return globals()[name]

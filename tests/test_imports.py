@@ -114,3 +114,9 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_functions_hide_the_modules_of_their_names() -> None:
+    script = "import headfuse; headfuse.uptrain; assert all(callable(getattr(headfuse, n)) for n in headfuse.__all__[1:])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
