@@ -85,7 +85,8 @@ def race(options: argparse.Namespace, budget: str, start: str, seed: int, tokens
         fused = headfuse.fuse(options.model, config, output=folder / "fused")
         headfuse.uptrain(
             str(folder / "fused"), data=options.train, tokens=tokens, loss="kl", teacher=options.model,
-            batch_size=BATCH, sequence_length=LENGTH, seed=seed, validation_data=options.validation, validation_windows=WINDOWS,
+            batch_size=BATCH, sequence_length=LENGTH, seed=seed, validation_data=options.validation,
+            validation_windows=WINDOWS,
             checkpoint_every=EVERY, output=folder / "uptrained",
         )  # fmt: skip
         log = [json.loads(line) for line in (folder / "uptrained/train_log.jsonl").read_text().splitlines()]
