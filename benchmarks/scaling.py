@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,32 +84,32 @@ def forward(model: str, samples: int) -> None:
     streamed.nll(states, everything)
 
 
-def measure(model: Path, samples: int, out: Path, *more: str) -> dict[str, Any]:
+def start_up() -> float:
+    """Processor seconds until everything is imported and nothing is done."""
+    return cost(
+        [sys.executable, "-c", "import headfuse.commands.fuse, transformers.models.llama.modeling_llama"]
+    ).seconds
+
+
+def measure(model: Path, samples: int, out: Path) -> dict[str, Any]:
     """One conversion, one forward pass and the estimate of `--dry-run`, start-up subtracted from the times."""
-    start = cost([*PROGRAM, "fuse", str(model), "--help"]).seconds
-    load = cost([sys.executable, "-c", "import headfuse.convert, transformers.models.llama.modeling_llama"])
-    estimate = json.loads(
-        subprocess.run(
-            conversion(model, out, samples, "--dry-run", "--json", *more), check=True, capture_output=True
-        ).stdout
-    )["estimate"]
-    fused = cost(conversion(model, out, samples, *more))
-    once = cost([sys.executable, __file__, "forward", str(model), str(samples)])
-    imports = max(start, load.seconds)
+    dry_run = conversion(model, out, samples, "--dry-run", "--json")
+    estimate = json.loads(subprocess.run(dry_run, check=True, capture_output=True).stdout)["estimate"]
+    imports, fused = start_up(), cost(conversion(model, out, samples))
+    once = cost([sys.executable, __file__, "forward", str(model), str(samples)]).seconds - imports
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     return {
         "model": model.name,
         "bytes": size,
         "tokens": samples * LENGTH,
         "seconds": fused.seconds - imports,
-        "forward": once.seconds - imports,
-        "passes": (fused.seconds - imports) / (once.seconds - imports),
+        "forward": once,
+        "passes": (fused.seconds - imports) / once,
         "memory": fused.memory,
         "read": fused.read / size,
         "written": fused.written / size,
         "estimated seconds": estimate["seconds"],
         "estimated memory": estimate["memory_bytes"],
-        "conversion": asdict(fused),
     }
 
 
@@ -117,6 +118,7 @@ def sweep() -> None:
     from make_random_llama import make_random_llama
     from transformers import LlamaConfig
 
+    imports = start_up()
     with tempfile.TemporaryDirectory() as folder:
         for name, values in SWEEPS.items():
             seconds, memory = [], []
@@ -129,10 +131,10 @@ def sweep() -> None:
                 )  # fmt: skip
                 model = Path(folder) / f"{name}-{value}"
                 make_random_llama(model, config)
-                result = measure(model, size["tokens"] // LENGTH, Path(folder) / "out")
-                seconds.append(result["seconds"])
-                memory.append(result["memory"])
-                print(json.dumps({name: value, **result}), flush=True)
+                result = cost(conversion(model, Path(folder) / "out", size["tokens"] // LENGTH))
+                seconds.append(result.seconds - imports)
+                memory.append(result.memory)
+                print(json.dumps({name: value, **asdict(result), "start-up": imports}), flush=True)
             print(
                 f"{name}: time ~ {name}^{exponent(values, seconds):.2f}, memory ~ {name}^{exponent(values, memory):.2f}"
             )
@@ -178,7 +180,7 @@ def paper() -> None:
         print(json.dumps({"model": name, "weights": weights, **figures}))
 
 
-def exponent(sizes: list[int], costs: list[float]) -> float:
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """Slope of the least-squares line through the logarithms."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in costs]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
