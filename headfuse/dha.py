@@ -94,14 +94,14 @@ def train(
         config.seed,
         validation_windows=windows,
     )
-    teacher = LiveTeacher(_load(source, streamed, trust_remote_code), streamed.device, None, False)
-    nll_before = nll(teacher.model, stream.validation)
+    model = _load(source, streamed, trust_remote_code)
+    nll_before = nll(model, stream.validation)
     if plan is not None and all(layer.untouched for layer in plan.layers):
         return Trained(plan, {}, nll_before, nll_before)
-    model = _load(source, streamed, trust_remote_code)
-    training = Training(partial, model, options, stream, teacher if options.loss == "kl" else None, on_progress)
-    if options.loss != "kl":
-        del teacher
+    teacher = None
+    if options.loss == "kl":
+        teacher = LiveTeacher(_load(source, streamed, trust_remote_code), streamed.device, None, False)
+    training = Training(partial, model, options, stream, teacher, on_progress)
 
     # Search (section 4.3): under the language-modelling loss alone, any two heads of a layer may mix
     everything = [(tuple(range(heads.num_key_value_heads)),)] * (2 * heads.num_hidden_layers)
