@@ -208,6 +208,13 @@ with torch.no_grad():
     assert saved["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
 
+def test_the_config_has_defaults(fused: Path) -> None:
+    """vLLM builds one without arguments."""
+    from headfuse.modeling import LayerwiseConfig
+
+    assert set(LayerwiseConfig().num_key_value_heads_per_layer) == {32}
+
+
 def test_the_base_model_loads_alone(fused: Path) -> None:
     assert AutoModel.from_pretrained(fused).layers[1].self_attn.v_proj.out_features == 16
 
@@ -226,7 +233,7 @@ def _group(value: Any) -> Callable[[dict[str, Any]], None]:
         (_group("2"), "n_heads_in_group"),
         (_group(None), "n_heads_in_group"),
         (lambda config: config["block_configs"].pop(), "list of 3"),
-        (lambda config: config.pop("block_configs"), "list of 3"),
+        (lambda config: config.update(block_configs={}), "list of 3"),
         (lambda config: config["block_configs"][0].pop("ffn"), "attention and ffn"),
         (lambda config: config["block_configs"][2]["ffn"].update(no_op=True), "no_op"),
         (lambda config: config.update(headfuse_format=2), "headfuse_format"),

@@ -30,7 +30,8 @@ class LayerwiseConfig(LlamaConfig):
 
     Args:
         headfuse_format: version of these fields.
-        block_configs: for each layer `{"attention": {"n_heads_in_group": query heads of one KV head}, "ffn": {..}}`.
+        block_configs: for each layer `{"attention": {"n_heads_in_group": query heads of one KV head}, "ffn": {..}}`;
+            by default every layer has `num_key_value_heads`.
         qkv_bias: whether the query, key and value projections have biases; `attention_bias` is that of the output
             projection.
         source_model_type: the family of the source model.
@@ -55,6 +56,10 @@ class LayerwiseConfig(LlamaConfig):
                 f"headfuse_format: {self.headfuse_format} is not supported, only {FORMAT}; use a matching headfuse"
             )
         blocks = self.block_configs
+        if blocks is None:  # tools build a config without arguments to see the defaults
+            num_kv_heads: int = self.__dict__["num_key_value_heads"]
+            group = self.num_attention_heads // num_kv_heads
+            blocks = [{"attention": {"n_heads_in_group": group}, "ffn": {}}] * self.num_hidden_layers
         if not isinstance(blocks, list | tuple) or len(blocks) != self.num_hidden_layers:
             raise ValueError(f"block_configs: must be a list of {self.num_hidden_layers} entries, one per layer")
         self.block_configs = [self._block(layer_idx, block) for layer_idx, block in enumerate(blocks)]
