@@ -19,7 +19,7 @@ LOSSES = ("kl", "ce")
 PACKING = ("joined", "separate")
 TRAINED = ("all", "attention", "lora")
 
-LEARNING_RATES = ((50e6, 5e-4), (1e9, 1e-4), (math.inf, 2e-5))
+LEARNING_RATES = ((50e6, 2e-4), (1e9, 1e-4), (math.inf, 2e-5))
 """Default peak learning rates: (below so many parameters, rate). The first was measured on a model of 6 M."""
 LORA_LEARNING_RATES = 4.0
 """Default of adapters, as a multiple: they start at zero and need larger steps."""
@@ -83,7 +83,7 @@ class Recipe(Strict):
     lora_rank: Count = 16
     lora_alpha: Count = 32
     learning_rate: Rate | None = None
-    """The peak; by default 5e-4 below 50 million parameters, 1e-4 below a billion, else 2e-5; LoRA 4 times that."""
+    """The peak; by default 2e-4 below 50 million parameters, 1e-4 below a billion, else 2e-5; LoRA 4 times that."""
     fused_learning_rate: Rate = 2.0
     """The learning rate of key and value projections, as a multiple (2 in mha2gqa)."""
     warmup: Share = 0.03

@@ -287,7 +287,7 @@ def test_validations_are_ten_or_a_tenth_of_the_time() -> None:
 
 
 def test_default_learning_rate_goes_by_size() -> None:
-    assert [default_learning_rate(size) for size in (6e6, 135e6, 7e9)] == [5e-4, 1e-4, 2e-5]
+    assert [default_learning_rate(size) for size in (6e6, 135e6, 7e9)] == [2e-4, 1e-4, 2e-5]
 
 
 def test_default_batch_is_small_where_tokens_are_few() -> None:
