@@ -121,7 +121,7 @@ class Folder:
         own = tuple(
             f"{self.arch.attention_prefix(i)}.{name}."
             for i in range(self.heads.num_hidden_layers)
-            for name in (self.arch.key, self.arch.value)
+            for name in (self.arch.key, self.arch.value, *self.arch.norms[1:])
         )
         for name, tensor in model_without_weights(self.config, self.path).state_dict().items():
             shape = self.checkpoint.shapes.get(name, tuple(tensor.shape))

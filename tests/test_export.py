@@ -29,9 +29,10 @@ def planned(
     family: str = "llama",
     method: str = "subspace",
     layout: str = "decoupled",
+    kv_heads: int = 4,
 ) -> Path:
     """A fused folder with these key groups and value groups."""
-    model = tiny_model(folder / "model", family, query_heads=8, layers=len(layers))
+    model = tiny_model(folder / "model", family, kv_heads, query_heads=8, layers=len(layers))
     config = json.loads((model / "config.json").read_text())
     config.update(sliding_window=None, use_sliding_window=False)
     config.pop("layer_types", None)
@@ -132,6 +133,19 @@ def test_exports_compute_the_same(
         kept = stock.config.to_dict()
         differ = {name for name in source if source[name] != kept.get(name)}
         assert differ <= {"num_key_value_heads", "transformers_version", "_name_or_path", "use_sliding_window"}
+
+
+@pytest.mark.parametrize("family", ["cohere", "olmo2", "phi3", "qwen3"])  # channels in pairs, norms, one projection
+def test_families_that_store_their_heads_otherwise(tmp_path: Path, family: str) -> None:
+    folder = planned(tmp_path, [(PAIRS, PAIRS), (ALL, PAIRS)], family)
+    assert exported(folder, "gqa", tmp_path / "out")["num_key_value_heads"] == [2, 2]
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(folder), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_over_all_keys_needs_each_of_them_as_often(tmp_path: Path) -> None:
+    keys, values = [[0, 1, 2, 3], [4, 5], [6, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]
+    folder = planned(tmp_path, [(keys, values)], "olmo2", kv_heads=8)
+    assert "norm is over all key heads" in run("export", folder, "--to", "gqa", "-o", tmp_path / "out", code=1)
 
 
 @pytest.mark.parametrize("layout", ["decoupled", "layerwise"])

@@ -69,10 +69,11 @@ class StockHeads:
         """The weights of the stock layer."""
         sides = {"query": list(self.queries), "key": list(self.keys), "value": list(self.values)}
         moved: dict[str, Any] = {"output": weights.output[:, sides["query"]]}
+        one_norm = weights.query_norm is not None and len(weights.query_norm) == 1  # the same for all heads
         for side, heads in sides.items():
             for name in (side, f"{side}_bias", f"{side}_norm"):
                 tensor = getattr(weights, name, None)
-                if tensor is not None and not (name.endswith("_norm") and len(tensor) == 1):
+                if tensor is not None and not (name.endswith("_norm") and one_norm):
                     moved[name] = tensor[heads]
         return replace(weights, **moved)
 
