@@ -50,7 +50,7 @@ def test_damaged_files(place: Place, name: str, times: int) -> None:
     content = (place.root / TARGETS[name].file).read_bytes()
     assert check(place, name, content) == 0
 
-    @examples(25 * times)
+    @examples(18 * times)
     @given(SEEDS)
     def damaged(seed: int) -> None:
         check(place, name, mutated(name, content, random.Random(seed)))
