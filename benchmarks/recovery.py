@@ -39,6 +39,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "dha": {"method": "dha", "dha": DHA},
     "dha, no fusion": {"method": "dha", "dha": {**DHA, "fusion_steps": 0}},
     "dha, uniform": {"method": "dha", "allocator": "uniform", "dha": DHA},
+    "dha, KL": {"method": "dha", "dha": {**DHA, "loss": "kl"}},
     "dha, from subspace": {"method": "dha", "dha": {**DHA, "start": "subspace"}},
     "fast": {"preset": "fast"},
     "balanced": {"preset": "balanced"},

@@ -180,9 +180,10 @@ def test_greedy_gives_the_largest_losses_the_largest_shares() -> None:
 # ---------------------------------------------------------------- the command
 
 
-def test_fuse_trains_within_the_budget_and_logs(tmp_path: Path) -> None:
+def test_fuse_trains_within_the_budget_and_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
     document = fuse(model, tmp_path / "out", "--config", options(tmp_path))
+    assert "the whole model in memory: about 0.0 GB" in caplog.text
     assert document["kv_ratio"] == 0.5
     assert document["stages"][0]["name"] == "trained"
     plan = read_plan(tmp_path / "out")
@@ -197,6 +198,18 @@ def test_fuse_trains_within_the_budget_and_logs(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
     source, trained = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert not torch.equal(source["model.embed_tokens.weight"], trained["model.embed_tokens.weight"])
+
+
+def test_a_dry_run_counts_the_training(tmp_path: Path) -> None:
+    model, few, many = tiny_model(tmp_path / "model"), tmp_path / "few.yaml", tmp_path / "many.yaml"
+    few.write_text(yaml.safe_dump({"method": "dha", "dha": {"fusion_steps": 0, "micro_batch_size": 1}}))
+    many.write_text(yaml.safe_dump({"method": "dha", "dha": {"fusion_steps": 10**6, "micro_batch_size": 64}}))
+    costs = [
+        json.loads(run("fuse", model, "--dry-run", "--json", "--sequence-length", 32, "--config", path))["estimate"]
+        for path in (few, many)
+    ]
+    assert costs[0]["memory_bytes"] < costs[1]["memory_bytes"]
+    assert 100 * costs[0]["seconds"] < costs[1]["seconds"]
 
 
 def test_a_full_budget_trains_nothing(tmp_path: Path) -> None:
