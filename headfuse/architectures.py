@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -41,9 +41,13 @@ class Architecture:
     """`q_norm` and `k_norm` before RoPE: over the channels of each head, or over those of all heads at once."""
     stock_gqa: bool = True
     """The family's own class has `num_key_value_heads`."""
+    interface: bool = True
+    """The family's attention goes through the attention interface of transformers."""
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Parameters of a layer's module that checkpoints hold in parts: their names, relative to the layer; `{expert}`
     counts from 0, its parts are stacked, and several names are concatenated within each expert."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of tensor names in checkpoints, and in the model."""
     refused: tuple[str, ...] = ()
     """Options of the family's config that change the attention in a way that is not supported."""
 
@@ -54,6 +58,22 @@ class Architecture:
     def attention_prefix(self, layer_idx: int) -> str:
         """Name of one layer's attention module."""
         return f"{self.layer_prefix(layer_idx)}.{self.attention}"
+
+    def model_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """The model's name of each stored tensor; checkpoints of the base model alone lack the first part."""
+        base = self.layer.partition(".")[0] + "."
+        names = {name: name for name in stored}
+        for old, new in self.renamed.items():
+            names = {name: new + n.removeprefix(old) if n.startswith(old) else n for name, n in names.items()}
+        if not any(name.startswith(base) for name in names.values()):
+            names = {name: n if n.startswith("lm_head.") else base + n for name, n in names.items()}
+        return names if len(set(names.values())) == len(names) else {name: name for name in names}
+
+    def decoupled(self) -> Architecture:
+        """How the model code of layout decoupled stores this family: as modules hold it, in the canonical order."""
+        return replace(
+            self, packed=None, query="q_proj", key="k_proj", value="v_proj", rotary="half", stacked={}, renamed={}
+        )
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -84,9 +104,18 @@ _MIXTRAL = {
     "mlp.experts.down_proj": ("block_sparse_moe.experts.{expert}.w2.weight",),
 }
 
+# fmt: off
 ARCHITECTURES: dict[str, Architecture] = {
     "cohere": Architecture(rotary="interleaved", refused=("use_qk_norm",)),
     "gemma": Architecture(),
+    "gpt2": Architecture(
+        layer="transformer.h.{layer_idx}", attention="attn", packed="c_attn", transposed=True, output="c_proj",
+        rotary="none", stock_gqa=False,
+    ),
+    "gpt_neox": Architecture(
+        layer="gpt_neox.layers.{layer_idx}", attention="attention", packed="query_key_value", packing="heads",
+        output="dense", partial_rotary=True, stock_gqa=False, renamed={"embed_out.": "lm_head."},
+    ),
     "granite": Architecture(),
     "llama": Architecture(),
     "mistral": Architecture(),
@@ -94,6 +123,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo": Architecture(),
     "olmo2": Architecture(key_norm="layer"),
     "olmoe": Architecture(key_norm="layer", stacked=_EXPERTS),
+    "opt": Architecture(
+        layer="model.decoder.layers.{layer_idx}", output="out_proj", rotary="none", stock_gqa=False
+    ),
     "phi": Architecture(output="dense", partial_rotary=True, refused=("qk_layernorm",)),
     "phi3": Architecture(packed="qkv_proj", partial_rotary=True),
     "qwen2": Architecture(),
@@ -102,6 +134,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_moe": Architecture(key_norm="head", stacked=_EXPERTS),
     "stablelm": Architecture(partial_rotary=True, refused=("qk_layernorm",)),
 }
+# fmt: on
 
 _MLA = "its keys and values are already compressed together (multi-head latent attention)"
 _ALIBI = "its attention biases (ALiBi) go by the number of the query head, and it has an attention of its own"
@@ -151,7 +184,7 @@ def head_layout(config: Any, where: object = None) -> HeadLayout:
     """
     arch = architecture_of(config.model_type, where)
     num_heads = config.num_attention_heads
-    num_kv = getattr(config, "num_key_value_heads", None) or num_heads
+    num_kv = (getattr(config, "num_key_value_heads", None) or num_heads) if arch.stock_gqa else num_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     for name, value in (
         ("num_hidden_layers", config.num_hidden_layers),
@@ -197,7 +230,7 @@ def _rotary_dim(config: Any, arch: Architecture, head_dim: int, where: object) -
             where=where,
             fix="choose a model whose whole heads are rotated",
         )
-    rotated = int(head_dim * factor)
+    rotated = getattr(config, "rotary_dim", None) or int(head_dim * factor)
     if rotated % 2 or not 0 < rotated <= head_dim:
         raise CheckpointError(
             f"{rotated} channels of a head's {head_dim} are rotated, which are no pairs",
@@ -293,6 +326,7 @@ class AttentionWeights:
         """A layer's tensors with these projections in the place of its own, `stored` as another family has them."""
         stored = stored or arch
         others = {name: tensor for name, tensor in tensors.items() if not arch.owns(name)}
+        others = module_tensors(others, arch) if arch.stacked and not stored.stacked else others
         own = {f"{stored.attention}.{name}": tensor for name, tensor in self.to_tensors(stored, heads).items()}
         return {**others, **own}
 

@@ -64,7 +64,7 @@ def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyM
         k = k.permute(3, 1, 0, 2).flatten(2)  # [F, n, B T]
         gram += capture.weight * (k @ k.mH)
         q = planes(capture.query[..., :rotated]).abs().square().sum((0, 2)).to("cpu", torch.float64)  # [n_q, F]
-        energy += capture.weight * q.view(n, -1, rotated // 2).sum(1)
+        energy += capture.weight * q.unflatten(0, (n, heads.queries_per_head)).sum(1)
         tokens += capture.weight * k.shape[2]
     normed = architecture_of(heads.model_type).key_norm is not None
     return KeyMoments(gram / tokens, energy / tokens, _tail_moments(captures, heads), normed)

@@ -185,6 +185,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = _weight_files(folder)
+        self._stored: dict[str, str] = {}
         self._place: dict[str, tuple[str, int]] = {}
         self._digests: dict[str, bytes] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -257,16 +258,24 @@ class Checkpoint:
             self._digests[name] = hashlib.sha256(data.numpy().data).digest()
         return data
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Show the tensors under other names, `names[stored]`; the fingerprint goes by the stored ones."""
+        self._stored = {names[name]: name for name in self.shapes}
+        self.shapes = {names[name]: shape for name, shape in self.shapes.items()}
+        self.dtypes = {names[name]: dtype for name, dtype in self.dtypes.items()}
+        self._place = {names[name]: place for name, place in self._place.items()}
+
     def fingerprint(self) -> str:
         """SHA-256 over config.json and every tensor by name: the same however the tensors are spread over files.
 
         What was read before is not read again.
         """
         digest = hashlib.sha256(file_sha256(self.folder / "config.json").encode())
-        for name in sorted(self.shapes):
+        stored = {self._stored.get(name, name): name for name in self.shapes}
+        for stored_name, name in sorted(stored.items()):
             if name not in self._digests:
                 self._bytes(name)
-            digest.update(f"{name} {DTYPE_CODES[self.dtypes[name]]} {list(self.shapes[name])} ".encode())
+            digest.update(f"{stored_name} {DTYPE_CODES[self.dtypes[name]]} {list(self.shapes[name])} ".encode())
             digest.update(self._digests[name])
         return digest.hexdigest()
 

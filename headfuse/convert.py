@@ -388,7 +388,7 @@ def _written_tensors(
     spec = {n: (checkpoint.dtypes[n], shape) for n, shape in checkpoint.shapes.items() if not ignorable(n)}
     for layer in plan.layers:
         prefix = arch.layer_prefix(layer.layer_idx) + "."
-        own = [name for name in spec if name.startswith(prefix) and arch.owns(name.removeprefix(prefix))]
+        own = [name for name in spec if name.startswith(prefix)]
         tensors = {n.removeprefix(prefix): torch.empty(spec[n][1], dtype=spec[n][0], device="meta") for n in own}
         weights = AttentionWeights.of_layer(tensors, arch, heads)
         weights = weights.resized(len(layer.key_groups), len(layer.value_groups))

@@ -33,6 +33,7 @@ class Source:
         folder = resolve_model(model)
         config = read_config(folder, trust_remote_code)
         heads, checkpoint = head_layout(config, folder / "config.json"), Checkpoint(folder)
+        checkpoint.rename(architecture_of(config.model_type).model_names(checkpoint.shapes))
         _check_heads(checkpoint, heads)
         name = model if not Path(model).exists() else folder.resolve().name
         return cls(name, folder, checkpoint, config, heads)

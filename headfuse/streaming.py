@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from headfuse.checkpoint import Checkpoint, is_finite
 from headfuse.errors import CheckpointError, UnsupportedModelError
 
 _CAPTURE = "headfuse_capture"
+_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 BATCH_TOKENS = 512
 """Tokens that go through a layer at once; one window where it is longer."""
 
@@ -108,7 +110,7 @@ class StreamedModel:
         AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
         self.checkpoint, self.device = checkpoint, device
         self.arch, self.heads = architecture_of(config.model_type), head_layout(config)
-        self.order = canonical_order(self.arch, self.heads)
+        self.order = canonical_order(self.arch, self.heads) if self.arch.interface else None
         self.num_layers = config.num_hidden_layers
         self.model = model_without_weights(config, checkpoint.folder, _CAPTURE)
         self.layers: list[nn.Module] = [
@@ -315,7 +317,7 @@ def compute_buffers(model: PreTrainedModel, modules: Iterable[nn.Module], device
 
 def ignorable(name: str) -> bool:
     """Stored tensors that transformers computes instead of loading."""
-    return name.endswith(("rotary_emb.inv_freq", "attn.masked_bias"))
+    return _COMPUTED.search(name) is not None
 
 
 class _forwards:

@@ -23,11 +23,14 @@ WORDS = ["the", "head", "of", "a", "key", "reads", "what", "value", "it", "was",
 VOCABULARY = 300
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gptj": {"rotary_dim": 4},
     "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     "mistral": {"sliding_window": 16},
     "mixtral": {**_EXPERTS, "sliding_window": 16},
     "olmo": {"clip_qkv": 30.0},
     "olmoe": {**_EXPERTS, "clip_qkv": None},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
     "phi3": {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_moe": _EXPERTS,

@@ -127,6 +127,8 @@ def test_full_budget_copies_bit_for_bit(tmp_path: Path, family: str, layout: str
     source, copied = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     arch, heads = ARCHITECTURES[family], head_layout(AutoConfig.from_pretrained(model))
     stored = LAYOUTS[layout].stored(arch)
+    names = arch.model_names(source)
+    source = {name if stored == arch else names[name]: tensor for name, tensor in source.items()}
     for layer_idx in range(heads.num_hidden_layers):
         prefix = arch.layer_prefix(layer_idx) + "."
         layer = {name.removeprefix(prefix): source.pop(name) for name in list(source) if name.startswith(prefix)}

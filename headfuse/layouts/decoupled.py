@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from headfuse.architectures import Architecture, AttentionWeights
@@ -49,7 +48,7 @@ def check(config: Any) -> None:
 
 def stored(arch: Architecture) -> Architecture:
     """Separate projections, and channels in the canonical order, whatever the source's class has."""
-    return replace(arch, packed=None, query="q_proj", key="k_proj", value="v_proj", rotary="half")
+    return arch.decoupled()
 
 
 def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:

@@ -44,13 +44,17 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(),
     "llama": Family(),
     "mistral": Family(),
+    "mixtral": Family(),
     "olmo": Family(),
     "olmo2": Family(norm="layer"),
+    "olmoe": Family(norm="layer"),
     "opt": Family("decoder.layers", output="out_proj", rotary="none"),
     "phi": Family(output="dense"),
     "phi3": Family(packed="qkv_proj"),
     "qwen2": Family(),
+    "qwen2_moe": Family(),
     "qwen3": Family(norm="head"),
+    "qwen3_moe": Family(norm="head"),
     "stablelm": Family(),
 }
 """Model families whose attention can be decoupled."""
