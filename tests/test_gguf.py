@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from conftest import VOCABULARY, fuse, run, tiny_model
 from llama_cpp import LlamaCpp
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
 import headfuse
@@ -220,6 +221,37 @@ def test_llama_cpp_makes_the_same_tokens_of_a_text(model: Path, tmp_path: Path, 
     whole = tokenizer(TEXTS[0]).input_ids
     assert llama.tokenize(TEXTS[0], special=True) == whole
     assert len(whole) < len(TEXTS[0]), "the tokenizer merges something"
+
+
+def _package(name: str) -> Path | None:
+    found = importlib.util.find_spec(name)
+    return Path(found.origin).parent if found and found.origin else None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (_package("mistral_common") and _package("sentencepiece")),
+    reason="mistral-common, which holds the tokenizer of Mistral 7B, and sentencepiece are not installed",
+)
+def test_the_tokenizer_of_mistral(tmp_path: Path) -> None:
+    folder, data = tmp_path / "tokenizer", _package("mistral_common")
+    assert data is not None
+    folder.mkdir()
+    (folder / "tokenizer.model").symlink_to(data / "data/tokenizer.model.v1")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **special}))
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "m.gguf")
+    llama = LlamaCpp(tmp_path / "m.gguf")
+    text = (Path(headfuse.__file__).parent / "data/default.txt").read_text(encoding="utf-8")
+    pieces = [text[start : start + 2000].lstrip(" ") for start in range(0, 60000, 2000)]
+    for piece in [*pieces, *(text for text in TEXTS if not text.startswith(" "))]:
+        assert llama.tokenize(piece, special=True) == tokenizer(piece).input_ids
 
 
 def test_special_tokens_and_the_chat_template(model: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ LAYOUTS: dict[str, LayoutFormat] = {
     "layerwise": LayoutFormat(
         layerwise.config,
         gqa.arrange,
-        "vLLM and TensorRT-LLM (DeciLM, trust_remote_code=True), llama.cpp after `headfuse export --to gguf`, "
+        "vLLM (DeciLM, trust_remote_code=True), llama.cpp after `headfuse export --to gguf`, "
         "transformers (import headfuse.modeling, or trust_remote_code=True)",
         layerwise.check,
     ),
