@@ -554,7 +554,7 @@ def output_folder(
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _output_error(path, error) from None
-    with _locked(partial):
+    with _locked(partial) as lock:
         try:
             if _recover(path):
                 check_output(path, overwrite=overwrite, resume=resume, reads=reads)
@@ -563,10 +563,14 @@ def output_folder(
             for unfinished in partial.glob("*.new"):
                 unfinished.unlink()
             yield partial
+            if not _is_at(lock, partial / _LOCK):
+                fix = "run it again, with nobody else at work here"
+                raise OutputError("was removed while this run was working", where=partial, fix=fix)
             _publish(partial, path, overwrite)
         except BaseException as error:
-            resumable = (partial / RESUME).exists()
-            if partial.exists() and not resumable:
+            ours = _is_at(lock, partial / _LOCK)  # or of another run, after somebody removed this one's folder
+            resumable = ours and (partial / RESUME).exists()
+            if ours and not resumable:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
                 raise _output_error(path, error, resumable) from None
@@ -732,7 +736,7 @@ def _replaceable(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[IO[Any]]:
     try:
         stream = (folder / _LOCK).open("w")
     except OSError as error:
@@ -741,14 +745,20 @@ def _locked(folder: Path) -> Iterator[None]:
         raise _output_error(folder, error) from None
     with stream:
         _lock(stream, folder / _LOCK, folder)
-        yield
+        yield stream
+
+
+def _is_at(stream: IO[Any], path: Path) -> bool:
+    """Whether an opened file is the one that a path leads to."""
+    status = os.fstat(stream.fileno())
+    return _identity(path) == (status.st_dev, status.st_ino)
 
 
 def _lock(stream: IO[Any], path: Path, where: Path) -> None:
     """Lock an opened file, which has to be the one at `path` still."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        stale = _identity(path) != (os.fstat(stream.fileno()).st_dev, os.fstat(stream.fileno()).st_ino)
+        stale = not _is_at(stream, path)
     except OSError as error:
         stale = error.errno not in _NO_LOCKS
     if stale:  # locked by another process, or by one that has just finished

@@ -16,7 +16,7 @@ from conftest import run, tiny_model
 from typer.testing import CliRunner
 
 from headfuse import checkpoint, convert
-from headfuse.checkpoint import output_folder, write_resume
+from headfuse.checkpoint import output_file, output_folder, write_resume
 from headfuse.cli import app
 
 EVENTS = (
@@ -89,6 +89,47 @@ def test_killed_at_any_file_operation(tmp_path: Path, overwrite: bool) -> None:
         pytest.fail("the run never came to its end")
     assert count > 20
     assert seen >= {len(new), len(old) if overwrite else None}
+
+
+def test_a_run_whose_folder_was_removed_leaves_that_of_the_next_alone(tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+
+    def write() -> None:
+        with output_folder(out):
+            shutil.rmtree(partial)
+            partial.mkdir()
+            for name in (".lock", "config.json"):
+                (partial / name).write_text("of another run")
+
+    with pytest.raises(checkpoint.OutputError, match="was removed"):
+        write()
+    assert not out.exists()
+    assert (partial / "config.json").read_text() == "of another run"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_killed_at_any_operation(tmp_path: Path, overwrite: bool) -> None:
+    """The same for an output that is one file."""
+
+    def write(out: Path, again: bool = False) -> None:
+        with output_file(out, overwrite=overwrite or again) as partial:
+            partial.write_bytes(b"new")
+
+    for count in range(200):
+        place = tmp_path / f"{count}"
+        place.mkdir()
+        out = place / "model.gguf"
+        if overwrite:
+            out.write_bytes(b"old")
+        killed = killed_at(count, lambda out=out: write(out), place)  # type: ignore[misc]
+        assert (out.read_bytes() if out.exists() else None) in (b"new", b"old" if overwrite else None, None), count
+        write(out, again=True)
+        assert files(place) == {"model.gguf": b"new"}, count
+        if not killed:
+            break
+    else:
+        pytest.fail("the run never came to its end")
+    assert count > 2
 
 
 def test_an_exchange_that_was_cut_short_gives_the_old_output_back(tmp_path: Path) -> None:
