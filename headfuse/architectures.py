@@ -41,8 +41,9 @@ class Architecture:
     """`q_norm` and `k_norm` before RoPE: over the channels of each head, or over those of all heads at once."""
     stock_gqa: bool = True
     """The family's own class has `num_key_value_heads`."""
-    interface: bool = True
-    """The family's attention goes through the attention interface of transformers."""
+    legacy: bool = False
+    """The family's attention does not go through the attention interface of transformers, and its layers give tuples:
+    the source is read as the decoupled model that it equals."""
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Parameters of a layer's module that checkpoints hold in parts: their names, relative to the layer; `{expert}`
     counts from 0, its parts are stacked, and several names are concatenated within each expert."""
@@ -115,6 +116,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_neox": Architecture(
         layer="gpt_neox.layers.{layer_idx}", attention="attention", packed="query_key_value", packing="heads",
         output="dense", partial_rotary=True, stock_gqa=False, renamed={"embed_out.": "lm_head."},
+    ),
+    "gptj": Architecture(
+        layer="transformer.h.{layer_idx}", attention="attn", output="out_proj", rotary="interleaved",
+        partial_rotary=True, stock_gqa=False, legacy=True,
     ),
     "granite": Architecture(),
     "llama": Architecture(),

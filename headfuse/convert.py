@@ -140,7 +140,7 @@ def fuse(
         ready = found or ready or make_plan(source, config, survey(source, streamed, text, config, on_progress))
         writer, done = _open_writer(source, streamed, ready, partial, options)
         _write_config(partial, source, ready, dtype)
-        as_written = LAYOUTS[ready.layout].config(streamed.model.config.to_dict(), ready)
+        as_written = LAYOUTS[ready.layout].config(streamed.config.to_dict(), ready)
         guard = WrittenLayers(as_written, streamed.arch, writer, streamed.device)
         before, closed_form, last = _convert(streamed, guard, text, ready, done, on_progress)
         stages = [closed_form]

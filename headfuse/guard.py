@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from headfuse.architectures import Architecture
 from headfuse.checkpoint import Checkpoint, SafetensorsWriter
 from headfuse.modeling.modeling_headfuse import HeadfuseAttention
-from headfuse.streaming import HiddenStates, ignorable, load_layer
+from headfuse.streaming import CanonicalCheckpoint, HiddenStates, compute_buffers, ignorable, load_layer
 
 
 class WrittenLayers:
@@ -30,14 +30,16 @@ class WrittenLayers:
         self,
         config: Mapping[str, Any],
         arch: Architecture,
-        weights: Checkpoint | SafetensorsWriter,
+        weights: Checkpoint | CanonicalCheckpoint | SafetensorsWriter,
         device: torch.device,
     ) -> None:
         fields = dict(config)
         fused = AutoConfig.for_model(fields.pop("model_type"), **fields)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(fused, attn_implementation="sdpa", dtype=torch.float32)
-        model.eval().requires_grad_(False)
+            attention = "eager" if arch.legacy else "sdpa"
+            model = AutoModelForCausalLM.from_config(fused, attn_implementation=attention, dtype=torch.float32)
+        model.config._attn_implementation = "sdpa"
+        self.model = model.eval().requires_grad_(False)
         self.device, self.arch, self.weights = device, arch, weights
         self.layers = [model.get_submodule(arch.layer_prefix(i)) for i in range(fused.num_hidden_layers)]
 
@@ -53,10 +55,9 @@ class WrittenLayers:
         names = [name for name in self.weights.shapes if name.startswith(prefix) and not ignorable(name)]
         tensors = {name: weights[name] if name in weights else self.weights.read(name) for name in names}
         load_layer(layer, {name.removeprefix(prefix): t for name, t in tensors.items()}, self.arch, self.device)
+        compute_buffers(self.model, layer.modules(), self.device)
         for module in layer.modules():
             if isinstance(module, HeadfuseAttention):
-                for name, table in list(module.named_buffers(recurse=False)):
-                    module.register_buffer(name, torch.empty_like(table, device=self.device), persistent=False)
                 module.reset_tables()
         yield layer
         layer.to("meta")

@@ -20,6 +20,8 @@ from transformers.modeling_utils import AttentionInterface
 from headfuse.architectures import Architecture, architecture_of, canonical_order, head_layout, module_tensors
 from headfuse.checkpoint import Checkpoint, is_finite
 from headfuse.errors import CheckpointError, UnsupportedModelError
+from headfuse.modeling.configuration_headfuse import HeadfuseConfig
+from headfuse.plan import HeadLayout
 
 _CAPTURE = "headfuse_capture"
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
@@ -93,6 +95,46 @@ def model_without_weights(config: PreTrainedConfig, folder: Path, attention: str
     return model.eval()
 
 
+class CanonicalCheckpoint:
+    """A checkpoint with the channels of its queries and keys in the canonical order.
+
+    Args:
+        checkpoint: one with a projection for queries and one for keys, without biases.
+        arch: the family's table entry.
+        heads: the heads.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, arch: Architecture, heads: HeadLayout) -> None:
+        self.checkpoint, self.folder, self.nbytes = checkpoint, checkpoint.folder, checkpoint.nbytes
+        self.shapes, self.dtypes = checkpoint.shapes, checkpoint.dtypes
+        self.order, self.head_dim = canonical_order(arch, heads), heads.head_dim
+        prefixes = [arch.attention_prefix(layer_idx) for layer_idx in range(heads.num_hidden_layers)]
+        self.reordered = {f"{prefix}.{name}.weight" for prefix in prefixes for name in (arch.query, arch.key)}
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, checked to be finite."""
+        tensor = self.checkpoint.read(name)
+        if name not in self.reordered:
+            return tensor
+        return tensor.unflatten(0, (-1, self.head_dim))[:, self.order].flatten(0, 1)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.checkpoint
+
+
+def _decoupled_config(config: PreTrainedConfig, heads: HeadLayout) -> HeadfuseConfig:
+    """The decoupled model that has every head of the source."""
+    layers, each = heads.num_hidden_layers, list(range(heads.num_key_value_heads))
+    readers = [[heads.source_head(query) for query in range(heads.num_attention_heads)]] * layers
+    return HeadfuseConfig(
+        source_config=config.to_dict(),
+        num_key_heads=[len(each)] * layers,
+        num_value_heads=[len(each)] * layers,
+        key_head_of_query=readers,
+        value_head_of_query=readers,
+    )
+
+
 class StreamedModel:
     """A causal language model whose decoder layers are loaded one after another, computed in float32.
 
@@ -108,11 +150,16 @@ class StreamedModel:
     def __init__(self, checkpoint: Checkpoint, config: PreTrainedConfig, device: torch.device) -> None:
         AttentionInterface.register(_CAPTURE, _capturing_attention)
         AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
-        self.checkpoint, self.device = checkpoint, device
+        self.config, self.device = config, device
         self.arch, self.heads = architecture_of(config.model_type), head_layout(config)
-        self.order = canonical_order(self.arch, self.heads) if self.arch.interface else None
+        self.checkpoint: Checkpoint | CanonicalCheckpoint = checkpoint
+        if self.arch.legacy:
+            self.checkpoint = CanonicalCheckpoint(checkpoint, self.arch, self.heads)
+            self.arch, config = self.arch.decoupled(), _decoupled_config(config, self.heads)
+        self.order = canonical_order(self.arch, self.heads)
         self.num_layers = config.num_hidden_layers
-        self.model = model_without_weights(config, checkpoint.folder, _CAPTURE)
+        self.model = model_without_weights(config, checkpoint.folder, "eager" if self.arch.legacy else _CAPTURE)
+        self.model.config._attn_implementation = _CAPTURE
         self.layers: list[nn.Module] = [
             self.model.get_submodule(self.arch.layer_prefix(i)) for i in range(self.num_layers)
         ]
@@ -186,7 +233,7 @@ class StreamedModel:
 
             return forward
 
-        with _forwards(self.layers, recorder), torch.no_grad():
+        with _forwards(self.layers, recorder, self.arch.legacy), torch.no_grad():
             for window in windows:
                 self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
         width = self.model.config.hidden_size
@@ -293,7 +340,7 @@ class StreamedModel:
         def injector(index: int) -> Callable[..., torch.Tensor]:
             return lambda hidden_states, *args, **kwargs: state[None] if index == last else hidden_states
 
-        with _forwards(self.layers, injector):
+        with _forwards(self.layers, injector, self.arch.legacy):
             return model(input_ids=tokens, use_cache=False)
 
 
@@ -323,12 +370,17 @@ def ignorable(name: str) -> bool:
 class _forwards:
     """Replace the layers' forward functions while a block runs."""
 
-    def __init__(self, layers: list[nn.Module], make: Callable[[int], Callable[..., torch.Tensor]]) -> None:
-        self.layers, self.make = layers, make
+    def __init__(
+        self, layers: list[nn.Module], make: Callable[[int], Callable[..., torch.Tensor]], tuples: bool
+    ) -> None:
+        self.layers, self.make, self.tuples = layers, make, tuples
 
     def __enter__(self) -> None:
+        def in_tuple(forward: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor]]:
+            return lambda *args, **kwargs: (forward(*args, **kwargs),)
+
         for index, layer in enumerate(self.layers):
-            layer.forward = self.make(index)
+            layer.forward = in_tuple(self.make(index)) if self.tuples else self.make(index)
 
     def __exit__(self, *exc: object) -> None:
         for layer in self.layers:
