@@ -148,19 +148,20 @@ def relative(row: dict[str, Any], nll: float) -> float:
 
 
 def needed(rows: list[dict[str, Any]]) -> list[str]:
-    """How many tokens one start takes to the last loss of another: GQA to those of all, the others to DHA's."""
+    """How many tokens one start takes to the lowest loss of another: GQA to those of all, the others to DHA's."""
     lines = []
     for runner, goals in (("gqa", list(STARTS)[1:]), *((start, ["dha"]) for start in ("align", "fast", "balanced"))):
         curve = max((row for row in rows if row["start"] == runner), key=lambda row: row["tokens"], default=None)
         for goal in (row for row in rows if row["start"] in goals and curve is not None):
             assert curve is not None
-            spent, loss = goal["spent"] + goal["points"][-1][0], goal["points"][-1][1]
+            at, loss = min(goal["points"], key=lambda point: point[1])
+            spent = goal["spent"] + at
             total = [(n + curve["spent"], nll) for n, nll in curve["points"]]
             takes = reached(total, loss)
             said = f"{takes / spent:.2f} times" if takes is not None else f"more than {total[-1][0] / spent:.2f} times"
             lines.append(
                 f"- {runner} takes {said} the tokens of {goal['start']}, seed {goal['seed']} ({spent // 1000}k), "
-                f"to reach its last NLL, {loss:.3f}."
+                f"to reach its lowest NLL, {loss:.3f}."
             )
     return lines
 
@@ -189,13 +190,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     colours = {start: f"C{index}" for index, start in enumerate(STARTS)}
     for axis, budget in zip(axes[0], budgets, strict=False):
         seen = set[str]()
+        source = next(row["source"] for row in rows if row["budget"] == budget)
+        axis.axhline(source, color="black", lw=0.8, ls=":", label="source")
         for row in (row for row in rows if row["budget"] == budget):
             tokens, losses = zip(*row["points"], strict=True)
             label = None if row["start"] in seen else row["start"]
             seen.add(row["start"])
             total = [(n + row["spent"]) / 1000 for n in tokens]
             axis.plot(total, losses, "o-", ms=3, lw=1.2, color=colours[row["start"]], label=label)
-            axis.axhline(row["source"], color="black", lw=0.6, ls=":")
         axis.set(title=f"{budget} of the cache", xlabel="tokens read, thousands", ylabel="NLL, unseen text")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)

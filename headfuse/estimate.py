@@ -95,7 +95,7 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
         return LIBRARIES + training_memory(source, config), tokens * per_token
 
     preset = PRESETS[config.preset]
-    if preset.end_loss_probes and config.budget.allocator == "sensitivity" and config.layout != "gqa":
+    if preset.end_loss_probes and config.budget.allocator in ("sensitivity", "dha-greedy") and config.layout != "gqa":
         work += PROBE_COST * seen * once
     if preset.model_passes and FUSION_METHODS[config.method].refits_output:
         trained = preset.model_passes * seen

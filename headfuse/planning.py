@@ -49,7 +49,7 @@ def survey(
     windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
     method, allocator, surveys = FUSION_METHODS[config.method], config.budget.allocator, list[LayerSurvey]()
     needed = _needs_costs(config, source.heads)
-    costs = needed and allocator == "sensitivity"
+    costs = needed and allocator not in HEAD_IMPORTANCE
     slots = LAYOUTS[config.layout].free_slots and method.slots is not None
     preset = PRESETS[config.preset]
     shared = config.layout in SHARED

@@ -286,3 +286,18 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'fusion_steps'"):
         load_config(None, {"method": "dha", "dha.fusion_step": 3})
     assert not (tmp_path / "out").exists()
+
+
+def test_other_methods_take_its_allocator_and_grouping(tmp_path: Path) -> None:
+    """The greedy reads the costs that the survey measures; it is not the uniform plan."""
+    model = tiny_model(tmp_path / "model", layers=3)
+
+    def louder(attention: Any) -> None:
+        if attention.layer_idx == 1:
+            attention.v_proj.weight.mul_(10)
+
+    edit_heads(model, louder)
+    options = ("--budget", "1/2", "--method", "mean", "--preset", "fast", "--allocator", "dha-greedy")
+    document = fuse(model, tmp_path / "out", *options, "--grouping", "anneal")
+    assert document["kv_ratio"] == 0.5
+    assert document["value_heads"][1] == max(document["value_heads"] + document["key_heads"]) > 2
