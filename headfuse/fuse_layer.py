@@ -15,8 +15,8 @@ from headfuse.normed_keys import fit_normed_keys
 from headfuse.plan import Groups, HeadLayout, LayerPlan, head_of_source
 from headfuse.streaming import AttentionCapture
 
-REFIT_RIDGE = 1e-4
-"""Ridge of the refit, in units of the mean diagonal; it shrinks towards the closed-form solution."""
+REFIT_RIDGE = 1.0
+"""Ridge of the refit, in units of the mean diagonal times unknowns per row: what as many rows say of noise alone."""
 
 
 def fuse_layer(
@@ -60,7 +60,7 @@ def refit_output(
         heads: the source's heads.
     """
     size, owner = heads.num_attention_heads * heads.head_dim, head_of_source(layer.value_groups)
-    gram = torch.zeros(size, size, dtype=torch.float64)
+    rows, gram = 0, torch.zeros(size, size, dtype=torch.float64)
     cross = torch.zeros(heads.hidden_size, size, dtype=torch.float64)
     start, wanted = folded.flatten(1), source.double().flatten(1)
     for capture in captures:
@@ -71,8 +71,9 @@ def refit_output(
         target = capture.output.flatten(2).flatten(0, 1)
         # the residual itself, not a difference of two products: it vanishes on heads that are truly redundant
         missing = target @ wanted.to(target).T - z @ start.to(z).T  # [B T, D]
+        rows += len(z)
         gram += capture.weight * (z.T @ z).double().cpu()
         cross += capture.weight * (missing.T @ z).double().cpu()
-    ridge = REFIT_RIDGE * gram.diagonal().mean()
+    ridge = REFIT_RIDGE * size / rows * gram.diagonal().mean()
     gram.diagonal().add_(ridge.clamp_min(1e-300))
     return (start + torch.linalg.solve(gram, cross.T).T).view_as(folded)
