@@ -148,6 +148,28 @@ def _tokens(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def _memory(text: str) -> int:
+    from headfuse.memory import parse_memory
+
+    try:
+        return parse_memory(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _lengths(text: str | None) -> list[int]:
+    parts = _names(text)
+    if not all(part.isdigit() for part in parts):
+        raise HeadfuseError(
+            f"{text!r} is not a list of token counts", where="--passkey", fix="give counts such as 512,2048"
+        )
+    return [int(part) for part in parts]
+
+
 Model = Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)]
 Budget = Annotated[
     str | None,
@@ -174,6 +196,11 @@ Seed = Annotated[int | None, typer.Option(min=0, help="Seed.")]
 Device = Annotated[DeviceName, typer.Option(help="Where to compute.")]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype of the written weights; default the source's.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.")]
+Gates = Annotated[
+    str | None, typer.Option(metavar="GATES", help="Limits to keep, or a YAML file of them; exit code 3 if not.")
+]
+Junit = Annotated[Path | None, typer.Option(help="Write the gates' verdicts as JUnit XML.")]
+Summary = Annotated[bool, typer.Option("--github-summary", help="Add them to the GitHub job's summary page.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more; tracebacks of unexpected errors.")]
@@ -250,6 +277,9 @@ def fuse(
     device: Device = DeviceName.auto,
     dtype: Dtype = None,
     threads: Threads = None,
+    gate: Gates = None,
+    junit: Junit = None,
+    github_summary: Summary = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only; print sizes and estimates.")] = False,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -267,7 +297,7 @@ def fuse(
         document = command.run(
             model=model, config=config, overrides=overrides, output=output, plan=plan, overwrite=overwrite,
             resume=resume, device=device.value, dtype=dtype and dtype.value, trust_remote_code=trust_remote_code,
-            dry_run=dry_run,
+            dry_run=dry_run, gate=gate, junit=junit, github_summary=github_summary,
             log=_log(quiet or json_output),
         )  # fmt: skip
         return document, command.render
@@ -380,13 +410,28 @@ def export(
 def evaluate(
     model: Model,
     baseline: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
-    gate: Annotated[
-        str | None, typer.Option(metavar="GATES", help="Limits to keep, or a YAML file of them; exit code 3 if not.")
+    gate: Gates = None,
+    junit: Junit = None,
+    github_summary: Summary = False,
+    report: Annotated[Path | None, typer.Option(help="Write the figures as one HTML file.")] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness.")] = None,
+    tasks_path: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER", help="Local task files; may be repeated.")
     ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task; default all.")] = None,
+    passkey: Annotated[str | None, typer.Option(metavar="N,N", help="Retrieval test at these context lengths.")] = None,
+    passkey_trials: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 10,
+    memory: Annotated[
+        int | None, typer.Option(parser=_memory, metavar="SIZE", help="What fits into 24GB or 16GiB.")
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Decode speed against the baseline.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="First compare every file with its checksum.")] = False,
     data: Data = None,
     samples: Samples = 24,
     sequence_length: SequenceLength = 512,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens from window to window; default: independent windows.")
+    ] = None,
     seed: Seed = None,
     device: Device = DeviceName.auto,
     dtype: Dtype = None,
@@ -396,19 +441,42 @@ def evaluate(
     verbose: Verbose = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """NLL, perplexity, KV bytes per token, parameters."""
+    """Perplexity, agreement, tasks, retrieval, memory, speed; gates for CI."""
 
     def work() -> tuple[dict[str, Any], Any]:
         from headfuse.commands import eval as command
 
         document = command.run(
-            model=model, data=data or "default", baseline=baseline, gate=gate, verify=verify, samples=samples or 24,
-            sequence_length=sequence_length or 512, seed=seed, device=device.value, dtype=dtype and dtype.value,
-            threads=threads, trust_remote_code=trust_remote_code, json_output=json_output, quiet=quiet, verbose=verbose,
+            model=model, data=data or "default", baseline=baseline, gate=gate, junit=junit,
+            github_summary=github_summary, report=report, verify=verify, samples=samples or 24,
+            sequence_length=sequence_length or 512, stride=stride, tasks=_names(tasks), tasks_path=tasks_path or (),
+            limit=limit, passkey=_lengths(passkey), passkey_trials=passkey_trials, memory=memory, speed=speed,
+            seed=seed, device=device.value, dtype=dtype and dtype.value, threads=threads,
+            trust_remote_code=trust_remote_code, json_output=json_output, quiet=quiet, verbose=verbose,
         )  # fmt: skip
         return document, command.render
 
     _execute(work, threads, json_output, quiet, verbose)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Model folder.", show_default=False)],
+    figures: Annotated[Path | None, typer.Option(help="What `headfuse eval --json` printed.")] = None,
+    analysis: Annotated[Path | None, typer.Option(help="What `headfuse analyze -o` wrote, for heat maps.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output file.")] = Path("report.html"),
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write what is known of a fused model as one HTML file."""
+
+    def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.commands import report as command
+
+        return command.run(folder=folder, figures=figures, analysis=analysis, output=output), command.render
+
+    _execute(work, None, json_output, quiet, verbose)
 
 
 def _overrides(

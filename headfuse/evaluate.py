@@ -1,28 +1,31 @@
-"""What a model predicts and what its KV cache weighs: NLL by a stated protocol, bytes per token, parameters."""
+"""What a model predicts and what its KV cache weighs, alone or against a baseline: every figure of `headfuse eval`."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import math
-from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headfuse.agreement import Agreement, agreement
 from headfuse.checkpoint import Checkpoint, read_config, resolve_model
 from headfuse.errors import CheckpointError, ConfigError
-from headfuse.loading import load_model, load_tokenizer
-from headfuse.text import DEFAULT_DATA, data_name, read_documents, token_windows
+from headfuse.loading import check_context, check_vocabulary, load_model, load_tokenizer, model_name
+from headfuse.memory import FORMULA, Fit, fit, kv_bytes_per_token, stored_dtype
+from headfuse.passkey import Retrieval, passkey_prompts, retrieve
+from headfuse.perplexity import EvaluationText, Predictions, evaluation_text, nll_protocol, predict, token_nll
+from headfuse.sampling import Estimate, clustered_mean, mean
+from headfuse.speed import DecodeSpeed, decode_speed
+from headfuse.tasks import Harness, Scores, TaskResult
+from headfuse.text import DEFAULT_DATA, data_name, read_documents
 
 logger = logging.getLogger(__name__)
-
-_LOGITS = 2**23
-"""Logits held at once."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class ModelFigures:
     kv_bytes_per_token: int
     kv_dtype: str
     parameters: int
+    weight_bytes: int
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,21 @@ class Comparison:
 
     kv_ratio: float
     ppl_ratio: float | None
+    ppl_ratio_stderr: float | None
     nll_gap: float
     nll_gap_stderr: float | None
+
+
+@dataclass(frozen=True)
+class PasskeyResult:
+    """Retrieval at one length: the share of keys found, the NLL of the key's tokens, and paired differences."""
+
+    length: int
+    model: Estimate
+    model_nll: Estimate
+    baseline: Estimate | None
+    baseline_nll: Estimate | None
+    difference: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -58,15 +76,34 @@ class EvaluationResult:
     model: ModelFigures
     baseline: ModelFigures | None
     comparison: Comparison | None
+    agreement: Agreement | None
+    tasks: list[TaskResult]
+    passkey: list[PasskeyResult]
+    speed: DecodeSpeed | None
     data: str
     windows: int
     sequence_length: int
+    stride: int
     predictions: int
     protocol: str
+    memory_formula: str | None
+    limit: int | None
+    seed: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One model's figures, and what is compared with the other's in pairs."""
+
+    figures: ModelFigures
+    predictions: Predictions
+    nll: torch.Tensor
+    scores: Scores
+    retrievals: list[Retrieval]
 
 
 def evaluate(
@@ -76,6 +113,14 @@ def evaluate(
     baseline: str | None = None,
     samples: int = 24,
     sequence_length: int = 512,
+    stride: int | None = None,
+    tasks: Sequence[str] = (),
+    tasks_path: Sequence[str] = (),
+    limit: int | None = None,
+    passkey: Sequence[int] = (),
+    passkey_trials: int = 10,
+    memory: int | None = None,
+    speed: bool = False,
     device: str = "auto",
     dtype: str | None = None,
     threads: int | None = None,
@@ -84,12 +129,23 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure a causal LM, fused or not, and compare it with a baseline.
 
+    One model is in memory at a time, with the other's last hidden states (windows x length x hidden size numbers);
+    `speed` alone needs both.
+
     Args:
         model: a model folder or hub id.
-        data: the text, as `text.read_documents` takes it.
+        data: the text, as `text.read_documents` takes it; its field `source` names a document's domain.
         baseline: a second model, of the same tokenizer.
         samples: how many windows; fewer are taken, with a warning, where the text ends.
         sequence_length: tokens in a window.
+        stride: tokens from one window's begin to the next; by default the windows are independent.
+        tasks: task names of lm-evaluation-harness.
+        tasks_path: folders of local task files.
+        limit: questions of each task; None for all.
+        passkey: context lengths, in tokens, of the retrieval test.
+        passkey_trials: prompts of each length.
+        memory: bytes, for what fits beside the weights.
+        speed: measure decoding against the baseline.
         device: `auto`, `cpu`, `cuda` or `mps`.
         dtype: the dtype of the computation; by default float32 on a CPU.
         threads: CPU threads.
@@ -97,12 +153,21 @@ def evaluate(
         seed: shuffle the documents; by default they are read in the order of the file.
 
     Raises:
-        HeadfuseError: for a model, baseline or text that cannot be used.
+        HeadfuseError: for a model, baseline, text or task that cannot be used.
     """
+    stride = sequence_length if stride is None else stride
     if samples < 1 or sequence_length < 2:
         raise ConfigError(
             f"{samples} samples of {sequence_length} tokens hold no prediction", fix="give 1 and 2 or more"
         )
+    if not 1 <= stride <= sequence_length:
+        raise ConfigError(
+            f"{stride} is not between 1 and the window's {sequence_length} tokens",
+            where="--stride",
+            fix="leave it out for independent windows",
+        )
+    if speed and baseline is None:
+        raise ConfigError("there is nothing to compare the speed with", where="--speed", fix="give --baseline")
     if data == DEFAULT_DATA:
         logger.warning("no --data: the packaged text is generic prose; give text of the kind that the model is used on")
     if threads is not None:
@@ -110,165 +175,123 @@ def evaluate(
     names = [name for name in (model, baseline) if name is not None]
     folders = [resolve_model(name) for name in names]
     for folder in folders:
-        check_context(read_config(folder, trust_remote_code), sequence_length)
+        config = read_config(folder, trust_remote_code)
+        check_context(config, sequence_length)
+        for length in passkey:
+            check_context(config, length, "--passkey")
     tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
-    windows = [
-        token_windows(read_documents(data, seed=seed), tokenizer, sequence_length, samples, where=data)
+    texts = [
+        evaluation_text(read_documents(data, seed=seed), tokenizer, sequence_length, samples, stride, data)
         for tokenizer in tokenizers
     ]
-    if not torch.equal(windows[0], windows[-1]):
+    text = texts[0]
+    if not torch.equal(text.windows, texts[-1].windows):
         raise ConfigError(
             "tokenises the text differently, so the figures per token cannot be compared",
             where=f"baseline {baseline}",
             fix="give a baseline with the model's own tokenizer, such as the source model",
         )
-    if len(windows[0]) < samples:
-        logger.warning("the text holds %d windows, fewer than the %d asked for", len(windows[0]), samples)
+    if len(text.windows) < samples:
+        logger.warning("the text holds %d windows, fewer than the %d asked for", len(text.windows), samples)
+    for length in passkey:
+        passkey_prompts(tokenizers[0], length, 1)
+    harness = Harness(tasks, tasks_path, limit) if tasks else None
 
-    losses, figures = [], []
+    measured = []
     for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True):
-        loss, measured = _measure(name, folder, tokenizer, windows[0], device, dtype, trust_remote_code)
-        losses.append(loss)
-        figures.append(measured)
+        loaded = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_vocabulary(loaded, tokenizer, folder)
+        one = _measure(model_name(name), folder, loaded, tokenizer, text, harness, passkey, passkey_trials)
+        if memory is not None:
+            context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+            fits = fit(memory, one.figures.weight_bytes, one.figures.kv_bytes_per_token, sequence_length, context)
+            one = replace(one, figures=replace(one.figures, fit=fits))
+        measured.append(one)
+        del loaded
+        gc.collect()
+    mine, theirs = measured[0], measured[1] if baseline is not None else None
+    measured_speed = None
+    if speed:
+        pair = [load_model(f, device=device, dtype=dtype, trust_remote_code=trust_remote_code) for f in folders]
+        measured_speed = decode_speed(pair[0], pair[1], text.windows[:1])
     return EvaluationResult(
-        model=figures[0],
-        baseline=figures[1] if baseline is not None else None,
-        comparison=_compare(figures, losses) if baseline is not None else None,
+        model=mine.figures,
+        baseline=theirs.figures if theirs else None,
+        comparison=_compare(mine, theirs, text) if theirs else None,
+        agreement=agreement(mine.predictions, theirs.predictions, text, mine.nll, theirs.nll) if theirs else None,
+        tasks=harness.compare(mine.scores, theirs.scores if theirs else None) if harness else [],
+        passkey=[_retrieved(length, mine, theirs) for length in passkey],
+        speed=measured_speed,
         data=data_name(data),
-        windows=len(windows[0]),
+        windows=len(text.windows),
         sequence_length=sequence_length,
-        predictions=len(windows[0]) * (sequence_length - 1),
-        protocol=nll_protocol(len(windows[0]), sequence_length, shuffled=seed is not None),
+        stride=stride,
+        predictions=int(text.scored.sum()),
+        protocol=nll_protocol(text, stride, shuffled=seed is not None),
+        memory_formula=FORMULA if memory is not None else None,
+        limit=limit,
+        seed=seed,
     )
-
-
-def nll_protocol(windows: int, sequence_length: int, *, shuffled: bool = False) -> str:
-    """The protocol of a figure, in words."""
-    order = "shuffled" if shuffled else "in file order"
-    return (
-        f"NLL per token in nats over the first {windows} independent, non-overlapping windows of"
-        f" {sequence_length} tokens of the text as it is (documents {order}, joined by EOS), without BOS,"
-        f" {sequence_length - 1} predictions in each; perplexity is its exponential"
-    )
-
-
-@torch.no_grad()
-def nll_per_window(model: PreTrainedModel, windows: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
-    """Mean NLL of the predictions inside each window.
-
-    Args:
-        model: a causal LM; its training mode is left as it was.
-        windows: token ids `[windows, sequence_length]`.
-        batch_size: windows in a forward pass; by default as many as keep the logits small.
-
-    Returns:
-        `[windows]`, float64 on the CPU.
-    """
-    training = model.training
-    model.eval()
-    batch_size = batch_size or max(1, _LOGITS // (windows.shape[1] * model.get_output_embeddings().weight.shape[0]))
-    losses = []
-    for batch in windows.split(batch_size):
-        batch = batch.to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        losses.append(loss.view(len(batch), -1).double().mean(dim=1).cpu())
-    model.train(training)
-    return torch.cat(losses)
-
-
-def kv_bytes_per_token(config: PreTrainedConfig, itemsize: int) -> int:
-    """Bytes that one token takes in the KV cache over all layers, at `itemsize` bytes a number."""
-    if config.model_type == "headfuse":
-        heads = sum(config.num_key_heads) + sum(config.num_value_heads)
-    elif hasattr(config, "num_key_value_heads_per_layer"):  # layout layerwise
-        heads = 2 * sum(config.num_key_value_heads_per_layer)
-    else:
-        config = config.get_text_config()
-        heads = (
-            2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return heads * head_dim * itemsize
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that most numbers of the weight files have."""
-    sizes: Counter[torch.dtype] = Counter()
-    for name, shape in checkpoint.shapes.items():
-        sizes[checkpoint.dtypes[name]] += math.prod(shape)
-    return sizes.most_common(1)[0][0]
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise CheckpointError when the tokenizer has tokens that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise CheckpointError(
-            f"the tokenizer has {len(tokenizer):,} tokens, the model embeds {rows:,}",
-            where=folder,
-            fix="restore the tokenizer files that came with the model",
-        )
-
-
-def check_context(config: PreTrainedConfig, sequence_length: int) -> None:
-    """Raise ConfigError when windows are longer than the model's context."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and sequence_length > context:
-        raise ConfigError(
-            f"{sequence_length} is more than the model's context of {context} tokens",
-            where="--sequence-length",
-            fix=f"give at most {context}",
-        )
-
-
-def model_name(model: str) -> str:
-    """How an output may name a model: a hub id, or a folder's name without its path."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _measure(
     name: str,
     folder: Path,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    windows: torch.Tensor,
-    device: str,
-    dtype: str | None,
-    trust_remote_code: bool,
-) -> tuple[torch.Tensor, ModelFigures]:
-    kv_dtype = stored_dtype(Checkpoint(folder))
-    model = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    check_vocabulary(model, tokenizer, folder)
-    losses = nll_per_window(model, windows)
+    text: EvaluationText,
+    harness: Harness | None,
+    passkey: Sequence[int],
+    passkey_trials: int,
+) -> _Measured:
+    checkpoint = Checkpoint(folder)
+    kv_dtype = stored_dtype(checkpoint)
+    predictions = predict(model, text.windows)
+    losses = token_nll(predictions, text.windows)
     if not torch.isfinite(losses).all():
         raise CheckpointError("the model's predictions are not finite", where=folder, fix="its weights are damaged")
-    nll = losses.mean().item()
+    nll = clustered_mean(losses, text.scored)
+    assert nll is not None
     figures = ModelFigures(
-        name=model_name(name),
-        nll=nll,
-        nll_stderr=_stderr(losses),
-        perplexity=_exp(nll),
+        name=name,
+        nll=nll.value,
+        nll_stderr=nll.stderr,
+        perplexity=_exp(nll.value),
         kv_bytes_per_token=kv_bytes_per_token(model.config, kv_dtype.itemsize),
         kv_dtype=str(kv_dtype).removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weight_bytes=checkpoint.nbytes,
     )
-    del model
-    gc.collect()
-    return losses, figures
+    scores = harness.run(model, tokenizer) if harness else {}
+    retrievals = retrieve(model, tokenizer, passkey, passkey_trials)
+    return _Measured(figures, predictions, losses, scores, retrievals)
 
 
-def _compare(figures: list[ModelFigures], losses: list[torch.Tensor]) -> Comparison:
-    (model, baseline), gap = figures, losses[0] - losses[1]
+def _compare(model: _Measured, baseline: _Measured, text: EvaluationText) -> Comparison:
+    gap = clustered_mean(model.nll - baseline.nll, text.scored)
+    assert gap is not None
+    ratio = _exp(gap.value)
     return Comparison(
-        kv_ratio=model.kv_bytes_per_token / baseline.kv_bytes_per_token,
-        ppl_ratio=_exp(gap.mean().item()),
-        nll_gap=gap.mean().item(),
-        nll_gap_stderr=_stderr(gap),
+        kv_ratio=model.figures.kv_bytes_per_token / baseline.figures.kv_bytes_per_token,
+        ppl_ratio=ratio,
+        ppl_ratio_stderr=None if ratio is None or gap.stderr is None else ratio * gap.stderr,  # delta method
+        nll_gap=gap.value,
+        nll_gap_stderr=gap.stderr,
     )
 
 
-def _stderr(values: torch.Tensor) -> float | None:
-    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
+def _retrieved(length: int, model: _Measured, baseline: _Measured | None) -> PasskeyResult:
+    mine = [r for r in model.retrievals if r.length == length]
+    theirs = [] if baseline is None else [r for r in baseline.retrievals if r.length == length]
+    pairs = list(zip(mine, theirs, strict=True)) if theirs else []
+    return PasskeyResult(
+        length=length,
+        model=mean([float(r.found) for r in mine]),
+        model_nll=mean([r.nll for r in mine]),
+        baseline=mean([float(r.found) for r in theirs]) if theirs else None,
+        baseline_nll=mean([r.nll for r in theirs]) if theirs else None,
+        difference=mean([float(a.found) - float(b.found) for a, b in pairs]) if pairs else None,
+    )
 
 
 def _exp(value: float) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, read_config, resolve_model
@@ -115,3 +115,30 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(
             f"the tokenizer cannot be loaded: {reason}", where=folder, fix="copy the tokenizer files of the model"
         ) from None
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise CheckpointError when the tokenizer has tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise CheckpointError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the model embeds {rows:,}",
+            where=folder,
+            fix="restore the tokenizer files that came with the model",
+        )
+
+
+def check_context(config: PreTrainedConfig, sequence_length: int, where: str = "--sequence-length") -> None:
+    """Raise ConfigError when windows are longer than the model's context."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and sequence_length > context:
+        raise ConfigError(
+            f"{sequence_length} is more than the model's context of {context} tokens",
+            where=where,
+            fix=f"give at most {context}",
+        )
+
+
+def model_name(model: str) -> str:
+    """How an output may name a model: a hub id, or a folder's name without its path."""
+    return Path(model).resolve().name if Path(model).is_dir() else model

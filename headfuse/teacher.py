@@ -27,8 +27,7 @@ from headfuse.checkpoint import (
 )
 from headfuse.distillation import States, document_positions, model_states
 from headfuse.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
-from headfuse.evaluate import model_name
-from headfuse.loading import load_tokenizer
+from headfuse.loading import load_tokenizer, model_name
 from headfuse.recipe import Recipe
 
 logger = logging.getLogger(__name__)

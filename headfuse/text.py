@@ -44,6 +44,13 @@ _VALIDATION_WINDOWS = 16
 # ---------------------------------------------------------------- documents
 
 
+class Document(str):
+    """A text, and the record's field `source`, which names its domain; empty where there is none."""
+
+    __slots__ = ("source",)
+    source: str
+
+
 def read_documents(data: str, *, seed: int | None = None) -> Iterator[str]:
     """Read documents one by one; empty ones are left out.
 
@@ -229,7 +236,9 @@ def _text_field(record: Any, where: str) -> str:
         raise DataError(
             f'the field "text" holds {type(record["text"]).__name__}, not a string', where=where, fix=_FIELD
         )
-    return record["text"].encode("utf-8", "replace").decode("utf-8")  # a lone surrogate escape becomes "?"
+    document = Document(record["text"].encode("utf-8", "replace").decode("utf-8"))  # a lone surrogate becomes "?"
+    document.source = record["source"] if isinstance(record.get("source"), str) else ""
+    return document
 
 
 def _load_dataset(*args: Any, **kwargs: Any) -> Iterable[Any]:
@@ -328,6 +337,31 @@ def token_windows(
             fix="give more text, or a smaller --sequence-length",
         )
     return torch.tensor(ids[: found * sequence_length], dtype=torch.long).view(found, sequence_length)
+
+
+def labelled_tokens(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """The first `limit` tokens of documents joined by EOS, as in `token_windows`, and where each comes from.
+
+    Returns:
+        Token ids `[tokens]`, the index of each token's `Document.source` `[tokens]`, and these sources.
+    """
+    ids, places, names = list[int](), list[int](), dict[str, int]()
+    current = ""
+
+    def noted() -> Iterator[str]:
+        nonlocal current
+        for document in documents:
+            current = document.source if isinstance(document, Document) else ""
+            yield document
+
+    for more in _token_lists(noted(), tokenizer):
+        ids += more
+        places += [names.setdefault(current, len(names))] * len(more)
+        if len(ids) >= limit:
+            break
+    return torch.tensor(ids[:limit], dtype=torch.long), torch.tensor(places[:limit], dtype=torch.long), list(names)
 
 
 def _token_lists(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

@@ -35,8 +35,7 @@ from headfuse.checkpoint import (
 )
 from headfuse.distillation import LossWeights, Objective
 from headfuse.errors import CheckpointError, ConfigError, HeadfuseError, MissingExtraError
-from headfuse.evaluate import check_context, check_vocabulary
-from headfuse.loading import load_model, load_tokenizer, stored_names
+from headfuse.loading import check_context, check_vocabulary, load_model, load_tokenizer, stored_names
 from headfuse.recipe import Recipe, default_batch_size, default_learning_rate, load_recipe, num_steps
 from headfuse.teacher import CachedTeacher, LiveTeacher, check_head, check_teacher, computing_dtype, find_teacher
 from headfuse.text import DEFAULT_DATA, TrainingText

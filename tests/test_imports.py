@@ -15,16 +15,19 @@ import headfuse
 PACKAGE = Path(headfuse.__file__).parent
 # A module imports only from lines above its own; a folder counts as one module here.
 ORDER = [
-    ["errors"],
+    ["errors", "sampling", "figures"],
     ["plan", "text", "modeling", "presets"],
     ["architectures", "similarity"],
     ["budget", "grouping", "fusion", "layouts", "distillation"],
-    ["config", "checkpoint", "gates"],
+    ["config", "checkpoint", "gates", "tasks"],
     ["loading", "streaming", "recipe"],
     ["calibration", "guard", "normed_keys"],
     ["source", "fuse_layer", "refine_model", "importance", "probes"],
-    ["planning", "evaluate", "card"],
+    ["planning", "card", "memory", "perplexity", "speed", "verdicts"],
+    ["agreement", "passkey"],
+    ["evaluate"],
     ["teacher", "training"],
+    ["report"],
     ["dha"],
     ["convert", "uptrain", "analysis", "estimate", "export"],
     ["commands"],

@@ -24,9 +24,9 @@ from headfuse.checkpoint import file_sha256, fingerprint, read_plan, write_plan
 from headfuse.commands import uptrain as command
 from headfuse.distillation import LossWeights, Objective, document_positions, kl_divergence, model_states
 from headfuse.errors import ConfigError, DataError, HeadfuseError, MissingExtraError, OutputError, UnsupportedModelError
-from headfuse.evaluate import nll_per_window
 from headfuse.loading import load_model, load_tokenizer
 from headfuse.modeling import HeadfuseConfig, HeadfuseForCausalLM
+from headfuse.perplexity import nll_per_window
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, SourceModel
 from headfuse.recipe import (
     Recipe,

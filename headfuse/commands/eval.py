@@ -1,13 +1,17 @@
-"""`headfuse eval`: NLL and perplexity by a stated protocol, KV bytes per token, parameters."""
+"""`headfuse eval`: what a model predicts and weighs, against its baseline and against limits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.gates import judge, read_gates
+from headfuse.figures import figure_rows, shown_estimate
+from headfuse.gates import GateResult, judge, read_gates
+from headfuse.verdicts import check_summary, write_verdicts
 
 
 def run(
@@ -16,9 +20,20 @@ def run(
     data: str = "default",
     baseline: str | None = None,
     gate: str | None = None,
+    junit: Path | None = None,
+    github_summary: bool = False,
+    report: Path | None = None,
     verify: bool = False,
     samples: int = 24,
     sequence_length: int = 512,
+    stride: int | None = None,
+    tasks: Sequence[str] = (),
+    tasks_path: Sequence[str] = (),
+    limit: int | None = None,
+    passkey: Sequence[int] = (),
+    passkey_trials: int = 10,
+    memory: int | None = None,
+    speed: bool = False,
     seed: int | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -33,6 +48,7 @@ def run(
     from headfuse.evaluate import evaluate
 
     gates = read_gates(gate) if gate else []
+    check_summary(github_summary)
     if verify:
         checkpoint.verify(checkpoint.resolve_model(model))
     console = Console(stderr=True, quiet=quiet or json_output or verbose)
@@ -43,6 +59,14 @@ def run(
             baseline=baseline,
             samples=samples,
             sequence_length=sequence_length,
+            stride=stride,
+            tasks=tasks,
+            tasks_path=tasks_path,
+            limit=limit,
+            passkey=passkey,
+            passkey_trials=passkey_trials,
+            memory=memory,
+            speed=speed,
             device=device,
             dtype=dtype,
             threads=threads,
@@ -52,11 +76,16 @@ def run(
     kv_ratio = result.comparison.kv_ratio if result.comparison else None
     document = {"schema_version": 1, "command": "eval", "kv_ratio": kv_ratio, "verified": verify, **result.to_dict()}
     document["gates"] = [judged.to_dict() for judged in judge(gates, document)]
+    write_verdicts(document, junit, github_summary)
+    if report is not None:
+        from headfuse.report import write_report
+
+        write_report(report, checkpoint.resolve_model(model), document)
     return document
 
 
 def render(document: dict[str, Any], console: Console) -> None:
-    """Print the table and the protocol."""
+    """Print the tables, the protocol and the verdicts."""
     model, baseline, comparison = document["model"], document["baseline"], document["comparison"]
     shown = [model] if baseline is None else [model, baseline]
     table = Table()
@@ -65,34 +94,20 @@ def render(document: dict[str, Any], console: Console) -> None:
         table.add_column(figures["name"], justify="right")
     if comparison is not None:
         table.add_column("model to baseline", justify="right")
-    rows = [
-        ("NLL per token", [_with_error(figures["nll"], figures["nll_stderr"]) for figures in shown]),
-        ("perplexity", [_number(figures["perplexity"]) for figures in shown]),
-        ("KV bytes per token", [f"{figures['kv_bytes_per_token']:,}" for figures in shown]),
-        ("KV cache dtype", [figures["kv_dtype"] for figures in shown]),
-        ("parameters", [f"{figures['parameters']:,}" for figures in shown]),
-    ]
-    ratios = [""] * len(rows)
-    if comparison is not None:
-        ratios[0] = _with_error(comparison["nll_gap"], comparison["nll_gap_stderr"], sign="+")
-        ratios[1] = f"x {_number(comparison['ppl_ratio'])}"
-        ratios[2] = f"x {comparison['kv_ratio']:.4g}"
-        ratios[4] = f"x {model['parameters'] / baseline['parameters']:.4g}"
-    for (name, cells), ratio in zip(rows, ratios, strict=True):
+    for name, cells, ratio in figure_rows(document):
         table.add_row(name, *cells, *([ratio] if comparison is not None else []))
     console.print(table)
     console.print(f"{document['data']}: {document['protocol']}.", highlight=False, soft_wrap=True)
+    if document["memory_formula"]:
+        console.print(f"Memory: {document['memory_formula']}.", highlight=False, soft_wrap=True)
+    agreement = document["agreement"]
+    if agreement is not None:
+        parts = Table(title="agreement with the baseline")
+        for column in ("part", "tokens", "KL, nats per token", "same top token", "NLL gap"):
+            parts.add_column(column, justify="left" if column == "part" else "right")
+        for part in [agreement["overall"], *agreement["domains"], *agreement["positions"]]:
+            values = [shown_estimate(part[key]) for key in ("kl", "top1_agreement", "nll_gap")]
+            parts.add_row(part["part"], f"{part['kl']['samples']:,}", *values)
+        console.print(parts)
     for judged in document["gates"]:
-        value = "no such figure here" if judged["value"] is None else _with_error(judged["value"], judged["stderr"])
-        threshold = "none" if judged["threshold"] is None else f"{judged['threshold']:.6g}"
-        verdict = "passed" if judged["passed"] else "FAILED"
-        line = f"gate {judged['gate']}: {verdict}, {value} against {threshold}, {judged['windows']} windows"
-        console.print(line, highlight=False, soft_wrap=True)
-
-
-def _with_error(value: float, error: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def _number(value: float | None) -> str:
-    return "beyond 1e304" if value is None else f"{value:.4g}"
+        console.print(str(GateResult(**judged)), highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +13,13 @@ from rich.table import Table
 
 from headfuse.checkpoint import DTYPE_NAMES
 from headfuse.config import FuseConfig, load_config
-from headfuse.convert import default_output, fuse
+from headfuse.convert import FuseResult, default_output, fuse
 from headfuse.estimate import estimate
+from headfuse.gates import FUSE_METRICS, GateResult, judge, read_gates
 from headfuse.layouts import LAYOUTS
 from headfuse.planning import check_budget, reviewed_plan
 from headfuse.source import Source
+from headfuse.verdicts import check_summary, write_verdicts
 
 
 def run(
@@ -33,9 +36,14 @@ def run(
     trust_remote_code: bool,
     dry_run: bool,
     log: Console,
+    gate: str | None = None,
+    junit: Path | None = None,
+    github_summary: bool = False,
 ) -> dict[str, Any]:
     """Run the command; the result document."""
     settings = load_config(config, overrides)
+    gates = read_gates(gate, FUSE_METRICS) if gate else []
+    check_summary(github_summary)
     if dry_run:
         return _dry_run(model, settings, output, plan, device, dtype, trust_remote_code)
     if settings.calibration.data == "default":
@@ -49,7 +57,7 @@ def run(
             on_progress=lambda phase, done, total: status.update(f"{phase}: {done} of {total}"),
         )  # fmt: skip
     budget = result.plan.head_budget
-    return {
+    document: dict[str, Any] = {
         "schema_version": 1,
         "command": "fuse",
         "output": str(result.output),
@@ -61,6 +69,27 @@ def run(
         "stages": [asdict(stage) for stage in result.stages],
         "key_heads": list(budget.key_heads),
         "value_heads": list(budget.value_heads),
+    }
+    document["gates"] = [judged.to_dict() for judged in judge(gates, _gated(result))]
+    write_verdicts(document, junit, github_summary)
+    return document
+
+
+def _gated(result: FuseResult) -> dict[str, Any]:
+    """The figures that a gate can read, named as those of `eval`: of the held-out calibration windows."""
+
+    def figures(nll: float | None, kv_bytes: int) -> dict[str, Any]:
+        perplexity = None if nll is None or nll >= 700 else math.exp(nll)
+        return {"nll": nll, "perplexity": perplexity, "kv_bytes_per_token": kv_bytes}
+
+    before, after = result.nll_before, result.nll_after
+    gap = None if before is None or after is None else after - before
+    ratio = None if gap is None or gap >= 700 else math.exp(gap)
+    return {
+        "model": figures(after, result.kv_bytes_after),
+        "baseline": figures(before, result.kv_bytes_before),
+        "comparison": {"nll_gap": gap, "ppl_ratio": ratio, "kv_ratio": result.plan.kv_ratio},
+        "windows": None,
     }
 
 
@@ -119,4 +148,6 @@ def render(document: Mapping[str, Any], console: Console) -> None:
     console.print("key heads per layer:   " + " ".join(map(str, document["key_heads"])), soft_wrap=True)
     console.print("value heads per layer: " + " ".join(map(str, document["value_heads"])), soft_wrap=True)
     console.print(f"loads in: {document['loads_in']}", soft_wrap=True)
+    for judged in document["gates"]:
+        console.print(str(GateResult(**judged)), highlight=False, soft_wrap=True)
     console.print(f"wrote {document['output']}", soft_wrap=True)

@@ -1,0 +1,22 @@
+"""`headfuse report`: one HTML file about a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from headfuse.report import read_document, write_report
+
+
+def run(*, folder: Path, figures: Path | None, analysis: Path | None, output: Path) -> dict[str, Any]:
+    """Run the command; the result document."""
+    write_report(output, folder, None if figures is None else read_document(figures), analysis)
+    return {"schema_version": 1, "command": "report", "output": str(output), "kv_ratio": None}
+
+
+def render(document: Mapping[str, Any], console: Console) -> None:
+    """Print where it is."""
+    console.print(f"wrote {document['output']}", soft_wrap=True)

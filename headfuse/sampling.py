@@ -1,0 +1,57 @@
+"""Means of what was measured on a sample, with their standard errors. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, its standard error (None where one cluster alone cannot give one), and over how many items it was."""
+
+    value: float
+    stderr: float | None
+    samples: int
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean of independent items."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    error = (tensor.std() / math.sqrt(len(tensor))).item() if len(tensor) > 1 else None
+    return Estimate(tensor.mean().item(), error, len(tensor))
+
+
+def clustered_mean(values: torch.Tensor, chosen: torch.Tensor) -> Estimate | None:
+    """The mean over chosen predictions; its error takes those of a window as dependent.
+
+    Args:
+        values: `[windows, predictions]`, float64.
+        chosen: `[windows, predictions]`, bool.
+
+    Returns:
+        None when nothing is chosen. With as many predictions in every window the error is the standard deviation of the
+        windows' means over the square root of their number.
+    """
+    count, windows = int(chosen.sum()), int(chosen.any(dim=1).sum())
+    if not count:
+        return None
+    centre = values[chosen].mean()
+    sums = torch.where(chosen, values - centre, 0).sum(dim=1)
+    error = math.sqrt(sums.square().sum().item() * windows / (windows - 1)) / count if windows > 1 else None
+    return Estimate(centre.item(), error, count)
+
+
+def paired_stderr(model: float | None, baseline: float | None, difference: float | None, factor: float) -> float | None:
+    """Standard error of `model - factor * baseline` from those of the model, the baseline and their difference.
+
+    The three errors fix the covariance, so that the questions themselves need not be kept:
+    `var(m - f b) = var(m) + f^2 var(b) - f (var(m) + var(b) - var(m - b))`.
+    """
+    if model is None or baseline is None or difference is None:
+        return None
+    variance = model**2 + factor**2 * baseline**2 - factor * (model**2 + baseline**2 - difference**2)
+    return math.sqrt(max(0.0, variance))
