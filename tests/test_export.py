@@ -87,16 +87,15 @@ def test_one_count_for_all_layers_is_the_least_common_multiple() -> None:
 # ---------------------------------------------------------------- folders
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize(
-    ("layers", "each", "common"),
+    ("layers", "each", "common", "family"),
     [
-        ([(PAIRS, PAIRS), (ALL, ALL)], [2, 1], 2),
-        ([(ALL, PAIRS), (PAIRS, ALL)], [2, 2], 2),
-        ([(PAIRS, PAIRS), ([[0, 1], [2, 3]], ALL)], [2, 2], 2),
-        ([(ALL, ALL), (ALONE, ALONE)], [1, 4], None),
-        ([(ALL, ALL), (UNEQUAL, UNEQUAL)], [1, 4], None),
-        ([(ALL, ALL), (PAIRS, [[0, 1], [2, 3]])], [1, 4], None),
+        ([(PAIRS, PAIRS), (ALL, ALL)], [2, 1], 2, "qwen2"),
+        ([(ALL, PAIRS), (PAIRS, ALL)], [2, 2], 2, "llama"),
+        ([(PAIRS, PAIRS), ([[0, 1], [2, 3]], ALL)], [2, 2], 2, "qwen2"),
+        ([(ALL, ALL), (ALONE, ALONE)], [1, 4], None, "llama"),
+        ([(ALL, ALL), (UNEQUAL, UNEQUAL)], [1, 4], None, "qwen2"),
+        ([(ALL, ALL), (PAIRS, [[0, 1], [2, 3]])], [1, 4], None, "llama"),
     ],
 )
 def test_exports_compute_the_same(

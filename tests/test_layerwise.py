@@ -47,6 +47,9 @@ def fused(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder / "out"
 
 
+one_family = pytest.mark.parametrize("fused", ["qwen2"], indirect=True)
+
+
 # ---------------------------------------------------------------- budgets
 
 
@@ -159,6 +162,7 @@ def test_interfaces_and_caches_agree(fused: Path) -> None:
     assert [layer.keys.shape[1] for layer in cache.layers] == [4, 2, 1]
 
 
+@one_family
 def test_it_trains_with_checkpointing(fused: Path) -> None:
     model = headfuse.load(fused).train()
     model.gradient_checkpointing_enable()
@@ -167,6 +171,7 @@ def test_it_trains_with_checkpointing(fused: Path) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@one_family
 def test_uptrain_and_eval_keep_the_layout(fused: Path, tmp_path: Path) -> None:
     text = fused.parent / "text.txt"
     small = ("--data", text, "--sequence-length", 16)
@@ -179,6 +184,7 @@ def test_uptrain_and_eval_keep_the_layout(fused: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/modeling_layerwise.py").read_text() == (fused / "modeling_layerwise.py").read_text()
 
 
+@one_family
 def test_the_code_beside_the_weights_is_enough(fused: Path, tmp_path: Path) -> None:
     torch.save(logits(fused), tmp_path / "expected.pt")
     script = f"""
@@ -226,6 +232,7 @@ def _group(value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda config: config["block_configs"][1]["attention"].update(n_heads_in_group=value)
 
 
+@one_family
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -250,6 +257,7 @@ def test_damaged_configs(fused: Path, tmp_path: Path, change: Callable[[dict[str
         headfuse.load(tmp_path)
 
 
+@one_family
 def test_a_layerwise_folder_is_no_source(fused: Path, tmp_path: Path) -> None:
     assert "already a" in run("fuse", fused, "-o", tmp_path / "out", code=1)
 
@@ -264,8 +272,9 @@ def test_models_that_see_a_window_are_refused_before_any_work(tmp_path: Path) ->
 
 @pytest.mark.parametrize("runtime", sorted(LAYOUT_FOR))
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_for_accepts_what_the_runtime_loads(tmp_path: Path, runtime: str, layout: str) -> None:
-    model = tiny_model(tmp_path / "model")
+@one_family
+def test_for_accepts_what_the_runtime_loads(fused: Path, runtime: str, layout: str) -> None:
+    model = fused.parent / "model"
     code = 0 if layout in LAYOUT_FOR[runtime] else 1
     output = run("fuse", model, "--dry-run", "--for", runtime, "--layout", layout, "--budget", "0.5", code=code)
     assert code == 0 or f"it loads {', '.join(LAYOUT_FOR[runtime])}" in output
