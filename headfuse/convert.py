@@ -345,11 +345,14 @@ def _resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> Fus
 
 
 def _plan_of(partial: Path) -> FusionPlan:
+    path, fix = partial / STATE / "plan.json", "start anew with --overwrite, without --resume"
     try:
-        return read_plan(partial / STATE / "plan.json")
+        plan = read_plan(path)
     except HeadfuseError as error:
-        fix = "start anew with --overwrite, without --resume"
         raise ConfigError(error.what, where=error.where, fix=fix) from None
+    if plan != plan.sealed():
+        raise ConfigError("is not what the interrupted run wrote", where=path, fix=fix)
+    return plan.model_copy(update={"seal": None})
 
 
 def _open_writer(
@@ -372,7 +375,7 @@ def _open_writer(
     writer = SafetensorsWriter(partial, spec, resume=done is not None)
     if done is None:
         state.mkdir(exist_ok=True)
-        write_whole(state / "plan.json", plan.to_json())
+        write_whole(state / "plan.json", plan.sealed().to_json())
         write_resume(partial, "fuse", {"options": options})
     for name in spec:
         if not name.startswith(in_layers):
