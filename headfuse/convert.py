@@ -95,7 +95,7 @@ def fuse(
     """Fuse the key heads and value heads of a model and write the result as a checkpoint folder.
 
     Args:
-        model: folder or hub id of a llama, mistral or qwen2 checkpoint.
+        model: folder or hub id of a model of a supported family (docs/architectures.md).
         config: every option; the defaults keep a quarter of the KV cache.
         output: default `<model>-headfuse-<budget>` beside the model.
         plan: a reviewed plan.json that replaces budget and grouping.

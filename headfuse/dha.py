@@ -202,7 +202,7 @@ def _load(source: Source, streamed: StreamedModel, trust_remote_code: bool) -> P
     """The source in float32, checked to be of a family that can be trained so."""
     arch = streamed.arch
     plain = arch.packed is None and arch.key_norm is None and not arch.stacked and arch.rotary == "half"
-    if not plain or arch.transposed:
+    if not plain or arch.transposed or arch.legacy:
         raise UnsupportedModelError(
             f"method dha mixes plain key and value projections, which model_type {source.heads.model_type!r} has not",
             where=source.folder / "config.json",
