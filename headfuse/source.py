@@ -86,10 +86,12 @@ def _check_heads(checkpoint: Checkpoint, heads: HeadLayout) -> None:
         stored += 1
     if stored != heads.num_hidden_layers:
         problem = f"the weights have {stored} layers, config.json says {heads.num_hidden_layers}"
-    for projection, count in ((arch.query, heads.num_attention_heads), (arch.key, heads.num_key_value_heads)):
+    queries, pairs = heads.num_attention_heads, heads.num_key_value_heads
+    separate = {arch.query: queries, arch.key: pairs}
+    for projection, count in separate.items() if arch.packed is None else [(arch.packed, queries + 2 * pairs)]:
         name = f"{arch.attention_prefix(0)}.{projection}.weight"
         shape = list(checkpoint.shapes.get(name, []))
-        if problem is None and shape and shape[0] != count * heads.head_dim:
+        if problem is None and shape and shape[-1 if arch.transposed else 0] != count * heads.head_dim:
             problem = f"tensor {name} has shape {shape}, config.json makes it {count} heads of {heads.head_dim}"
     if problem:
         raise CheckpointError(

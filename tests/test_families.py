@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILY_OPTIONS, fuse, logits, plant, run, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import headfuse
@@ -152,6 +152,30 @@ def test_every_method_fuses_every_kind_of_key(tmp_path: Path, family: str, metho
     result = logits(tmp_path / "out")
     assert torch.isfinite(result).all()
     assert not torch.allclose(result, logits(model), atol=1e-3)
+
+
+def test_a_checkpoint_of_the_base_model_with_its_masks(tmp_path: Path) -> None:
+    """As gpt2 lies on the hub: names without their first part, and causal masks among the tensors."""
+    model = tiny_model(tmp_path / "model", "gpt2")
+    plant(model, [[0, 3], [1, 2]])
+    expected, file = logits(model), model / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 128, 128).tril() for i in range(2)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    document = fuse(model, tmp_path / "out", "--budget", "1/2", "--preset", "fast")
+    assert document["kv_ratio"] == 0.5
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["phi3"])
+def test_heads_that_do_not_fit_a_fused_projection_are_refused(tmp_path: Path, family: str) -> None:
+    model = tiny_model(tmp_path / "model", family)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({**config, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8})
+    )
+    text = ("--data", tmp_path / "text.txt", "--sequence-length", 32)
+    assert "config.json makes it" in run("fuse", model, *text, code=1)
 
 
 @families
