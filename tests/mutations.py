@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer.main
 from conftest import run, tiny_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -348,8 +349,10 @@ def command_line(place: Place, rng: random.Random) -> tuple[object, ...]:
     line: list[object] = [command, rng.choice([place.model, place.model, place.fused, rng.choice(values)])]
     if rng.random() < 0.8:
         line += ["--samples", 2, "--sequence-length", 8, "--data", place.root / "text.txt"]
+    declared = typer.main.get_command(app).commands.get(str(command))  # type: ignore[attr-defined]
+    own = [option for parameter in declared.params for option in parameter.opts] if declared else OPTIONS
     for _ in range(rng.randrange(5)):
-        line.append(rng.choice(OPTIONS))
+        line.append(rng.choice(own if rng.random() < 0.8 else OPTIONS))
         if rng.random() < 0.7:
             line.append(rng.choice(values))
     if command != "eval":
