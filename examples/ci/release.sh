@@ -12,6 +12,7 @@ gates=${GATES:-ci-gate}
 reports=${REPORTS:-reports}
 candidate=$output.candidate
 
+[ ! -e "$output" ] || { echo "$output: exists" >&2; exit 1; }
 trap 'rm -rf "$candidate"' EXIT
 mkdir -p "$reports"
 headfuse fuse "$model" -o "$candidate" --data "$calibration" --overwrite "$@"
@@ -19,4 +20,4 @@ headfuse eval "$candidate" --verify --baseline "$model" --data "$test" \
     --samples "${SAMPLES:-24}" --sequence-length "${SEQUENCE_LENGTH:-512}" \
     --gate "$gates" --junit "$reports/junit.xml" --report "$reports/report.html" \
     ${GITHUB_STEP_SUMMARY:+--github-summary}
-mv -T "$candidate" "$output"
+mv "$candidate" "$output"
