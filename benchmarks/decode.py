@@ -1,7 +1,7 @@
 """Speed of decoding: `python benchmarks/decode.py [--model NAME=FOLDER ...] [--gguf NAME SOURCE FUSED ...]`.
 
 Three tables, each measured in pairs within one run: the rivals take turns step by step, times are medians and ratios
-are medians of the quotients of neighbouring runs, so that a busy machine slows both alike.
+are medians of the quotients of neighbouring runs. Times are CPU times of the one thread that computes.
 
 * attention: one decode step's attention alone, against torch's SDPA on a stock GQA layer with the same cache bytes;
 * step: a whole decode step with a dynamic cache, against the source model;
@@ -77,14 +77,17 @@ Row = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 
 def paired(rivals: dict[str, Callable[[], object]], steps: int) -> dict[str, list[float]]:
-    """Seconds of each rival in `steps` rounds, in which they take turns; two rounds more go first."""
+    """Seconds of each rival in `steps` rounds, in which they take turns; two rounds more go first.
+
+    Times of this thread, which does all the work: those of other processes do not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in rivals}
     order = list(rivals)
     for _ in range(steps + 2):
         for name in order:
-            start = time.perf_counter()
+            start = time.thread_time()
             rivals[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.thread_time() - start)
         order.reverse()
     return {name: seconds[2:] for name, seconds in times.items()}
 

@@ -29,7 +29,14 @@ from transformers import (
     StaticCache,
 )
 
-from headfuse.modeling import AUTO_MAP, MODELING_FILES, HeadfuseConfig, HeadfuseForCausalLM, HeadfuseModel
+from headfuse.modeling import (
+    AUTO_MAP,
+    MODELING_FILES,
+    HeadfuseConfig,
+    HeadfuseForCausalLM,
+    HeadfuseModel,
+    modeling_headfuse,
+)
 
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 QUERIES, HEAD_DIM, LAYERS = 6, 8, 3
@@ -515,3 +522,32 @@ def test_registration_is_idempotent() -> None:
     fields = fused_config(SOURCES["llama"](), "gqa").to_dict()
     del fields["model_type"]
     assert isinstance(AutoConfig.for_model("headfuse", **fields), HeadfuseConfig)
+
+
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+def test_padded_groups_give_the_same_tokens(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(fused_config(SOURCES["llama"](), "free"))
+    generated = []
+    for pads in (False, True):
+        monkeypatch.setattr(modeling_headfuse, "_pads", lambda *_, pads=pads: pads)
+        generated.append(model.generate(tokens(2, 6), max_new_tokens=8, do_sample=False, **how))
+    assert torch.equal(*generated)
+
+
+def test_assisted_decoding_gives_the_tokens_of_plain_decoding() -> None:
+    model, assistant = (random_model(fused_config(SOURCES["llama"](), maps)) for maps in ("free", "nested"))
+    plain, assisted = (
+        model.generate(tokens(1, 6), max_new_tokens=8, do_sample=False, assistant_model=helper)
+        for helper in (None, assistant)
+    )
+    assert torch.equal(plain, assisted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_decoding_follows_the_full_forward(dtype: torch.dtype) -> None:
+    model = random_model(fused_config(SOURCES["llama"](), "free")).to(dtype)
+    with torch.no_grad():
+        full = model(tokens()).logits[:, -1]
+        step = model(tokens()[:, -1:], past_key_values=model(tokens()[:, :-1]).past_key_values).logits[:, 0]
+    assert step.dtype == dtype
+    close(step.float(), full.float(), atol=0.1 * full.abs().max().item(), rtol=0)

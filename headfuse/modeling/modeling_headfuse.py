@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, Cache, Gene
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .configuration_headfuse import HeadfuseConfig
+from .configuration_headfuse import Family, HeadfuseConfig
 
 
 class HeadfuseAttention(nn.Module):
@@ -38,6 +38,7 @@ class HeadfuseAttention(nn.Module):
     v_proj: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
+    family: Family
     resid_dropout: nn.Module
     embed_positions: torch.Tensor
     sliding_window: int | None
@@ -60,7 +61,7 @@ class HeadfuseAttention(nn.Module):
         """Give a stock attention module, whose class has just become this one, the heads of its layer."""
         num_queries = config.num_attention_heads
         num_keys, num_values = config.num_key_heads[self.layer_idx], config.num_value_heads[self.layer_idx]
-        family = config.family
+        self.family = family = config.family
         self.head_dim = getattr(config.source_config, "head_dim", None) or config.hidden_size // num_queries
         stock = getattr(self, family.packed or "q_proj")
         has_bias = stock.bias is not None
@@ -91,7 +92,7 @@ class HeadfuseAttention(nn.Module):
         by_key, by_value = _groups(key_map), _groups(value_map)
         self.key_sizes, self.value_sizes = list(map(len, by_key)), list(map(len, by_value))
         slots = self.config.rotary_slots and self.config.rotary_slots[self.layer_idx]
-        stride = 2 if self.config.family.rotary == "interleaved" else 1
+        stride = 2 if self.family.rotary == "interleaved" else 1
         planes = [[stride * f for f in head] for head in slots] if slots else []
         return group, {
             "key_heads": _index(key_map[::group], max(key_map) + 1),
@@ -123,7 +124,7 @@ class HeadfuseAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         heads = (batch, length, -1, self.head_dim)
         query, key, value = self._project(hidden_states, heads)
-        if position_embeddings is None and self.config.family.rotary != "none":
+        if position_embeddings is None and self.family.rotary != "none":
             sin, cos = self.embed_positions[position_ids].repeat_interleave(2, dim=-1).chunk(2, dim=-1)
             position_embeddings = cos, sin
         if position_embeddings is not None:
@@ -156,7 +157,7 @@ class HeadfuseAttention(nn.Module):
                 sliding_window=self.sliding_window,
                 **kwargs,
             )
-        output = getattr(self, self.config.family.output)(output.reshape(batch, length, -1).contiguous())
+        output = getattr(self, self.family.output)(output.reshape(batch, length, -1).contiguous())
         return self.resid_dropout(output) if hasattr(self, "resid_dropout") else output, weights
 
     def _project(
@@ -164,7 +165,7 @@ class HeadfuseAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [b, s, heads, d] before the rotation."""
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        norm = self.config.family.norm
+        norm = self.family.norm
         if norm == "layer":
             query, key = self.q_norm(query), self.k_norm(key)
         if self.clip is not None:
@@ -179,7 +180,7 @@ class HeadfuseAttention(nn.Module):
         planes = angles.shape[-1] // 2
         if self.frequencies is not None:
             return angles.index_select(-1, self.frequencies).unflatten(-1, (-1, planes))
-        return (angles[..., ::2] if self.config.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
+        return (angles[..., ::2] if self.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
 
     def _reads_once(self, length: int, num_cached: int, attention_mask: torch.Tensor | None) -> bool:
         if length != 1 or self.training or torch.is_grad_enabled():
@@ -200,7 +201,7 @@ class HeadfuseAttention(nn.Module):
         """
         key_sizes, value_sizes = self.key_sizes, self.value_sizes
         rows = self.query_rows, self.score_rows, self.output_rows
-        if _pads(query.device):
+        if _pads(query.device, key.shape[2]):
             key_sizes, value_sizes = _largest(key_sizes), _largest(value_sizes)
             rows = self.padded_query_rows, self.padded_score_rows, self.padded_output_rows
         query = _select(query.squeeze(2) * self.scaling, rows[0])
@@ -210,7 +211,7 @@ class HeadfuseAttention(nn.Module):
         elif attention_mask is not None:
             scores = scores + attention_mask[:, 0]
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-        output = _grouped_product(torch.matmul, weights, value, value_sizes, self.head_dim)
+        output = _grouped_product(torch.bmm, weights, value, value_sizes, self.head_dim)
         if self.config._attn_implementation != "eager":
             return _select(output, rows[2]), None
         return _select(output, rows[2]), _select(weights, rows[2]).unsqueeze(2)
@@ -246,9 +247,9 @@ def _groups(heads: list[int]) -> list[list[int]]:
     return [[query for query, read in enumerate(heads) if read == head] for head in range(max(heads) + 1)]
 
 
-def _pads(device: torch.device) -> bool:
-    """Whether one product over groups of one size beats a smaller one per head: everywhere but on a CPU."""
-    return device.type != "cpu"
+def _pads(device: torch.device, num_cached: int) -> bool:
+    """Whether one product over groups of one size beats a smaller one per head: where calls cost more than numbers."""
+    return device.type != "cpu" or num_cached < 1024
 
 
 def _padded(groups: list[list[int]]) -> list[list[int]]:
@@ -284,8 +285,8 @@ def _unfold(folded: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def _score(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """[.., g, d] and keys [.., s, d] to [.., g, s]; a CPU reads long keys up to 5 times faster in the other order."""
-    return (head @ rows.mT).mT if head.shape[-1] >= 128 else rows @ head.mT
+    """[b, g, d] and keys [b, s, d] to [b, g, s]; a CPU reads long keys up to 5 times faster in the other order."""
+    return torch.bmm(head, rows.mT).mT if head.shape[-1] >= 128 else torch.bmm(rows, head.mT)
 
 
 def _grouped_product(
@@ -298,7 +299,7 @@ def _grouped_product(
     """Product of each group of rows with its own head, which is read where it lies.
 
     Args:
-        product: of rows [.., g, i] and a head [.., s, d].
+        product: of rows [b, g, i] and a head [b, s, d].
         rows: [b, sum of sizes, i].
         folded: [b, h, s, r d], the heads 0 to h r - 1.
         sizes: rows of each head.
