@@ -154,6 +154,14 @@ def test_every_method_fuses_every_kind_of_key(tmp_path: Path, family: str, metho
     assert not torch.allclose(result, logits(model), atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["olmo2", "qwen3", "phi", "gpt2"])
+def test_planted_groups_of_unequal_sizes_are_lossless(tmp_path: Path, family: str) -> None:
+    model = tiny_model(tmp_path / "model", family)
+    plant(model, [[0, 1, 3], [2]], [[0], [1, 2, 3]])
+    fuse(model, tmp_path / "out", "--budget", "1/2", "--preset", "fast")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=2e-5, atol=2e-5)
+
+
 def test_a_checkpoint_of_the_base_model_with_its_masks(tmp_path: Path) -> None:
     """As gpt2 lies on the hub: names without their first part, and causal masks among the tensors."""
     model = tiny_model(tmp_path / "model", "gpt2")
