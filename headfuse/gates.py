@@ -23,6 +23,7 @@ from headfuse.sampling import paired_stderr
 
 MODEL_METRICS = ("nll", "perplexity", "kv_bytes_per_token", "parameters")
 COMPARISON_METRICS = ("ppl_ratio", "nll_gap", "kv_ratio", "kl", "top1_agreement", "decode_ratio")
+EXACT_METRICS = ("kv_bytes_per_token", "parameters", "kv_ratio")
 AGREEMENT_METRICS = ("kl", "top1_agreement", "nll_gap")
 FUSE_METRICS = ("nll", "perplexity", "kv_bytes_per_token", "ppl_ratio", "nll_gap", "kv_ratio")
 _GATE = re.compile(
@@ -163,7 +164,8 @@ def judge(gates: Sequence[Gate], document: Mapping[str, Any]) -> list[GateResult
 def _figure(gate: Gate, document: Mapping[str, Any]) -> _Figure | None:
     model, baseline = document["model"], document.get("baseline") or {}
     comparison, agreement = document.get("comparison") or {}, document.get("agreement")
-    windows, name = document.get("windows"), gate.metric
+    name = gate.metric
+    windows = None if name in EXACT_METRICS else document.get("windows")
     if name in AGREEMENT_METRICS and agreement and (gate.part or name not in comparison):
         parts = [*agreement["domains"], *agreement["positions"], agreement["overall"]]
         found = next((part[name] for part in parts if part["part"] == (gate.part or "all")), None)

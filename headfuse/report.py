@@ -29,8 +29,8 @@ table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .7r
 td + td { text-align: right } th { text-align: left; background: #eee } .failed { font-weight: bold }
 pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere }
 svg, img { max-width: 100%; height: auto } figure { margin: 1rem 0 } figcaption { font-size: 90% }
-@media print { body { margin: 0; max-width: none; font-size: 11px } h2, figcaption { break-after: avoid }
- figure, table, pre { break-inside: avoid } th { background: none } }
+@media print { body { margin: 0; max-width: none; font-size: 11px } h2 { break-after: avoid }
+ figure, table, pre, .whole { break-inside: avoid } th { background: none } }
 """
 
 
@@ -99,7 +99,7 @@ def _verdicts(document: Mapping[str, Any] | None) -> str:
     rows = [
         [
             gate["gate"], "passed" if gate["passed"] else "FAILED", _number(gate["value"]), _number(gate["threshold"]),
-            _number(gate["stderr"]), f"{gate['samples'] or 'none'} {gate['unit']}",
+            _number(gate["stderr"]), f"{gate['samples']} {gate['unit']}" if gate["samples"] else "",
         ]
         for gate in document["gates"]
     ]  # fmt: skip
@@ -214,7 +214,7 @@ def _training(path: Path) -> str:
         marker = "o" if len(points) < 40 else None
         axis.plot(*zip(*points, strict=True), dash, marker=marker, markersize=3, color="black")
         axis.set(title=name, xlabel="step")
-    return f"<h2>Training</h2>{_svg(figure, f'The curve of {path.name}.')}"
+    return f'<div class="whole"><h2>Training</h2>{_svg(figure, f"The curve of {path.name}.")}</div>'
 
 
 def _commands(folder: Path, plan: FusionPlan | None, document: Mapping[str, Any] | None) -> str:
