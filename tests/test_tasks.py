@@ -63,7 +63,9 @@ def test_scores_are_those_of_the_harness(tmp_path: Path, tasks: Path, monkeypatc
 
 
 @needs_harness
-@pytest.mark.parametrize("layout", ["decoupled", "layerwise", "gqa"])
+@pytest.mark.parametrize(
+    "layout", ["decoupled", *(pytest.param(x, marks=pytest.mark.slow) for x in ("layerwise", "gqa"))]
+)
 def test_fused_models_of_every_layout_against_their_source(tmp_path: Path, tasks: Path, layout: str) -> None:
     model = tiny_model(tmp_path / "model")
     fuse(model, tmp_path / "fused", "--budget", 0.5, "--layout", layout, "--preset", "fast")
