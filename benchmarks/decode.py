@@ -60,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(1)
     done = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     if not options.draw:
-        known = {json.dumps(row["case"]) for row in done}
+        known = {json.dumps(row["case"]) for row in done if "skipped" not in row}
         for part, rows in (("attention", attention_rows), ("step", step_rows), ("llama.cpp", gguf_rows)):
             for case, run in rows(options) if part in options.part else ():
                 case = {"part": part, **case}
@@ -295,7 +295,16 @@ def document(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Decoding speed",
         "Written by `python benchmarks/decode.py` from `decode.jsonl`: one thread of a CPU, float32, rivals taking",
-        "turns step by step. Ratios are medians of paired runs; milliseconds only tell the order of magnitude.",
+        "turns step by step. Ratios are medians of paired runs; milliseconds, CPU times of that thread, only tell the",
+        "order of magnitude. The page holds what was run:",
+        "",
+        "    python benchmarks/decode.py --context 512 4096 --steps 9 --max-mib 400 \\",
+        "        --model mha-6m=examples/mha-6m smollm2=smollm2 'llama-2-7b, one layer' \\",
+        "        --gguf mha-6m source.gguf fused.gguf",
+        "",
+        "in parts, and not all of its rows: the machine was busy. Contexts of 2048 and 16384 were not run. Where",
+        "a ratio of the first table is above 1, torch was faster; the cause was not isolated. The GGUF pair is the",
+        "bundled model and its fusion at 1/4, layout `gqa`, both in f32.",
     ]
     if by_part["attention"]:
         lines += [
@@ -336,7 +345,7 @@ def document(rows: list[dict[str, Any]]) -> str:
         lines += [
             "",
             "## llama.cpp",
-            "GGUF files of `headfuse export --to gguf`, one sequence, float16 cache.",
+            "GGUF files of `headfuse export --to gguf`, one sequence, float16 cache, llama.cpp's own wall clock.",
             "",
             "| model | context | source ms a token | fused ms a token | time |",
             "|---|---|---|---|---|",
