@@ -21,7 +21,7 @@ def fused_card(source: Source, result: FuseResult) -> str:
         f"# {source.name}, {plan.kv_ratio:.4g} of its KV cache", "",
         f"Made from `{source.name}` with headfuse {plan.headfuse_version}: its key heads and value heads were fused "
         f"(method `{plan.method}`, allocator `{plan.allocator}`, layout `{plan.layout}`); "
-        "only the attention projections changed.",
+        + ("all weights were trained." if plan.method == "dha" else "only the attention projections changed."),
         "", "| | source | fused |", "|---|---|---|",
         f"| KV bytes per token | {result.kv_bytes_before} | {result.kv_bytes_after} |",
     ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from headfuse.plan import FusionPlan
 from headfuse.planning import Progress, adopt, check_budget, make_plan, reviewed_plan, survey
 from headfuse.presets import PRESETS
 from headfuse.refine_model import Adam, Targets, refine_model
+from headfuse.sampling import average
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, HiddenStates, StreamedModel, ignorable
 
@@ -55,11 +57,16 @@ NOTHING_LOST = 1e-4
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a conversion: NLL of the held-out windows after it, and whether its weights were kept."""
+    """One stage of a conversion: NLL of each held-out window after it, and whether its weights were kept."""
 
     name: str
-    nll: float | None
+    held_out: tuple[float, ...]
     kept: bool = True
+
+    @property
+    def nll(self) -> float | None:
+        """The mean; None where no text is held out."""
+        return average(self.held_out)
 
 
 @dataclass(frozen=True)
@@ -69,14 +76,25 @@ class FuseResult:
     output: Path
     plan: FusionPlan
     stages: tuple[Stage, ...]
-    nll_before: float | None
+    held_out_before: tuple[float, ...]
+    """NLL of each held-out window with the source's weights."""
     kv_bytes_before: int
     kv_bytes_after: int
 
     @property
+    def held_out_after(self) -> tuple[float, ...]:
+        """NLL of each held-out window with the written weights."""
+        return [stage.held_out for stage in self.stages if stage.kept][-1]
+
+    @property
+    def nll_before(self) -> float | None:
+        """Mean NLL of the held-out windows with the source's weights."""
+        return average(self.held_out_before)
+
+    @property
     def nll_after(self) -> float | None:
-        """NLL of the held-out windows with the written weights."""
-        return [stage.nll for stage in self.stages if stage.kept][-1]
+        """Mean NLL of the held-out windows with the written weights."""
+        return average(self.held_out_after)
 
 
 def fuse(
@@ -197,8 +215,8 @@ def _write_trained(
     _write_config(partial, source, trained.plan, options["dtype"])
     itemsize = next(iter(writer.dtypes.values())).itemsize
     kv_bytes = source.heads.kv_bytes_per_token(itemsize), trained.plan.kv_bytes_per_token(itemsize)
-    stages = (Stage("trained", trained.nll_after),)
-    result = FuseResult(output, trained.plan, stages, trained.nll_before, *kv_bytes)
+    stages = (Stage("trained", trained.held_out_after),)
+    result = FuseResult(output, trained.plan, stages, trained.held_out_before, *kv_bytes)
     _write_beside_weights(partial, source, result, config, writer)
     Checkpoint(partial)
     return result
@@ -211,10 +229,10 @@ def _convert(
     plan: FusionPlan,
     done: Done,
     on_progress: Progress,
-) -> tuple[float | None, Stage, HiddenStates]:
+) -> tuple[tuple[float, ...], Stage, HiddenStates]:
     """Fuse layer after layer.
 
-    Returns the source's NLL on the held-out windows, the stage, and what the source made of the statistics windows.
+    Returns the source's NLL on each held-out window, the stage, and what the source made of the statistics windows.
     """
     arch, method, layout = streamed.arch, FUSION_METHODS[plan.method], LAYOUTS[plan.layout]
     windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
@@ -238,14 +256,15 @@ def _convert(
         if len(after):
             after = guard.run(layer.layer_idx, after, written)
         on_progress("fuse", layer.layer_idx + 1, len(plan.layers))
-    figures = [streamed.nll(states, text.held_out) if len(states) else None for states in (before, after)]
-    return figures[0], Stage("closed form", figures[1]), windows
+    stage = Stage("closed form", streamed.nll(after, text.held_out))
+    return streamed.nll(before, text.held_out), stage, windows
 
 
-def _refines(config: FuseConfig, plan: FusionPlan, before: float | None, closed_form: Stage) -> bool:
+def _refines(config: FuseConfig, plan: FusionPlan, held_out: tuple[float, ...], closed_form: Stage) -> bool:
     """Whether the preset refines this model: published baselines, and what has lost nothing, stay as they are."""
     if not PRESETS[config.preset].model_passes or not FUSION_METHODS[plan.method].refits_output:
         return False
+    before = average(held_out)
     if before is None or closed_form.nll is None:
         logger.warning("preset %s refines only under the guard of held-out text, and none is held out", config.preset)
         return False
@@ -289,10 +308,10 @@ def _refine(
             weights = {n: w.to(writer.dtypes[n]) for n, w in optimizer.weights.items() if n.startswith(prefix)}
             states = guard.run(layer_idx, states, weights)
         optimizer.sync()
-        nll = streamed.nll(states, text.held_out)
-        write_whole(record, json.dumps({"closed form": closed_form.nll, "refined": nll}))
-    figures = json.loads(record.read_text(encoding="utf-8"))
-    kept = figures["refined"] < figures["closed form"]  # false for NaN, too
+        refined = streamed.nll(states, text.held_out)
+        write_whole(record, json.dumps({"closed form": closed_form.held_out, "refined": refined}))
+    figures = {name: tuple(held_out) for name, held_out in json.loads(record.read_text(encoding="utf-8")).items()}
+    kept = math.fsum(figures["refined"]) < math.fsum(figures["closed form"])  # false for NaN, too
     for name, weight in optimizer.weights.items() if kept else ():
         writer.write(name, weight)
     return [Stage(closed_form.name, figures["closed form"]), Stage("refined", figures["refined"], kept)]

@@ -33,6 +33,7 @@ from headfuse.grouping import GROUPERS, anneal, canonical
 from headfuse.loading import load_model, load_tokenizer
 from headfuse.plan import FusionPlan, Groups, HeadLayout, LayerPlan, head_of_source
 from headfuse.planning import Progress, survey
+from headfuse.sampling import average
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel
 from headfuse.teacher import LiveTeacher
@@ -50,12 +51,12 @@ LEAST_SCALE = 0.1
 
 @dataclass(frozen=True)
 class Trained:
-    """The plan and the trained weights by name; NLL of held-out windows before and after, None without any."""
+    """The plan and the trained weights by name; NLL of each held-out window before and after."""
 
     plan: FusionPlan
     weights: dict[str, torch.Tensor]
-    nll_before: float | None
-    nll_after: float | None
+    held_out_before: tuple[float, ...]
+    held_out_after: tuple[float, ...]
 
 
 def train(
@@ -95,9 +96,9 @@ def train(
         validation_windows=windows,
     )
     model = _load(source, streamed, trust_remote_code)
-    nll_before = nll(model, stream.validation)
+    before = nll(model, stream.validation)
     if plan is not None and all(layer.untouched for layer in plan.layers):
-        return Trained(plan, {}, nll_before, nll_before)
+        return Trained(plan, {}, before, before)
     teacher = None
     if options.loss == "kl":
         teacher = LiveTeacher(_load(source, streamed, trust_remote_code), streamed.device, None, False)
@@ -121,7 +122,7 @@ def train(
         rounds = [[groups] if len(groups) < heads.num_key_value_heads else [] for groups in sides_of(plan)]
     total = max(map(len, rounds))
     if not total:  # the budget keeps every head: nothing is trained
-        return Trained(plan, {}, nll_before, nll_before)
+        return Trained(plan, {}, before, before)
     training.plan = plan
 
     # Fusion (section 4.3), in rounds that halve the heads (appendix B.2); at first the model is exactly the source
@@ -137,14 +138,14 @@ def train(
             training.phase = number + 1
             name = f"fusion {number + 1} of {total}"
             training.run(name, sides, steps, number * steps, total * steps)
-        mixed = nll(model, stream.validation) if number == total - 1 else None
+        mixed = nll(model, stream.validation) if number == total - 1 else ()
         for side in sides:
             side.collapse()
     for side in sides:
         side.group(_alone(len(side.weight)))
-    nll_after = nll(model, stream.validation)
-    training.finish(heads=[len(side.weight) for side in sides], nll_mixed=mixed, nll=nll_after)
-    return Trained(plan, collapsed_weights(model, streamed), nll_before, nll_after)
+    after = nll(model, stream.validation)
+    training.finish(heads=[len(side.weight) for side in sides], nll_mixed=average(mixed), nll=average(after))
+    return Trained(plan, collapsed_weights(model, streamed), before, after)
 
 
 # ---------------------------------------------------------------- the model with fusion operators
@@ -250,14 +251,12 @@ def collapsed_weights(model: PreTrainedModel, streamed: StreamedModel) -> dict[s
 
 
 @torch.no_grad()
-def nll(model: PreTrainedModel, windows: torch.Tensor) -> float | None:
-    """Mean NLL per token of windows `[n, length]`; None without windows."""
-    if not len(windows):
-        return None
-    found = []
+def nll(model: PreTrainedModel, windows: torch.Tensor) -> tuple[float, ...]:
+    """NLL per token of each of the windows `[n, length]`."""
+    found = list[float]()
     for batch in windows.to(model.device).split(8):
-        found.append(window_nll(model_states(model, batch).last, model.get_output_embeddings(), batch))
-    return torch.cat(found).mean().item()
+        found += window_nll(model_states(model, batch).last, model.get_output_embeddings(), batch).tolist()
+    return tuple(found)
 
 
 # ---------------------------------------------------------------- what the search tells

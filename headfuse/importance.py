@@ -105,9 +105,9 @@ def shapley(streamed: StreamedModel, windows: torch.Tensor, heads: HeadLayout, s
                 weights.key_bias[row[0]], weights.value_bias[row[1]] = 0, 0
             with streamed.layer(layer_idx, weights.in_layer(tensors, streamed.arch, heads)) as run:
                 variants[index] = run(variants[index], None)
-    whole = [streamed.nll(one, window[None]) for one, window in zip(states, windows, strict=True)]
+    whole = [streamed.nll(one, window[None])[0] for one, window in zip(states, windows, strict=True)]
     lost = torch.tensor(
-        [streamed.nll(v, windows[i % len(windows)][None]) - whole[i % len(windows)] for i, v in enumerate(variants)],
+        [streamed.nll(v, windows[i % len(windows)][None])[0] - whole[i % len(windows)] for i, v in enumerate(variants)],
         dtype=torch.float64,
     ).clamp_max(TRUNCATED_LOSS)
     design = masked.double()

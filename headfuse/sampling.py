@@ -25,6 +25,11 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(tensor.mean().item(), error, len(tensor))
 
 
+def average(values: Sequence[float]) -> float | None:
+    """The mean alone; None of nothing."""
+    return math.fsum(values) / len(values) if values else None
+
+
 def clustered_mean(values: torch.Tensor, chosen: torch.Tensor) -> Estimate | None:
     """The mean over chosen predictions; its error takes those of a window as dependent.
 

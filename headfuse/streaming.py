@@ -291,13 +291,13 @@ class StreamedModel:
             layer.to("meta")
 
     @torch.no_grad()
-    def nll(self, states: HiddenStates, windows: torch.Tensor) -> float:
-        """Mean NLL per token of `windows [n, T]` given what the last layer made of them."""
-        total, windows = 0.0, windows.to(self.device)
-        for state, window in zip(states.hidden, windows, strict=True):
+    def nll(self, states: HiddenStates, windows: torch.Tensor) -> tuple[float, ...]:
+        """NLL per token of each of `windows [n, T]` given what the last layer made of them."""
+        losses = []
+        for state, window in zip(states.hidden, windows.to(self.device), strict=True):
             logits = self._after_layers(self.model, state, window[None]).logits[0, :-1]
-            total += nn.functional.cross_entropy(logits.float(), window[1:]).item()
-        return total / len(windows)
+            losses.append(nn.functional.cross_entropy(logits.float(), window[1:]).item())
+        return tuple(losses)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the model's head, scale and caps included, makes of last hidden states `[..., D]`."""

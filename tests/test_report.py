@@ -99,6 +99,11 @@ def test_gates_of_fuse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert suite is not None
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
     assert "| `nll<=0*baseline` | **FAILED** |" in (folder / "summary.md").read_text()
+    gates = json.loads(convert("nll<=9,nll_gap<=9,kv_ratio<=1", "--json", code=0).splitlines()[-1])["gates"]
+    assert [(gate["samples"], gate["unit"]) for gate in gates] == [(2, "windows")] * 2 + [(None, "windows")]
+    assert gates[0]["stderr"] > 0
+    assert gates[1]["stderr"] != gates[0]["stderr"]  # of the differences from the source, window by window
+    assert gates[2]["stderr"] is None
     assert "not a figure of fuse" in convert("kl<=1", code=1)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY")
     assert "GITHUB_STEP_SUMMARY" in convert("kv_ratio<=1", "--github-summary", code=1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from headfuse.estimate import estimate
 from headfuse.gates import FUSE_METRICS, GateResult, judge, read_gates
 from headfuse.layouts import LAYOUTS
 from headfuse.planning import check_budget, reviewed_plan
+from headfuse.sampling import mean
 from headfuse.source import Source
 from headfuse.verdicts import check_summary, write_verdicts
 
@@ -66,7 +66,7 @@ def run(
         "kv_ratio": result.plan.kv_ratio,
         "kv_bytes_per_token": {"before": result.kv_bytes_before, "after": result.kv_bytes_after},
         "nll": {"before": result.nll_before, "after": result.nll_after, "text": "held-out calibration windows"},
-        "stages": [asdict(stage) for stage in result.stages],
+        "stages": [{"name": stage.name, "nll": stage.nll, "kept": stage.kept} for stage in result.stages],
         "key_heads": list(budget.key_heads),
         "value_heads": list(budget.value_heads),
     }
@@ -78,18 +78,21 @@ def run(
 def _gated(result: FuseResult) -> dict[str, Any]:
     """The figures that a gate can read, named as those of `eval`: of the held-out calibration windows."""
 
-    def figures(nll: float | None, kv_bytes: int) -> dict[str, Any]:
-        perplexity = None if nll is None or nll >= 700 else math.exp(nll)
-        return {"nll": nll, "perplexity": perplexity, "kv_bytes_per_token": kv_bytes}
+    def estimates(name: str, values: Sequence[float], exponential: str) -> dict[str, float | None]:
+        if not values:
+            return {}
+        found = mean(values)
+        power = math.exp(found.value) if found.value < 700 else None
+        error = None if power is None or found.stderr is None else power * found.stderr  # delta method
+        return {name: found.value, f"{name}_stderr": found.stderr, exponential: power, f"{exponential}_stderr": error}
 
-    before, after = result.nll_before, result.nll_after
-    gap = None if before is None or after is None else after - before
-    ratio = None if gap is None or gap >= 700 else math.exp(gap)
+    before, after = result.held_out_before, result.held_out_after
+    gaps = [a - b for a, b in zip(after, before, strict=True)]
     return {
-        "model": figures(after, result.kv_bytes_after),
-        "baseline": figures(before, result.kv_bytes_before),
-        "comparison": {"nll_gap": gap, "ppl_ratio": ratio, "kv_ratio": result.plan.kv_ratio},
-        "windows": None,
+        "model": {**estimates("nll", after, "perplexity"), "kv_bytes_per_token": result.kv_bytes_after},
+        "baseline": {**estimates("nll", before, "perplexity"), "kv_bytes_per_token": result.kv_bytes_before},
+        "comparison": {**estimates("nll_gap", gaps, "ppl_ratio"), "kv_ratio": result.plan.kv_ratio},
+        "windows": len(after),
     }
 
 
