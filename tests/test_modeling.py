@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import fuse, tiny_model
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -24,11 +27,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    QuantizedCache,
     Qwen2Config,
     Qwen3Config,
     StaticCache,
 )
 
+import headfuse
+from headfuse.checkpoint import read_plan
 from headfuse.modeling import (
     AUTO_MAP,
     MODELING_FILES,
@@ -75,6 +81,7 @@ MAPS: dict[str, list[tuple[list[int], list[int]]]] = {
     ],
 }
 IMPLEMENTATIONS = ("eager", "sdpa")
+COMPILER = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -294,6 +301,55 @@ def test_cache_tensors_have_the_promised_bytes(how: dict[str, Any]) -> None:
         assert layer.values.nbytes == cached_tokens * model.config.num_value_heads[layer_idx] * HEAD_DIM * 4
 
 
+@pytest.mark.parametrize("how", ["dynamic", "static"])
+@pytest.mark.parametrize("counts", ["key_heads: [2, 1], value_heads: [2, 1]", "key_heads: [1, 3], value_heads: [3, 2]"])
+def test_peak_cache_bytes_are_those_of_the_plan(counts: str, how: str, tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text(f"budget: {{{counts}}}\nmethod: mean\npreset: fast\n")
+    fuse(tiny_model(tmp_path / "source"), tmp_path / "out", "--config", tmp_path / "options.yaml")
+    model, held = headfuse.load(tmp_path / "out"), []
+    static = StaticCache(config=model.config, max_cache_len=20)
+    cache = static if how == "static" else DynamicCache(config=model.config)
+    with torch.no_grad():
+        for ids in (tokens(2, 6), *tokens(2, 5).split(1, dim=1)):
+            model(ids, past_key_values=cache)
+            held.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
+    length = 20 if how == "static" else 11
+    assert max(held) == 2 * length * read_plan(tmp_path / "out").kv_bytes_per_token(itemsize=4)
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
+def test_a_quantised_cache_gives_the_logits_of_the_expanded_stock_model(backend: str) -> None:
+    fused = random_model(fused_config(SOURCES["llama"](), "free"))
+    options: dict[str, Any] = {} if backend == "fp8" else {"nbits": 8 if backend == "hqq" else 4, "q_group_size": 8}
+    if backend == "hqq":
+        options |= {"axis_key": 1, "axis_value": 1}
+    logits = []
+    for model in (fused, expanded(fused)):
+        try:
+            cache = QuantizedCache(backend, config=model.config, **options)
+        except (ImportError, ValueError) as error:  # a package or, in older transformers, the kind is missing
+            pytest.skip(str(error))
+        with torch.no_grad():
+            model(tokens()[:, :-2], past_key_values=cache)
+            logits += [model(tokens()[:, i : i + 1], past_key_values=cache).logits for i in (7, 8)]
+    close(logits[:2], logits[2:])
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache_gives_the_tokens_of_the_stock_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():  # layers still move, to where they are; only CUDA's streams are left out
+        stream = type("Stream", (contextlib.nullcontext,), {"wait_stream": lambda *_: None})
+        monkeypatch.setattr(torch, "Stream", stream)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda _: stream())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = random_model(fused_config(SOURCES["llama"](), "free")).to(device)
+    plain, offloaded = (
+        one.generate(tokens(2, 6).to(device), max_new_tokens=8, do_sample=False, cache_implementation=how)
+        for one, how in ((expanded(model).to(device), None), (model, kind))
+    )
+    assert torch.equal(plain, offloaded)
+
+
 def test_decoding_reads_every_cached_head_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(fused_config(SOURCES["llama"](), "free"))
     with torch.no_grad():
@@ -310,6 +366,45 @@ def test_a_decoding_step_compiles_without_a_graph_break() -> None:
         model(tokens()[:, :-1], past_key_values=cache)
         step = torch.compile(model, backend="eager", fullgraph=True)(tokens()[:, -1:], past_key_values=cache)
     close(step.logits[:, 0], full)
+
+
+@pytest.mark.slow
+@COMPILER
+def test_decoding_steps_compiled_by_inductor() -> None:
+    model = random_model(fused_config(SOURCES["llama"](), "free"))
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    step = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        full = model(tokens()).logits
+        model(tokens()[:, :6], past_key_values=cache)
+        steps = [step(ids, past_key_values=cache).logits for ids in tokens()[:, 6:].split(1, dim=1)]
+    close(torch.cat(steps, 1), full[:, 6:])
+
+
+@pytest.mark.parametrize("maps", ["gqa", "free"])
+def test_flex_attention_gives_the_logits_of_sdpa(maps: str) -> None:
+    model, padding = random_model(fused_config(SOURCES["llama"](), maps)), torch.ones(2, 9, dtype=torch.long)
+    padding[0, :3] = 0
+    for mask in (None, padding):
+        logits = []
+        for implementation in ("sdpa", "flex_attention"):
+            model.set_attn_implementation(implementation)
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # its own definition, without a kernel
+                prefill = model(tokens()[:, :-1], attention_mask=None if mask is None else mask[:, :-1])
+                step = model(tokens()[:, -1:], attention_mask=mask, past_key_values=prefill.past_key_values)
+            logits.append(torch.cat((prefill.logits[:, 3:], step.logits), 1))
+        close(*logits)
+
+
+@pytest.mark.slow
+@COMPILER
+def test_a_compiled_flex_attention_prefill_gives_the_logits_of_sdpa() -> None:
+    model, logits = random_model(fused_config(SOURCES["llama"](), "free")), []
+    for implementation in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            logits.append(model(tokens()).logits)
+    close(*logits)
 
 
 @pytest.mark.parametrize("source", ["llama", "qwen2"])
