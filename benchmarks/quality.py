@@ -185,6 +185,7 @@ def document(rows: list[dict[str, Any]]) -> str:
         "columns. NLL gap: NLL of the fused model minus that of its source, on text that nothing was fitted to. Time:",
         "of the whole command over one forward pass of the source over the same calibration tokens, in the same run.",
         "`first`, `mean`, `align` are the published reductions; `fast`, `balanced`, `best` the presets of headfuse.",
+        "What little training adds to each is in [recovery.md](recovery.md), with a plot.",
     ]
     sources = {row["model"]: row for row in rows if row["conversion"] == "source"}
     for model, base in sources.items():
