@@ -311,7 +311,7 @@ def document(rows: list[dict[str, Any]]) -> str:
         "Where a ratio of the first table is above 1, torch's SDPA was faster. It happens with heads of 64 channels",
         "and groups of unequal sizes: on this processor a product of 2 to 5 rows with such a head takes up to twice",
         "the time of reading it, and the dozen small calls around the products, a tenth of the time at batch 1,",
-        "decide. Calling SDPA where the groups allow it would not help: on groups of 3 the products alone take 0.9.",
+        "decide.",
     ]
     if by_part["attention"]:
         lines += [

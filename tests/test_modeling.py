@@ -358,6 +358,18 @@ def test_decoding_reads_every_cached_head_once(monkeypatch: pytest.MonkeyPatch) 
         model(tokens()[:, -1:], past_key_values=cache)
 
 
+@pytest.mark.parametrize("finer", ["key", "value"])
+def test_scores_stay_in_place_where_groups_nest(finer: str) -> None:
+    maps = {"key": [0, 1, 0, 1, 0, 1], "value": [0, 1, 0, 1, 0, 1]} | {finer: [0, 3, 1, 2, 0, 2]}
+    fused = fused_config(SOURCES["llama"](), "free").to_dict()
+    config = HeadfuseConfig(
+        **fused
+        | {f"num_{side}_heads": [max(heads) + 1] * LAYERS for side, heads in maps.items()}
+        | {f"{side}_head_of_query": [heads] * LAYERS for side, heads in maps.items()}
+    )
+    assert random_model(config).model.layers[0].self_attn.score_rows is None
+
+
 def test_a_decoding_step_compiles_without_a_graph_break() -> None:
     model = random_model(fused_config(SOURCES["llama"](), "free"))
     cache = StaticCache(config=model.config, max_cache_len=9)

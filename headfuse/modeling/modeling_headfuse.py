@@ -89,7 +89,10 @@ class HeadfuseAttention(nn.Module):
         num_queries = len(key_map)
         # Expanded heads: one for each run of `group` query heads within which neither map changes.
         group = math.gcd(num_queries, *_changes(key_map), *_changes(value_map))
-        by_key, by_value = _groups(key_map), _groups(value_map)
+        # Within its group a query may stand anywhere: where groups nest, in order, no scores are moved.
+        by_key = [sorted(group, key=value_map.__getitem__) for group in _groups(key_map)]
+        order = [query for group in by_key for query in group]
+        by_value = [sorted(group, key=order.index) for group in _groups(value_map)]
         self.key_sizes, self.value_sizes = list(map(len, by_key)), list(map(len, by_value))
         slots = self.config.rotary_slots and self.config.rotary_slots[self.layer_idx]
         stride = 2 if self.family.rotary == "interleaved" else 1
