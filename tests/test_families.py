@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILY_OPTIONS, fuse, logits, plant, run, tiny_model
+from conftest import FAMILY_OPTIONS, assert_decoding_equals_forward, fuse, logits, plant, run, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -79,22 +78,7 @@ def test_cached_decoding_equals_the_full_pass(fused: Fused) -> None:
     loaded, lengths, width = headfuse.load(fused.out), [24, 19, 3], 24
     mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
     tokens = torch.randint(1, 300, (3, width), generator=torch.Generator().manual_seed(0)) * mask
-    positions, cache, steps = (mask.cumsum(1) - 1).clamp_min(0), None, []
-    with torch.no_grad():
-        for start, end in itertools.pairwise([0, 4, *range(5, width + 1)]):
-            step = loaded(
-                tokens[:, start:end],
-                attention_mask=mask[:, :end],
-                position_ids=positions[:, start:end],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = step.past_key_values
-            steps.append(step.logits)
-        decoded = torch.cat(steps, dim=1)
-        for row, length in enumerate(lengths):
-            alone = loaded(tokens[row : row + 1, -length:], use_cache=False).logits[0]
-            torch.testing.assert_close(decoded[row, -length:], alone, rtol=1e-4, atol=1e-4)
+    assert_decoding_equals_forward(loaded, tokens, mask, lengths)
 
 
 def test_a_step_of_uptraining_changes_the_attention(fused: Fused, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import by_head, edit_heads, fuse, logits, plant, run, tiny_model
+from conftest import assert_decoding_equals_forward, by_head, edit_heads, fuse, logits, plant, run, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -320,23 +320,7 @@ def left_padded(tokens: torch.Tensor, lengths: Sequence[int]) -> tuple[torch.Ten
 def test_cached_decoding_equals_the_full_pass(fused: tuple[Path, dict[str, Any]]) -> None:
     loaded, lengths = headfuse.load(fused[0]), [24, 19, 3]
     tokens, mask = left_padded(torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(0)), lengths)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    cache, steps, bounds = None, [], [0, 4, *range(5, 25)]  # four tokens at once, then one by one
-    with torch.no_grad():
-        for start, end in itertools.pairwise(bounds):
-            step = loaded(
-                tokens[:, start:end],
-                attention_mask=mask[:, :end],
-                position_ids=positions[:, start:end],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = step.past_key_values
-            steps.append(step.logits)
-        decoded = torch.cat(steps, dim=1)
-        for row, length in enumerate(lengths):
-            alone = loaded(tokens[row : row + 1, -length:], use_cache=False).logits[0]
-            torch.testing.assert_close(decoded[row, -length:], alone, rtol=1e-4, atol=1e-4)
+    assert_decoding_equals_forward(loaded, tokens, mask, lengths)
 
 
 GENERATE: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
