@@ -123,7 +123,8 @@ class Folder:
             for i in range(self.heads.num_hidden_layers)
             for name in (self.arch.key, self.arch.value, *self.arch.norms[1:])
         )
-        for name, tensor in model_without_weights(self.config, self.path).state_dict().items():
+        stock = model_without_weights(self.config, self.path, "eager")  # which every family has
+        for name, tensor in stock.state_dict().items():
             shape = self.checkpoint.shapes.get(name, tuple(tensor.shape))
             if shape != tuple(tensor.shape) and not name.startswith(own):
                 raise CheckpointError(

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import VOCABULARY
+
+import headfuse
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="the wheel xllamacpp (llama.cpp) is not installed")
 
@@ -63,3 +66,14 @@ class LlamaCpp:
         with urllib.request.urlopen(request, timeout=60) as answer:
             result: dict[str, Any] = json.load(answer)
         return result
+
+
+def assert_same(folder: Path, file: Path, tolerance: float = 5e-3, length: int = 24) -> None:
+    """Next-token log-probabilities after several prompts, and the cache's growth by single tokens."""
+    model, llama = headfuse.load(folder), LlamaCpp(file)
+    tokens = torch.randint(1, VOCABULARY, (length,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0].log_softmax(-1)
+    for end in (1, 7, length):
+        got = llama.log_probabilities(tokens[:end].tolist(), VOCABULARY)
+        torch.testing.assert_close(got, expected[end - 1], rtol=0, atol=tolerance)

@@ -17,7 +17,7 @@ import headfuse
 from headfuse.architectures import ARCHITECTURES, UNSUPPORTED, AttentionWeights, head_layout
 from headfuse.errors import UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS
-from headfuse.layouts import LAYOUTS
+from headfuse.layouts import LAYOUTS, gguf
 
 
 def exists(layout: str, family: str) -> bool:
@@ -79,6 +79,31 @@ def test_cached_decoding_equals_the_full_pass(fused: Fused) -> None:
     mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
     tokens = torch.randint(1, 300, (3, width), generator=torch.Generator().manual_seed(0)) * mask
     assert_decoding_equals_forward(loaded, tokens, mask, lengths)
+
+
+@pytest.mark.parametrize("to", ["gqa", "layerwise", "gguf"])
+def test_export_computes_the_same_or_is_refused(fused: Fused, tmp_path: Path, to: str) -> None:
+    out, command = tmp_path / "out", ("export", fused.out, "--to", to, "-o", tmp_path / "out")
+    supported = fused.family in gguf.FAMILIES if to == "gguf" else exists(to, fused.family) and to != fused.layout
+    if not supported:
+        reason = f"layout {to} already" if to == fused.layout else f"model_type '{fused.family}'"
+        output = " ".join(run(*command, code=1).split())
+        assert reason in output or "attend to all tokens" in output
+        assert not out.exists()
+        return
+    if to == "gguf":
+        pytest.importorskip("xllamacpp", reason="the wheel xllamacpp (llama.cpp) is not installed")
+        from llama_cpp import assert_same
+
+        run(*command, "--type", "f32")
+        assert_same(fused.out, out, length=12)
+        return
+    document = json.loads(run(*command, "--json").splitlines()[-1])
+    assert document["num_key_value_heads"] == [2, 2]
+    assert document["kv_ratio"] == 0.5
+    config = AutoConfig.from_pretrained(out)
+    assert config.model_type == (fused.family if to == "gqa" else "nemotron-nas")
+    torch.testing.assert_close(logits(out), logits(fused.out), rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_of_uptraining_changes_the_attention(fused: Fused, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, fuse, run, tiny_model
-from llama_cpp import LlamaCpp
+from llama_cpp import LlamaCpp, assert_same
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
@@ -44,17 +44,6 @@ def export(folder: Path, file: Path, *options: object) -> dict[str, Any]:
     line = run("export", folder, "--to", "gguf", "-o", file, "--json", *options)
     document: dict[str, Any] = json.loads(line.splitlines()[-1])
     return document
-
-
-def assert_same(folder: Path, file: Path, tolerance: float = 5e-3, length: int = 24) -> None:
-    """Next-token log-probabilities after several prompts, and the cache's growth by single tokens."""
-    model, llama = headfuse.load(folder), LlamaCpp(file)
-    tokens = torch.randint(1, VOCABULARY, (length,), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(tokens[None]).logits[0].log_softmax(-1)
-    for end in (1, 7, length):
-        got = llama.log_probabilities(tokens[:end].tolist(), VOCABULARY)
-        torch.testing.assert_close(got, expected[end - 1], rtol=0, atol=tolerance)
 
 
 # ---------------------------------------------------------------- models
