@@ -358,6 +358,20 @@ def test_decoding_reads_every_cached_head_once(monkeypatch: pytest.MonkeyPatch) 
         model(tokens()[:, -1:], past_key_values=cache)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("maps", MAPS)
+def test_wide_heads_over_long_caches_equal_sdpa(maps: str, head_dim: int) -> None:
+    model = random_model(fused_config(LlamaConfig(**SIZES | {"head_dim": head_dim}), maps))
+    length = 2048  # the products are other ones there
+    for layer, (key_map, value_map) in zip(model.model.layers, MAPS[maps], strict=False):
+        query = torch.randn(2, QUERIES, 1, head_dim)
+        key, value = (torch.randn(2, max(heads) + 1, length, head_dim) for heads in (key_map, value_map))
+        with torch.no_grad():
+            output, _ = layer.self_attn.attend_once(query, key, value, None)
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key[:, key_map], value[:, value_map])
+        close(output, expected.squeeze(2))
+
+
 @pytest.mark.parametrize("finer", ["key", "value"])
 def test_scores_stay_in_place_where_groups_nest(finer: str) -> None:
     maps = {"key": [0, 1, 0, 1, 0, 1], "value": [0, 1, 0, 1, 0, 1]} | {finer: [0, 3, 1, 2, 0, 2]}
