@@ -397,6 +397,14 @@ def _split(
     return list(whole.split([queries, pairs, pairs]))
 
 
+def packed_keys_and_values(arch: Architecture, heads: HeadLayout, num_rows: int) -> torch.Tensor:
+    """The rows of a packed projection, of `num_rows` in all, that make keys and values."""
+    _, keys, values = _split({f"{arch.packed}.bias": torch.arange(num_rows)}, "bias", arch, heads)
+    assert keys is not None
+    assert values is not None
+    return torch.cat([keys, values])
+
+
 def _join(
     parts: list[torch.Tensor | None], kind: str, arch: Architecture, heads: HeadLayout
 ) -> dict[str, torch.Tensor | None]:

@@ -17,8 +17,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from headfuse.architectures import architecture_of
+from headfuse.architectures import Architecture, architecture_of, head_layout, packed_keys_and_values
 from headfuse.checkpoint import (
     DTYPE_NAMES,
     Checkpoint,
@@ -47,7 +48,6 @@ __all__ = ["Progress", "UptrainResult", "default_output", "uptrain"]
 
 CONFIG = "uptrain.yaml"
 """The file beside the weights that reproduces a run."""
-_FUSED = (".k_proj.", ".v_proj.")
 
 
 @dataclass(frozen=True)
@@ -230,8 +230,9 @@ def uptrain(
         merge = _prepare_training(student, run.recipe)
         weights = LossWeights(float(recipe.loss == "kl"), recipe.cross_entropy + (recipe.loss == "ce"), recipe.hidden)
         objective = Objective(student, source.head if source is not None else None, weights)
+        optimizer = _optimizer(student, run.recipe, accelerator.distributed_type == DistributedType.FSDP)
         wrapped, seconds, trained = train(
-            run, accelerator, objective, _optimizer(student, run.recipe), source, text, eos=eos, log_every=log_every,
+            run, accelerator, objective, optimizer, source, text, eos=eos, log_every=log_every,
             trackers=_flat(run.recipe) if trackers else None, on_progress=on_progress,
         )  # fmt: skip
         merge()
@@ -312,10 +313,8 @@ def _prepare_training(student: PreTrainedModel, recipe: Recipe) -> Callable[[], 
         student.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.train == "all":
         return lambda: None
-    config = student.config
-    model_type = config.source_config.model_type if config.model_type == "headfuse" else config.model_type
-    family = architecture_of(model_type)
-    prefixes = tuple(f"{family.attention_prefix(i)}." for i in range(config.get_text_config().num_hidden_layers))
+    config, arch = student.config, _stored(student.config)
+    prefixes = tuple(f"{arch.attention_prefix(i)}." for i in range(config.get_text_config().num_hidden_layers))
     if recipe.train == "attention":
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name.startswith(prefixes))
@@ -326,7 +325,8 @@ def _prepare_training(student: PreTrainedModel, recipe: Recipe) -> Callable[[], 
         raise MissingExtraError(
             "peft is not installed", where="train: lora", fix="pip install 'headfuse[lora]'"
         ) from None
-    linear = [n for n, m in student.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith(prefixes)]
+    kinds = (torch.nn.Linear, Conv1D)
+    linear = [n for n, m in student.named_modules() if isinstance(m, kinds) and n.startswith(prefixes)]
     torch.manual_seed(recipe.seed)
     adapted = get_peft_model(
         student, LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=linear)
@@ -338,13 +338,56 @@ def _prepare_training(student: PreTrainedModel, recipe: Recipe) -> Callable[[], 
     return merge
 
 
-def _optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over all trained weights; key and value projections in a group of their own."""
+def _stored(config: Any) -> Architecture:
+    """How a model of any layout stores its attention."""
+    if config.model_type == "headfuse":
+        return architecture_of(config.source_config.model_type).decoupled()
+    return architecture_of(getattr(config, "source_model_type", None) or config.model_type)
+
+
+def _optimizer(model: PreTrainedModel, recipe: Recipe, sharded: bool = False) -> torch.optim.Optimizer:
+    """AdamW over all trained weights; keys and values have a rate of their own, in packed projections by rows.
+
+    Raises:
+        ConfigError: for packed projections that are sharded.
+    """
+    arch, rate = _stored(model.config), recipe.fused_learning_rate
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    fused = [parameter for name, parameter in named if any(part in name for part in _FUSED)]
-    others = [parameter for name, parameter in named if not any(part in name for part in _FUSED)]
-    groups = [{"params": others, "factor": 1.0}, {"params": fused, "factor": recipe.fused_learning_rate}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
+    parts = () if arch.packed else (f".{arch.key}.", f".{arch.value}.")
+    fused = [parameter for name, parameter in named if any(part in name for part in parts)]
+    others = [parameter for name, parameter in named if not any(part in name for part in parts)]
+    groups = [{"params": others, "factor": 1.0}, {"params": fused, "factor": rate}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
+    if arch.packed and rate != 1:
+        if sharded:
+            fix = "give a recipe with fused_learning_rate: 1, or fuse the source with --layout decoupled"
+            raise ConfigError(f"rows of a sharded {arch.packed} have one rate", where="fused_learning_rate", fix=fix)
+        heads, packed = head_layout(model.config), list[tuple[torch.Tensor, int, torch.Tensor]]()
+        for name, parameter in named:
+            if f".{arch.packed}." in name and ".lora_A." not in name:  # what an adapter reads is not of any head
+                dim = int(arch.transposed and parameter.ndim == 2 and ".lora_" not in name)
+                rows = packed_keys_and_values(arch, heads, parameter.shape[dim])
+                packed.append((parameter, dim, rows.to(parameter.device)))
+        _scale_steps(optimizer, packed, rate)
+    return optimizer
+
+
+def _scale_steps(
+    optimizer: torch.optim.Optimizer, parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]], factor: float
+) -> None:
+    """Multiply the steps of some rows; `parts` are parameters, the dimension of their rows, and indices."""
+    before = list[torch.Tensor]()
+
+    def keep(*_: object) -> None:
+        before[:] = [parameter.detach().index_select(dim, rows) for parameter, dim, rows in parts]
+
+    def scale(*_: object) -> None:
+        for (parameter, dim, rows), old in zip(parts, before, strict=True):
+            new = parameter.detach()
+            new.index_copy_(dim, rows, old.lerp(new.index_select(dim, rows), factor))
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(scale)
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
