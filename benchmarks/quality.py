@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--budget", nargs="+", default=["1/2", "1/4"])
     parser.add_argument("--layout", nargs="+", default=["gqa", "decoupled"])
     parser.add_argument("--conversion", nargs="+", default=list(CONVERSIONS), choices=CONVERSIONS)
-    parser.add_argument("--allocator", nargs="+", default=["sensitivity"], help="of layout decoupled")
+    parser.add_argument(
+        "--allocator", nargs="+", default=["sensitivity"], help="of layout decoupled; K+V: so many heads in every layer"
+    )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--data", default="default", help="calibration text")
@@ -102,19 +104,15 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
     """Convert in a process of its own, evaluate, forget."""
     with tempfile.TemporaryDirectory() as name:
         output = Path(name) / "fused"
-        line = [
-            str(Path(sys.executable).with_name("headfuse")),
-            "fuse",
-            folder,
-            "-o",
-            str(output),
-            "--json",
-            "--data",
-            options.data,
-        ]
-        line += ["--budget", row["budget"], "--layout", row["layout"], "--samples", str(row["samples"])]
+        line = [str(Path(sys.executable).with_name("headfuse")), "fuse", folder, "-o", str(output), "--json"]
+        line += ["--data", options.data, "--layout", row["layout"], "--samples", str(row["samples"])]
         line += ["--seed", str(row["seed"]), *CONVERSIONS[row["conversion"]]]
-        line += ["--allocator", row["allocator"]] if row["allocator"] else []
+        if "+" in row["allocator"]:
+            uniform = Path(name) / "uniform.yaml"
+            uniform.write_text(uniform_budget(folder, row["budget"], row["allocator"]), encoding="utf-8")
+            line += ["--config", str(uniform)]
+        else:
+            line += ["--budget", row["budget"], *(["--allocator", row["allocator"]] if row["allocator"] else [])]
         forward = forward_seconds(folder, options.data, row["samples"])
         start = time.perf_counter()
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
@@ -132,6 +130,20 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
             "forward_seconds": round(forward, 1),
             "peak_mb": usage.ru_maxrss // 1024,
         }
+
+
+def uniform_budget(folder: str, budget: str, counts: str) -> str:
+    """The YAML of `K+V`: K key heads and V value heads in every layer.
+
+    Raises:
+        SystemExit: when they take other bytes than the budget.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text())
+    layers, heads = config["num_hidden_layers"], config.get("num_key_value_heads", config["num_attention_heads"])
+    keys, values = map(int, counts.split("+"))
+    if keys + values != round(2 * heads * _share(budget)):
+        raise SystemExit(f"{counts} heads in every layer are not {budget} of {heads} + {heads}")
+    return json.dumps({"budget": {"total": None, "key_heads": [keys] * layers, "value_heads": [values] * layers}})
 
 
 def figures(model: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -185,6 +197,8 @@ def document(rows: list[dict[str, Any]]) -> str:
         "columns. NLL gap: NLL of the fused model minus that of its source, on text that nothing was fitted to. Time:",
         "of the whole command over one forward pass of the source over the same calibration tokens, in the same run.",
         "`first`, `mean`, `align` are the published reductions; `fast`, `balanced`, `best` the presets of headfuse.",
+        "Allocator `K+V`: so many key and value heads in every layer. Several seeds (of the calibration sample): the",
+        "mean and, in brackets, the smallest and the largest.",
         "What little training adds to each is in [recovery.md](recovery.md), with a plot.",
     ]
     sources = {row["model"]: row for row in rows if row["conversion"] == "source"}
@@ -196,18 +210,31 @@ def document(rows: list[dict[str, Any]]) -> str:
         head = ["budget", "layout", "conversion", "allocator", "samples", "seed"]
         head += [f"gap {t}" for t in texts] + tasks + ["time", "peak MB"]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        own = [row for row in rows if row["model"] == model and row["conversion"] != "source"]
+        samples: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["model"] == model and row["conversion"] != "source":
+                samples.setdefault(tuple(row[name] for name in KEY if name != "seed"), []).append(row)
         order = list(CONVERSIONS)
-        for row in sorted(
-            own, key=lambda r: (-_share(r["budget"]), r["layout"], order.index(r["conversion"]), r["samples"])
+        for group in sorted(
+            samples.values(),
+            key=lambda g: (-_share(g[0]["budget"]), g[0]["layout"], order.index(g[0]["conversion"]), g[0]["samples"]),
         ):
-            cells = [row["budget"], row["layout"], row["conversion"], row["allocator"], row["samples"], row["seed"]]
-            cells += [f"{row['nll'][t] - base['nll'][t]:.3f}" if t in row["nll"] else "" for t in texts]
-            cells += [f"{row['accuracy'][t]:.1%}" if t in row["accuracy"] else "" for t in tasks]
-            cells += [f"{row['seconds'] / row['forward_seconds']:.1f}x", row["peak_mb"]]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            row, seeds = group[0], " ".join(str(r["seed"]) for r in group)
+            cells = [row["budget"], row["layout"], row["conversion"], row["allocator"], row["samples"], seeds]
+            cells += [_spread([r["nll"][t] - base["nll"][t] for r in group if t in r["nll"]], "{:.3f}") for t in texts]
+            cells += [_spread([r["accuracy"][t] for r in group if t in r["accuracy"]], "{:.1%}") for t in tasks]
+            cells += [_spread([r["seconds"] / r["forward_seconds"] for r in group], "{:.1f}x")]
+            lines.append("| " + " | ".join(map(str, [*cells, max(r["peak_mb"] for r in group)])) + " |")
     lines += ["", "![NLL gap against the share of the cache kept](results.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float], form: str) -> str:
+    """Their mean, and from where to where they go."""
+    if not values:
+        return ""
+    mean = form.format(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 def _share(budget: str) -> float:
