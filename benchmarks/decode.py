@@ -304,12 +304,10 @@ def document(rows: list[dict[str, Any]]) -> str:
         "    python benchmarks/decode.py --part attention step --context 16384 --batch 1 \\",
         "        --model mha-6m=examples/mha-6m 'llama-2-7b, one layer'",
         "",
-        "in parts, and not all of its rows. Of the first table, the rows of smollm2 and mha-6m",
-        "took 61 steps. The GGUF pair is the bundled model and its fusion at",
-        "1/4, layout `gqa`, both in f32.",
-        "",
-        "at 16384 21. The llama layer at 512 and 16384, and steps other than those of mha-6m at 512 and 2048, were",
-        "measured before the model code made fewer calls a step: upper bounds.",
+        "in parts, with up to 61 steps. llama.cpp: `mha-6m` is the bundled model at 1/4, `mha-6m 1/2` at a half, `smollm2`",
+        "at a third, all layout `gqa` in f32. The llama layer at 512 and 16384, and steps of the llama layer and of",
+        "smollm2 up to 4096 and of mha-6m from 4096, were measured before the model code made fewer calls a step: upper",
+        "bounds. Below 4096, unequal groups of heads with 64 channels can be slower than SDPA: calls decide there.",
     ]
     if by_part["attention"]:
         lines += [
