@@ -305,7 +305,7 @@ def document(rows: list[dict[str, Any]]) -> str:
         "        --model mha-6m=examples/mha-6m 'llama-2-7b, one layer'",
         "",
         "in parts, with up to 61 steps. llama.cpp: `mha-6m` is the bundled model at 1/4, `mha-6m 1/2` at a half,",
-        "`smollm2` at a third, all layout `gqa` in f32 or f16. The llama layer at 512 and 16384, and steps of the llama",
+        "`smollm2` at a third, all layout `gqa`. The llama layer at 512 and 16384, and steps of the llama",
         "layer, of smollm2 up to 4096 and of mha-6m from 4096, were measured before the model code made fewer calls a",
         "step: upper bounds. Below 4096, unequal groups of heads with 64 channels can be slower than SDPA.",
     ]
