@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 import headfuse
+from headfuse.architectures import head_layout
 from headfuse.loading import load_tokenizer
 from headfuse.text import read_documents, token_windows
 
@@ -138,8 +140,8 @@ def uniform_budget(folder: str, budget: str, counts: str) -> str:
     Raises:
         SystemExit: when they take other bytes than the budget.
     """
-    config = json.loads((Path(folder) / "config.json").read_text())
-    layers, heads = config["num_hidden_layers"], config.get("num_key_value_heads", config["num_attention_heads"])
+    layout = head_layout(AutoConfig.from_pretrained(folder))
+    layers, heads = layout.num_hidden_layers, layout.num_key_value_heads
     keys, values = map(int, counts.split("+"))
     if keys + values != round(2 * heads * _share(budget)):
         raise SystemExit(f"{counts} heads in every layer are not {budget} of {heads} + {heads}")
@@ -243,7 +245,7 @@ def _share(budget: str) -> float:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """NLL gap on each model's first text against the share of the cache kept."""
+    """NLL gap on each model's first text against the share of the cache kept; plans of equal counts are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -255,7 +257,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         text = next(iter(base["nll"]), None)
         lines: dict[str, dict[float, float]] = {}
         for row in rows:
-            if row["model"] == model and row["conversion"] != "source" and text in row["nll"]:
+            fused = row["model"] == model and row["conversion"] != "source" and "+" not in row["allocator"]
+            if fused and text in row["nll"]:
                 points = lines.setdefault(f"{row['conversion']}, {row['layout']}", {})
                 gap, share = row["nll"][text] - base["nll"][text], _share(row["budget"])
                 points[share] = min(gap, points.get(share, gap))
