@@ -181,6 +181,7 @@ def uptrain(
     if recipe.batch_size is None:
         per_window = recipe.gradient_accumulation * recipe.sequence_length * accelerator.num_processes
         recipe = recipe.model_copy(update={"batch_size": default_batch_size(recipe.tokens, per_window)})
+    _check_step(recipe, accelerator)
 
     with _shared_folder(accelerator, output, overwrite=overwrite, resume=resume, reads=reads) as making:
         inputs = {
@@ -269,6 +270,19 @@ def windows_per_step(recipe: Recipe, accelerator: Accelerator) -> int:
     """Windows that one optimizer step reads, over all processes."""
     assert recipe.batch_size is not None
     return recipe.batch_size * recipe.gradient_accumulation * accelerator.num_processes
+
+
+def _check_step(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Refuse a step that no number of steps comes near `tokens` with: one slip in a figure would fill the memory."""
+    step = windows_per_step(recipe, accelerator) * recipe.sequence_length
+    if step > 2 * recipe.tokens:
+        raise ConfigError(
+            f"one step reads {step:,} tokens (batch_size {recipe.batch_size:,}, gradient_accumulation "
+            f"{recipe.gradient_accumulation:,}, sequence_length {recipe.sequence_length:,}, processes "
+            f"{accelerator.num_processes:,}), and `tokens` is {recipe.tokens:,}",
+            where="batch_size",
+            fix=f"give a smaller --batch-size, --gradient-accumulation or --sequence-length, or --tokens {step:,}",
+        )
 
 
 @contextlib.contextmanager

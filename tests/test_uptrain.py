@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
+from conftest import tiny_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -39,6 +41,7 @@ from headfuse.recipe import (
     parse_tokens,
 )
 from headfuse.text import TrainingText, read_documents, token_windows
+from headfuse.training import make_accelerator
 from headfuse.uptrain import Progress, UptrainResult, default_output, uptrain
 
 PACKAGE = Path(headfuse.__file__).parent
@@ -685,6 +688,29 @@ def test_sharded_gradients_are_those_of_one_process(source: Path, fused: Path) -
     launch(["-c", SHARDED, str(fused), str(source)], 2)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("phi3", {}, "fused_learning_rate: rows of a sharded qkv_proj have one rate"),
+        ("llama", {"train": "lora"}, "train: lora: adapters cannot be merged into sharded weights"),
+    ],
+)
+def test_what_sharded_weights_do_not_allow_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, options: dict[str, Any], message: str
+) -> None:
+    def sharding(*args: Any, **kwargs: Any) -> Any:
+        accelerator = make_accelerator(*args, **kwargs)
+        monkeypatch.setitem(accelerator.state.__dict__, "distributed_type", DistributedType.FSDP)
+        return accelerator
+
+    monkeypatch.setattr("headfuse.uptrain.make_accelerator", sharding)
+    model = tiny_model(tmp_path / "model", model_type)
+    with pytest.raises(ConfigError) as caught:
+        train(model, str(tmp_path / "text.txt"), loss="ce", **options)
+    assert message in str(caught.value)
+    assert not (tmp_path / "model-uptrained.partial").exists()
+
+
 TOGETHER = """
 import os, signal, sys
 from pathlib import Path
@@ -996,6 +1022,8 @@ def test_capped_logits_are_refused(data: str, tmp_path: Path) -> None:
         ({"tokens": 0}, ConfigError, "tokens: Input should be greater"),
         ({"checkpoint_every": 0}, ConfigError, "checkpoint_every: Input should be greater"),
         ({"batch_size": 0}, ConfigError, "batch_size: Input should be greater"),
+        ({"batch_size": 49}, ConfigError, "batch_size: one step reads 784 tokens (batch_size 49, gradient_acc"),
+        ({"gradient_accumulation": 2**62}, ConfigError, "gradient_accumulation 4,611,686,018,427,387,904"),
         ({"sequence_length": 1}, ConfigError, "sequence_length: Input should be greater"),
         ({"sequence_length": 65}, ConfigError, "65 is more than the model's context of 64"),
         ({"learning_rate": math.nan}, ConfigError, "learning_rate: Input should be"),
