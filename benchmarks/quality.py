@@ -31,11 +31,12 @@ CONVERSIONS = {
     "first": ("--method", "first", "--preset", "fast"),
     "mean": ("--method", "mean", "--preset", "fast"),
     "align": ("--method", "align", "--preset", "fast"),
+    "dha": ("--config", "dha-small"),
     "fast": ("--preset", "fast"),
     "balanced": ("--preset", "balanced"),
     "best": ("--preset", "best"),
 }
-"""Column name -> options of `headfuse fuse`; the presets are of the default method."""
+"""Column name -> options of `headfuse fuse`; the presets are of the default method, `dha` is in layout `decoupled`."""
 FORWARD_WINDOWS, LENGTH = 8, 512
 KEY = ("model", "budget", "layout", "conversion", "allocator", "samples", "seed", "calibration")
 
@@ -92,8 +93,11 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
                     allocators = options.allocator if layout == "decoupled" else [""]
                     for allocator in allocators:
                         for conversion in options.conversion:
+                            if conversion == "dha" and layout != "decoupled":
+                                continue
                             row = {"model": name, "budget": budget, "layout": layout, "conversion": conversion}
-                            extra = {"allocator": allocator, "samples": options.samples, "seed": seed}
+                            by = "dha-greedy" if conversion == "dha" else allocator
+                            extra = {"allocator": by, "samples": options.samples, "seed": seed}
                             yield {**row, **extra, "calibration": calibration}, folder
 
 
@@ -198,7 +202,8 @@ def document(rows: list[dict[str, Any]]) -> str:
         "Written by `python benchmarks/quality.py` from `results.jsonl`, one row per measurement; its options are the",
         "columns. NLL gap: NLL of the fused model minus that of its source, on text that nothing was fitted to. Time:",
         "of the whole command over one forward pass of the source over the same calibration tokens, in the same run.",
-        "`first`, `mean`, `align` are the published reductions; `fast`, `balanced`, `best` the presets of headfuse.",
+        "`first`, `mean`, `align` and `dha` (configs/dha-small.yaml) are the published reductions; `fast`, `balanced`,",
+        "`best` the presets of headfuse.",
         "Allocator `K+V`: so many key and value heads in every layer. Several seeds (of the calibration sample): the",
         "mean and, in brackets, the smallest and the largest.",
         "What little training adds to each is in [recovery.md](recovery.md), with a plot.",

@@ -20,17 +20,13 @@ from typing import Any
 import torch
 
 import headfuse
-from headfuse.config import FuseConfig
+from headfuse.config import FuseConfig, load_config
 from headfuse.evaluate import evaluate
 
 LENGTH, BATCH, SAMPLES, WINDOWS = 256, 4, 64, 32
 EVERY = 20
 """Steps between two evaluations."""
-SEARCH, FUSION = 20, 120
-DHA = {
-    "search_steps": SEARCH, "fusion_steps": FUSION, "batch_size": 2, "learning_rate": 5e-4,
-    "omega_learning_rate": 5e-2, "lambda_start": 1000.0, "progressive": False,
-}  # fmt: skip
+DHA = load_config("dha-small", {}).model_dump()["dha"]
 """Scaled to the bundled model and to few tokens: see docs/recovery.md."""
 GQA = {"layout": "gqa", "preset": "fast", "grouping": "neighbours"}
 STARTS: dict[str, dict[str, Any]] = {

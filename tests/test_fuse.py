@@ -28,7 +28,7 @@ def test_truncated_weights(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["headfuse-25", "headfuse-50", "gqa-25", "dha-paper-25", "dha-paper-50"])
+@pytest.mark.parametrize("name", ["headfuse-25", "headfuse-50", "gqa-25", "dha-paper-25", "dha-paper-50", "dha-small"])
 def test_packaged_configs_are_those_of_the_repository(name: str) -> None:
     from headfuse.config import load_config
 
