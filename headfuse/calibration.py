@@ -30,9 +30,9 @@ class CalibrationText:
     held_out: torch.Tensor
 
     @classmethod
-    def split(cls, windows: torch.Tensor, held_out: float) -> CalibrationText:
-        """Keep the last share `held_out` of the windows `[samples, T]` from the statistics."""
-        used = max(1, len(windows) - round(len(windows) * held_out))
+    def split(cls, windows: torch.Tensor, held_out: int) -> CalibrationText:
+        """Keep the last `held_out` of the windows `[samples, T]` from the statistics."""
+        used = len(windows) - held_out
         return cls(windows[:used], start_windows(windows[:used]), windows[used:])
 
     def part(self, share: float) -> CalibrationText:

@@ -112,13 +112,23 @@ class BudgetConfig(Strict):
         return str(self.total).replace("/", "-")
 
 
+HELD_OUT_WINDOWS = 8
+"""Enough to compare two stages window by window; the other windows are worth more where something learns from them."""
+
+
 class CalibrationConfig(Strict):
     """The text that statistics are taken on."""
 
     data: str = "default"
     samples: Annotated[int, Field(ge=2, strict=True)] = 64
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 512
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    held_out: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the windows that nothing is fitted to; None: a quarter, at most `HELD_OUT_WINDOWS`."""
+
+    def held_out_windows(self, samples: int) -> int:
+        """How many of `samples` windows are held out; at least one is left."""
+        windows = min(round(samples / 4), HELD_OUT_WINDOWS) if self.held_out is None else round(samples * self.held_out)
+        return min(windows, samples - 1)
 
 
 Rate = Annotated[float, Field(gt=0)]

@@ -87,7 +87,7 @@ def train(
     """
     options, heads = config.dha, source.heads
     logger.warning("method dha trains the whole model in memory: about %.1f GB", training_memory(source, config) / 1e9)
-    windows = max(1, round(config.calibration.samples * config.calibration.held_out))
+    windows = max(1, config.calibration.held_out_windows(config.calibration.samples))
     stream = TrainingText(
         config.calibration.data,
         load_tokenizer(source.folder, trust_remote_code),

@@ -62,7 +62,7 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     heads, calibration, shapes = source.heads, config.calibration, source.checkpoint.shapes
     vocabulary, arch = source.config.vocab_size, architecture_of(heads.model_type)
     length, width, d = calibration.sequence_length, heads.hidden_size, heads.head_dim
-    held_out = round(calibration.samples * calibration.held_out) * length
+    held_out = calibration.held_out_windows(calibration.samples) * length
     seen = calibration.samples * length - held_out
     seen += seen // length * STARTS_PER_WINDOW * START_LENGTH
     layers, queries, pairs = heads.num_hidden_layers, heads.num_attention_heads * d, heads.num_key_value_heads * d

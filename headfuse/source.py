@@ -73,7 +73,7 @@ class Source:
             raise CheckpointError(
                 "the tokenizer has more tokens than the model", where=self.folder, fix="use the model's own tokenizer"
             )
-        return CalibrationText.split(windows, calibration.held_out)
+        return CalibrationText.split(windows, calibration.held_out_windows(len(windows)))
 
 
 def _check_heads(checkpoint: Checkpoint, heads: HeadLayout) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import run, tiny_model
 
+import headfuse
+from headfuse.config import FuseConfig
+
 
 @pytest.mark.parametrize(("budget", "code"), [("0", 2), ("-1", 2), ("1.5", 2), ("nan", 2), ("abc", 2), ("0.1", 1)])
 def test_bad_budgets(tmp_path: Path, budget: str, code: int) -> None:
@@ -34,3 +37,14 @@ def test_packaged_configs_are_those_of_the_repository(name: str) -> None:
 
     root = Path(__file__).parent.parent
     assert load_config(str(root / f"configs/{name}.yaml"), {}) == load_config(name, {})
+
+
+@pytest.mark.parametrize(
+    ("samples", "share", "held_out"),
+    [(2, None, 0), (16, None, 4), (40, None, 8), (40, 0.5, 20), (4, 0.99, 3), (4, 0.0, 0)],
+)
+def test_a_quarter_is_held_out_and_never_much(tmp_path: Path, samples: int, share: float | None, held_out: int) -> None:
+    calibration = {"samples": samples, "sequence_length": 16, "held_out": share}
+    config = FuseConfig.model_validate({"budget": {"total": "0.5"}, "preset": "fast", "calibration": calibration})
+    result = headfuse.fuse(str(tiny_model(tmp_path / "model", "llama")), config, output=tmp_path / "out")
+    assert len(result.held_out_before) == len(result.held_out_after) == held_out
