@@ -14,7 +14,7 @@ from headfuse.config import FuseConfig
 from headfuse.errors import CheckpointError, ConfigError
 from headfuse.loading import load_tokenizer
 from headfuse.plan import HeadLayout, SourceModel
-from headfuse.text import read_documents, token_windows
+from headfuse.text import read_documents, varied_windows
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ class Source:
                 fix=f"choose {limit} or less",
             )
         documents = read_documents(calibration.data, seed=config.seed)
-        windows = token_windows(
-            documents, tokenizer, calibration.sequence_length, calibration.samples, required=2, where=calibration.data
-        )
+        length, samples = calibration.sequence_length, calibration.samples
+        windows = varied_windows(documents, tokenizer, length, samples, config.seed, required=2, where=calibration.data)
         if int(windows.max()) >= self.config.vocab_size:  # as integers: a damaged size may be beyond int64
             raise CheckpointError(
                 "the tokenizer has more tokens than the model", where=self.folder, fix="use the model's own tokenizer"

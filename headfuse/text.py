@@ -322,9 +322,16 @@ def token_windows(
     Raises:
         DataError: for too little text, naming how many tokens there are and how many it takes.
     """
+    return _first_windows(_token_lists(documents, tokenizer), sequence_length, num_windows, required, where)
+
+
+def _first_windows(
+    tokens: Iterable[list[int]], sequence_length: int, num_windows: int | None, required: int, where: str | None
+) -> torch.Tensor:
+    """Token ids in a row, cut into windows."""
     ids: list[int] = []
     wanted = None if num_windows is None else num_windows * sequence_length
-    for more in _token_lists(documents, tokenizer):
+    for more in tokens:
         ids += more
         if wanted is not None and len(ids) >= wanted:
             break
@@ -337,6 +344,42 @@ def token_windows(
             fix="give more text, or a smaller --sequence-length",
         )
     return torch.tensor(ids[: found * sequence_length], dtype=torch.long).view(found, sequence_length)
+
+
+def varied_windows(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    num_windows: int,
+    seed: int,
+    *,
+    required: int = 1,
+    where: str | None = None,
+) -> torch.Tensor:
+    """Windows as of `token_windows` out of as many documents as they can hold: long ones would fill many of them.
+
+    A document gives one piece of at most a window, from a place that the seed draws; where that does not suffice,
+    pieces of what is left of the documents follow. Every piece ends in EOS. What is learnt on varied text carries over
+    to other text (docs/experiments.md).
+    """
+    tokens = _pieces(documents, tokenizer, sequence_length, random.Random(seed))
+    return _first_windows(tokens, sequence_length, num_windows, required, where)
+
+
+def _pieces(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, draw: random.Random
+) -> Iterator[list[int]]:
+    """Token ids with EOS at their end, at most `length` together: a piece of every document, then the other pieces."""
+    end, rests = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], list[list[int]]()
+    size = length - len(end)
+    for ids in _token_lists(documents, tokenizer):
+        if ids and ids != end:
+            start = draw.randrange(max(1, len(ids) - size + 1))
+            yield ids[start : start + size] + end
+            for rest in ids[:start], ids[start + size :]:
+                rests += [rest[first : first + size] for first in range(0, len(rest), size)]
+    draw.shuffle(rests)
+    yield from (rest + end for rest in rests)
 
 
 def labelled_tokens(

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice, takewhile
 from pathlib import Path
@@ -284,11 +285,37 @@ def test_too_little_text_names_both_numbers(tokenizer: PreTrainedTokenizerFast) 
     assert token_windows(SENTENCES[:2], tokenizer, 512, required=0).shape == (0, 512)
 
 
+def spaced(ids: list[int]) -> str:
+    return "".join(f" {token} " for token in ids).replace("  ", " ")
+
+
+def test_varied_windows_take_a_piece_of_every_document_first(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Then the others, each token once; another seed draws other places."""
+    documents, length = [f"{SENTENCES[i]} " * (1, 9, 30)[i % 3] for i in range(12)], 16
+    ids = [tokenizer.encode(document, add_special_tokens=False) for document in documents]
+    everything = sum(map(len, ids)) // length
+    windows = text.varied_windows(documents, tokenizer, length, everything, seed=0)
+    first = text.varied_windows(documents, tokenizer, length, 6, seed=0)
+    assert torch.equal(first, windows[:6])
+    pieces = spaced(first.flatten().tolist()).split(spaced([tokenizer.eos_token_id]))
+    assert len(pieces) > 6
+    for piece, document in zip(pieces[:-1], ids, strict=False):
+        assert f" {piece.strip()} " in spaced(document)
+    used = Counter(windows.flatten().tolist())
+    known = Counter(token for document in ids for token in document)
+    assert all(used[token] <= known[token] for token in used if token != tokenizer.eos_token_id)
+    assert not torch.equal(windows, text.varied_windows(documents, tokenizer, length, everything, seed=1))
+    assert torch.equal(windows, text.varied_windows(documents, tokenizer, length, everything, seed=0))
+
+
 def test_documents_need_an_eos_token_and_one_document_does_not(tokenizer: PreTrainedTokenizerFast) -> None:
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     assert len(token_windows(SENTENCES[:1], without, 2))
+    assert len(text.varied_windows(SENTENCES[:1], without, 2, 3, seed=0)) == 3
     with pytest.raises(DataError, match="no EOS token"):
         token_windows(SENTENCES[:2], without, 2)
+    with pytest.raises(DataError, match="no EOS token"):
+        text.varied_windows(SENTENCES[:2], without, 2, 9, seed=0)
 
 
 # ---------------------------------------------------------------- training text
