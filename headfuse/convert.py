@@ -39,7 +39,7 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.guard import WrittenLayers
 from headfuse.layouts import LAYOUTS
 from headfuse.loading import keep_tokenizer_class, pick_device
-from headfuse.plan import FusionPlan
+from headfuse.plan import FusionPlan, LayerPlan
 from headfuse.planning import Progress, adopt, check_budget, make_plan, reviewed_plan, survey
 from headfuse.presets import PRESETS
 from headfuse.refine_model import Adam, Targets, refine_model
@@ -234,30 +234,46 @@ def _convert(
 
     Returns the source's NLL on each held-out window, the stage, and what the source made of the statistics windows.
     """
-    arch, method, layout = streamed.arch, FUSION_METHODS[plan.method], LAYOUTS[plan.layout]
     windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
     before = after = streamed.embed(text.held_out)
     for layer in plan.layers:
-        prefix = arch.layer_prefix(layer.layer_idx) + "."
-        tensors, captures = streamed.layer_tensors(layer.layer_idx), list[AttentionCapture]()
-        weights = AttentionWeights.of_layer(tensors, arch, plan.heads)
-        with streamed.layer(layer.layer_idx, tensors) as run:
-            windows, starts, before = run(windows, captures), run(starts, captures), run(before, None)
-        written = dict[str, torch.Tensor]()
-        if layer.layer_idx not in done.layers:
-            if not layer.untouched:
-                weights = fuse_layer(weights, captures, layer, plan.heads, method)
-            arranged = layout.arrange(weights, layer, plan)
-            tensors = arranged.in_layer(tensors, arch, plan.heads, layout.stored(arch))
-            written = {prefix + name: tensors[name].to(done.writer.dtypes[prefix + name]) for name in sorted(tensors)}
-            for name, tensor in written.items():
-                done.writer.write(name, tensor)
-            done.add(layer.layer_idx)
+        (windows, starts, before), written = _convert_layer(streamed, (windows, starts, before), layer, plan, done)
         if len(after):
             after = guard.run(layer.layer_idx, after, written)
+        del written  # not beside the next layer
         on_progress("fuse", layer.layer_idx + 1, len(plan.layers))
     stage = Stage("closed form", streamed.nll(after, text.held_out))
     return streamed.nll(before, text.held_out), stage, windows
+
+
+def _convert_layer(
+    streamed: StreamedModel,
+    inputs: tuple[HiddenStates, HiddenStates, HiddenStates],
+    layer: LayerPlan,
+    plan: FusionPlan,
+    done: Done,
+) -> tuple[tuple[HiddenStates, HiddenStates, HiddenStates], dict[str, torch.Tensor]]:
+    """Fuse and write one layer, unless that is done; what the source's makes of its inputs, and what was written.
+
+    The first two inputs are those of the statistics.
+    """
+    arch, method, layout = streamed.arch, FUSION_METHODS[plan.method], LAYOUTS[plan.layout]
+    prefix = arch.layer_prefix(layer.layer_idx) + "."
+    tensors, captures = streamed.layer_tensors(layer.layer_idx), list[AttentionCapture]()
+    weights = AttentionWeights.of_layer(tensors, arch, plan.heads)
+    windows, starts, before = inputs
+    with streamed.layer(layer.layer_idx, tensors) as run:
+        outputs = run(windows, captures), run(starts, captures), run(before, None)
+    if layer.layer_idx in done.layers:
+        return outputs, {}
+    if not layer.untouched:
+        weights = fuse_layer(weights, captures, layer, plan.heads, method)
+    tensors = layout.arrange(weights, layer, plan).in_layer(tensors, arch, plan.heads, layout.stored(arch))
+    written = {prefix + name: tensors[name].to(done.writer.dtypes[prefix + name]) for name in sorted(tensors)}
+    for name, tensor in written.items():
+        done.writer.write(name, tensor)
+    done.add(layer.layer_idx)
+    return outputs, written
 
 
 def _refines(config: FuseConfig, plan: FusionPlan, held_out: tuple[float, ...], closed_form: Stage) -> bool:

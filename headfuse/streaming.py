@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ _CAPTURE = "headfuse_capture"
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 BATCH_TOKENS = 512
 """Tokens that go through a layer at once; one window where it is longer."""
+LARGE_BLOCK = 2**20
+"""Bytes from which on a freed block goes back to the system at once."""
+_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class StreamedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, config: PreTrainedConfig, device: torch.device) -> None:
+        map_large_blocks()
         AttentionInterface.register(_CAPTURE, _capturing_attention)
         AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
         self.config, self.device = config, device
@@ -348,6 +353,17 @@ def load_layer(layer: nn.Module, tensors: Mapping[str, torch.Tensor], arch: Arch
     """Give a layer on the meta device its stored tensors (names relative to it), in float32."""
     held = module_tensors(tensors, arch)
     layer.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in held.items()}, assign=True)
+
+
+def map_large_blocks() -> None:
+    """Let the C library map large blocks one by one, where it is glibc.
+
+    By default its limit rises to 32 MiB; smaller blocks then share a heap, which grows with every layer by the gaps
+    that they leave.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def compute_buffers(model: PreTrainedModel, modules: Iterable[nn.Module], device: torch.device) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
+import weakref
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import fuse, logits, plant, tiny_model
 
 from headfuse import checkpoint
+from headfuse.architectures import AttentionWeights
 from headfuse.calibration import value_moments
 from headfuse.checkpoint import Checkpoint, SafetensorsWriter
 from headfuse.fusion import subspace
+from headfuse.layouts import LAYOUTS
 from headfuse.plan import HeadLayout
-from headfuse.streaming import AttentionCapture
+from headfuse.streaming import AttentionCapture, StreamedModel
 
 
 def test_weights_are_read_twice_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +54,51 @@ def test_weights_are_read_twice_and_written_once(tmp_path: Path, monkeypatch: py
     assert set(written.values()) == {1}
     assert "model.safetensors" not in hashed
     checkpoint.verify(tmp_path / "out")
+
+
+GAPS = """
+import sys, torch
+from headfuse.streaming import map_large_blocks
+map_large_blocks()
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+large = torch.ones(2**25 - 2**20, dtype=torch.uint8)
+del large  # from here on glibc would put blocks of this size on its heap
+before, kept, freed = resident(), [], []
+for _ in range(32):
+    freed.append(torch.ones(2**22, dtype=torch.uint8))
+    kept.append(torch.ones(2**16, dtype=torch.uint8))
+del freed
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_blocks_leave_no_gaps() -> None:
+    """128 MiB of tensors with small ones between them: they are a layer's, and the next layer's come on top."""
+    result = subprocess.run([sys.executable, "-c", GAPS], check=True, capture_output=True, text=True)
+    assert float(result.stdout) < 16
+
+
+def test_one_layer_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one layer was read as and fused to is gone when the next one is read."""
+    model, alive, own = tiny_model(tmp_path / "model", layers=3), list[weakref.ref[Any]](), StreamedModel.layer_tensors
+    arrange = LAYOUTS["decoupled"].arrange
+
+    def layer_tensors(self: StreamedModel, layer_idx: int) -> dict[str, torch.Tensor]:
+        assert not [ref for ref in alive if ref() is not None]
+        return own(self, layer_idx)
+
+    def watched(weights: AttentionWeights, *args: Any) -> AttentionWeights:
+        arranged = arrange(weights, *args)
+        alive.extend(weakref.ref(part) for part in (weights, arranged, arranged.key))
+        return arranged
+
+    monkeypatch.setattr(StreamedModel, "layer_tensors", layer_tensors)
+    monkeypatch.setitem(LAYOUTS, "decoupled", replace(LAYOUTS["decoupled"], arrange=watched))
+    fuse(model, tmp_path / "out", "--budget", "0.5", "--preset", "fast")
+    assert len(alive) == 9
 
 
 @pytest.mark.parametrize("length", [8, 40])
