@@ -213,19 +213,25 @@ def document(rows: list[dict[str, Any]]) -> str:
         texts, tasks = list(base["nll"]), list(base["accuracy"])
         facts = [f"NLL {base['nll'][t]:.3f} on {t}" for t in texts]
         facts += [f"accuracy {base['accuracy'][t]:.1%} on {t}" for t in tasks]
-        lines += ["", f"## {model}", f"Source: {', '.join(facts)}.", ""]
+        lines += ["", f"## {model}", f"Source: {', '.join(facts)}."]
         head = ["budget", "layout", "conversion", "allocator", "samples", "seed"]
         head += [f"gap {t}" for t in texts] + tasks + ["time", "peak MB"]
-        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         samples: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in rows:
             if row["model"] == model and row["conversion"] != "source":
                 samples.setdefault(tuple(row[name] for name in KEY if name != "seed"), []).append(row)
-        order = list(CONVERSIONS)
+        order, calibration = list(CONVERSIONS), None
         for group in sorted(
             samples.values(),
-            key=lambda g: (-_share(g[0]["budget"]), g[0]["layout"], order.index(g[0]["conversion"]), g[0]["samples"]),
-        ):
+            key=lambda g: (
+                g[0]["calibration"],
+                -_share(g[0]["budget"]), g[0]["layout"], order.index(g[0]["conversion"]), g[0]["samples"],
+            ),
+        ):  # fmt: skip
+            if group[0]["calibration"] != calibration:
+                calibration = group[0]["calibration"]
+                lines += ["", f"Calibration on {calibration}:", ""]
+                lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
             row, seeds = group[0], " ".join(str(r["seed"]) for r in group)
             cells = [row["budget"], row["layout"], row["conversion"], row["allocator"], row["samples"], seeds]
             cells += [_spread([r["nll"][t] - base["nll"][t] for r in group if t in r["nll"]], "{:.3f}") for t in texts]

@@ -20,7 +20,7 @@ from headfuse.guard import WrittenLayers
 from headfuse.streaming import HiddenStates, StreamedModel
 
 LEARNING_RATE, FINAL_LEARNING_RATE, WARMUP_STEPS = 1e-3, 0.05, 5
-FULL_RATE_WIDTH = 1024
+FULL_RATE_WIDTH = 256
 """Wider models learn at a rate that falls as 1 / hidden_size."""
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 
