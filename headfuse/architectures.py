@@ -107,6 +107,10 @@ _MIXTRAL = {
 
 # fmt: off
 ARCHITECTURES: dict[str, Architecture] = {
+    "bloom": Architecture(
+        layer="transformer.h.{layer_idx}", attention="self_attention", packed="query_key_value", packing="heads",
+        output="dense", rotary="none", stock_gqa=False, legacy=True,
+    ),
     "cohere": Architecture(rotary="interleaved", refused=("use_qk_norm",)),
     "gemma": Architecture(),
     "gpt2": Architecture(
@@ -142,12 +146,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 # fmt: on
 
 _MLA = "its keys and values are already compressed together (multi-head latent attention)"
-_ALIBI = "its attention biases (ALiBi) go by the number of the query head, and it has an attention of its own"
 UNSUPPORTED: dict[str, str] = {
     "headfuse": "is already a model with heads of its own in every layer",
     "nemotron-nas": "is already a model with heads of its own in every layer",
-    "bloom": _ALIBI,
-    "mpt": _ALIBI,
+    "mpt": "its attention has a bias (ALiBi) and projections of a form that is not known here",
     "falcon": "its class repeats keys and values for every query head before it caches them, so no cache would shrink",
     "gpt_bigcode": "it has a single key head and value head, or its layout of fused projections is not known here",
     "deepseek_v2": _MLA,
@@ -209,8 +211,8 @@ def head_layout(config: Any, where: object = None) -> HeadLayout:
     for option in arch.refused:
         if getattr(config, option, None):
             raise UnsupportedModelError(
-                f"model_type {config.model_type!r} is not supported with {option}: keys of one head cannot stand for "
-                "those of another behind norms of their own",
+                f"model_type {config.model_type!r} is not supported with {option}: a LayerNorm over each head of "
+                "queries and keys (docs/architectures.md)",
                 where=where,
                 fix=f"choose a model without {option}",
             )

@@ -45,7 +45,7 @@ from headfuse.presets import PRESETS
 from headfuse.refine_model import Adam, Targets, refine_model
 from headfuse.sampling import average
 from headfuse.source import Source
-from headfuse.streaming import AttentionCapture, HiddenStates, StreamedModel, ignorable
+from headfuse.streaming import AttentionCapture, CanonicalCheckpoint, HiddenStates, StreamedModel, ignorable
 
 logger = logging.getLogger(__name__)
 
@@ -394,7 +394,7 @@ def _open_writer(
     source: Source, streamed: StreamedModel, plan: FusionPlan, partial: Path, options: dict[str, Any]
 ) -> tuple[SafetensorsWriter, Done]:
     """Lay out the output files, copy what does not change, and read which layers an earlier run finished."""
-    state, checkpoint, arch = partial / STATE, source.checkpoint, streamed.arch
+    state, checkpoint, arch = partial / STATE, streamed.checkpoint, streamed.arch
     dtype = None if options["dtype"] is None else DTYPE_NAMES[options["dtype"]]
     done = _layers_done(state / "done.json")
     in_layers = tuple(arch.layer_prefix(i) + "." for i in range(streamed.num_layers))
@@ -419,7 +419,7 @@ def _open_writer(
 
 
 def _written_tensors(
-    checkpoint: Checkpoint, arch: Architecture, plan: FusionPlan
+    checkpoint: Checkpoint | CanonicalCheckpoint, arch: Architecture, plan: FusionPlan
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Name, dtype and shape of every tensor of the fused model, at the source's precision."""
     layout, heads = LAYOUTS[plan.layout], plan.heads

@@ -39,8 +39,8 @@ class AttentionCapture:
 
     Shapes: `query [B, n_q, T, d]`, `key` and `value [B, n_s, T, d]` (after RoPE and norms; channels of queries and keys
     in the canonical order), `output [B, T, n_q, d]` (head outputs before the output projection). `mask` is boolean
-    `[1, 1, T, T]`, or None for plain causal attention; `weight` is what one token counts in the layer's statistics;
-    `key_before_norm [B, T, n_s, d]`, where keys have one.
+    `[1, 1, T, T]`, additive `[1, n_q, T, T]` where heads have biases, or None for plain causal attention;
+    `weight` is what one token counts in the layer's statistics; `key_before_norm [B, T, n_s, d]`, where keys have one.
     """
 
     query: torch.Tensor
@@ -58,6 +58,8 @@ class AttentionCapture:
         batch, heads, length, d = self.query.shape
         grouped = self.query.reshape(batch, key.shape[1], -1, d)  # query heads of one KV head are adjacent
         scores = (grouped @ key.mT).view(batch, heads, length, length) * self.scaling
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            return scores.add_(self.mask).softmax(-1)
         allowed = (
             torch.ones(length, length, dtype=torch.bool, device=key.device).tril() if self.mask is None else self.mask
         )
@@ -100,30 +102,46 @@ def model_without_weights(config: PreTrainedConfig, folder: Path, attention: str
 
 
 class CanonicalCheckpoint:
-    """A checkpoint with the channels of its queries and keys in the canonical order.
+    """A checkpoint with a projection each for queries, keys and values, and channels in the canonical order.
 
     Args:
-        checkpoint: one with a projection for queries and one for keys, without biases.
+        checkpoint: one whose projections are packed, head by head, or whose channels have another order, not both.
         arch: the family's table entry.
         heads: the heads.
     """
 
     def __init__(self, checkpoint: Checkpoint, arch: Architecture, heads: HeadLayout) -> None:
         self.checkpoint, self.folder, self.nbytes = checkpoint, checkpoint.folder, checkpoint.nbytes
-        self.shapes, self.dtypes = checkpoint.shapes, checkpoint.dtypes
+        self.shapes, self.dtypes = dict(checkpoint.shapes), dict(checkpoint.dtypes)
         self.order, self.head_dim = canonical_order(arch, heads), heads.head_dim
         prefixes = [arch.attention_prefix(layer_idx) for layer_idx in range(heads.num_hidden_layers)]
         self.reordered = {f"{prefix}.{name}.weight" for prefix in prefixes for name in (arch.query, arch.key)}
+        self.parts: dict[str, tuple[str, int]] = {}
+        self._whole = "", torch.empty(0)
+        for packed in [f"{prefix}.{arch.packed}.{kind}" for prefix in prefixes for kind in ("weight", "bias")]:
+            rows, *columns = self.shapes.get(packed, ()) or (0,)
+            if rows and rows % 3 == 0:
+                del self.shapes[packed]
+                dtype, (prefix, kind) = self.dtypes.pop(packed), packed.split(f".{arch.packed}.")
+                for side, name in enumerate((arch.query, arch.key, arch.value)):
+                    part = f"{prefix}.{name}.{kind}"
+                    self.parts[part] = packed, side
+                    self.shapes[part], self.dtypes[part] = (rows // 3, *columns), dtype
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, checked to be finite."""
+        if name in self.parts:
+            packed, side = self.parts[name]
+            if self._whole[0] != packed:  # its three parts are read one after another
+                self._whole = packed, self.checkpoint.read(packed)
+            return self._whole[1].unflatten(0, (-1, 3, self.head_dim))[:, side].flatten(0, 1)
         tensor = self.checkpoint.read(name)
-        if name not in self.reordered:
+        if self.order is None or name not in self.reordered:
             return tensor
         return tensor.unflatten(0, (-1, self.head_dim))[:, self.order].flatten(0, 1)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.checkpoint
+        return name in self.shapes
 
 
 def _decoupled_config(config: PreTrainedConfig, heads: HeadLayout) -> HeadfuseConfig:

@@ -30,8 +30,9 @@ def exists(layout: str, family: str) -> bool:
 
 CASES = [(family, layout) for family in sorted(ARCHITECTURES) for layout in LAYOUTS if exists(layout, family)]
 families = pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-KINDS = ("qwen3", "olmo2", "phi", "cohere", "phi3", "gpt_neox", "gpt2", "gptj")
-"""One family of each kind of key: behind a norm of a head, of a layer, rotated in part, interleaved; and packed."""
+KINDS = ("qwen3", "olmo2", "phi", "cohere", "phi3", "gpt_neox", "gpt2", "gptj", "bloom")
+"""One family of each kind of key: behind a norm of a head, of a layer, rotated in part, interleaved, with a bias by
+distance; and packed."""
 
 
 @dataclass(frozen=True)

@@ -597,7 +597,7 @@ def test_config_reads_through_to_the_source() -> None:
     [
         ({"headfuse_format": 2}, "headfuse_format: 2"),
         ({"source_config": None}, "source_config: is missing"),
-        ({"source_config": {"model_type": "bloom"}}, "source_config: model_type 'bloom'"),
+        ({"source_config": {"model_type": "mpt"}}, "source_config: model_type 'mpt'"),
         ({"num_key_heads": [3, 2]}, "num_key_heads: must be a list of 3"),
         ({"num_value_heads": None}, "num_value_heads: must be a list of 3"),
         ({"num_value_heads": [2, 4, 2]}, r"value_head_of_query\[2\]: reads heads \[0\], but num_value_heads\[2\] is 2"),

@@ -36,6 +36,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "bloom": Family("h", "self_attention", "query_key_value", "dense", "none"),
     "cohere": Family(rotary="interleaved"),
     "gemma": Family(),
     "gpt2": Family("h", "attn", "c_attn", "c_proj", "none"),

@@ -40,6 +40,7 @@ class HeadfuseAttention(nn.Module):
     k_norm: nn.Module
     family: Family
     resid_dropout: nn.Module
+    hidden_dropout: float
     embed_positions: torch.Tensor
     sliding_window: int | None
     num_key_value_groups: int
@@ -61,7 +62,8 @@ class HeadfuseAttention(nn.Module):
         """Give a stock attention module, whose class has just become this one, the heads of its layer."""
         num_queries = config.num_attention_heads
         num_keys, num_values = config.num_key_heads[self.layer_idx], config.num_value_heads[self.layer_idx]
-        self.family = family = config.family
+        self.config, self.family = config, config.family
+        family = self.family
         self.head_dim = getattr(config.source_config, "head_dim", None) or config.hidden_size // num_queries
         stock = getattr(self, family.packed or "q_proj")
         has_bias = stock.bias is not None
@@ -74,7 +76,9 @@ class HeadfuseAttention(nn.Module):
         self.num_heads = (num_queries, num_keys)
         self.cache_heads = math.gcd(num_keys, num_values)
         self.scaling = getattr(self, "scaling", self.head_dim**-0.5)
-        self.attention_dropout = _dropout(self)
+        rate = _dropout(self)
+        self._modules.pop("attention_dropout", None)
+        self.attention_dropout = rate
         self.clip = getattr(config, "clip_qkv", None)
         if not hasattr(self, "sliding_window"):
             self.sliding_window = getattr(config, "sliding_window", None)
@@ -116,11 +120,13 @@ class HeadfuseAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        residual: torch.Tensor | None = None,  # bloom's, by position; the others' arguments have names
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         layer_past: Cache | None = None,
         position_ids: torch.Tensor | None = None,
+        alibi: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from `hidden_states` [batch, length, hidden] to themselves and to the cache."""
@@ -144,6 +150,8 @@ class HeadfuseAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
+        if alibi is not None:
+            attention_mask = with_bias(alibi.unflatten(0, (-1, self.num_heads[0])), attention_mask, length)
         if self._reads_once(length, key.shape[2], attention_mask):
             output, weights = self.attend_once(query, key, value, attention_mask)
         else:
@@ -162,6 +170,8 @@ class HeadfuseAttention(nn.Module):
                 **kwargs,
             )
         output = getattr(self, self.family.output)(output.reshape(batch, length, -1).contiguous())
+        if residual is not None:
+            output = residual + nn.functional.dropout(output, self.hidden_dropout, self.training)
         return self.resid_dropout(output) if hasattr(self, "resid_dropout") else output, weights
 
     def _project(
@@ -232,6 +242,14 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     planes = cos.shape[-1]
     first, second, rest = states.split([planes, planes, states.shape[-1] - 2 * planes], dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(states.dtype)
+
+
+def with_bias(bias: torch.Tensor, mask: torch.Tensor | None, length: int) -> torch.Tensor:
+    """Biases of query heads [b, n_q, 1, s] and a mask (bool, additive or None: causal) as one mask [b, n_q, t, s]."""
+    if mask is None:
+        positions = torch.arange(bias.shape[-1], device=bias.device)
+        mask = (positions <= positions[-length:, None])[None, None]
+    return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
 
 
 def _dropout(attention: nn.Module) -> float:
