@@ -62,8 +62,8 @@ class HeadfuseAttention(nn.Module):
         """Give a stock attention module, whose class has just become this one, the heads of its layer."""
         num_queries = config.num_attention_heads
         num_keys, num_values = config.num_key_heads[self.layer_idx], config.num_value_heads[self.layer_idx]
-        self.config, self.family = config, config.family
-        family = self.family
+        self.config = config
+        self.family = family = config.family
         self.head_dim = getattr(config.source_config, "head_dim", None) or config.hidden_size // num_queries
         stock = getattr(self, family.packed or "q_proj")
         has_bias = stock.bias is not None
