@@ -703,7 +703,7 @@ def test_what_sharded_weights_do_not_allow_is_refused(
         monkeypatch.setitem(accelerator.state.__dict__, "distributed_type", DistributedType.FSDP)
         return accelerator
 
-    monkeypatch.setattr("headfuse.uptrain.make_accelerator", sharding)
+    monkeypatch.setattr(sys.modules["headfuse.uptrain"], "make_accelerator", sharding)
     model = tiny_model(tmp_path / "model", model_type)
     with pytest.raises(ConfigError) as caught:
         train(model, str(tmp_path / "text.txt"), loss="ce", **options)

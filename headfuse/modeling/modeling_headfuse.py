@@ -120,8 +120,7 @@ class HeadfuseAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        residual: torch.Tensor | None = None,  # bloom's, by position; the others' arguments have names
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         layer_past: Cache | None = None,
@@ -130,6 +129,9 @@ class HeadfuseAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from `hidden_states` [batch, length, hidden] to themselves and to the cache."""
+        residual = None
+        if isinstance(position_embeddings, torch.Tensor):  # bloom hands over its residual stream in this place
+            residual, position_embeddings = position_embeddings, None
         past_key_values = layer_past if past_key_values is None else past_key_values
         batch, length, _ = hidden_states.shape
         heads = (batch, length, -1, self.head_dim)
