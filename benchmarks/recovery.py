@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 import headfuse
-from headfuse.config import FuseConfig, load_config
+from headfuse.config import CalibrationConfig, FuseConfig, load_config
 from headfuse.evaluate import evaluate
+from headfuse.presets import PRESETS
 
 LENGTH, BATCH, SAMPLES, WINDOWS = 256, 4, 64, 32
 EVERY = 20
@@ -112,7 +113,9 @@ def spent(start: str, stages: list[dict[str, Any]]) -> int:
     if stages:
         return int(stages[-1]["tokens"])
     statistics = SAMPLES * LENGTH
-    return {"gqa": 0, "balanced": statistics + 3 * (3 * statistics // 4)}.get(start, statistics)
+    trained = SAMPLES - CalibrationConfig().held_out_windows(SAMPLES)
+    refined = round(trained * PRESETS["balanced"].model_passes) * LENGTH
+    return {"gqa": 0, "balanced": statistics + refined}.get(start, statistics)
 
 
 # ---------------------------------------------------------------- tables and plot
