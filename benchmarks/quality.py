@@ -9,6 +9,7 @@ time, and those that are there are not run again; the table and the plot are dra
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -87,18 +88,20 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         name, folder = model.split("=", 1)
         blank = dict.fromkeys(KEY, "")
         yield {**blank, "model": name, "conversion": "source"}, folder
-        for budget in options.budget:
-            for seed in options.seed:
-                for layout in options.layout:
-                    allocators = options.allocator if layout == "decoupled" else [""]
-                    for allocator in allocators:
-                        for conversion in options.conversion:
-                            if conversion == "dha" and layout != "decoupled":
-                                continue
-                            row = {"model": name, "budget": budget, "layout": layout, "conversion": conversion}
-                            by = "dha-greedy" if conversion == "dha" else allocator
-                            extra = {"allocator": by, "samples": options.samples, "seed": seed}
-                            yield {**row, **extra, "calibration": calibration}, folder
+        for budget, seed, layout, conversion in itertools.product(
+            options.budget, options.seed, options.layout, options.conversion
+        ):
+            row = {"model": name, "budget": budget, "layout": layout, "conversion": conversion}
+            for allocator in allocators(layout, conversion, options.allocator):
+                extra = {"allocator": allocator, "samples": options.samples, "seed": seed}
+                yield {**row, **extra, "calibration": calibration}, folder
+
+
+def allocators(layout: str, conversion: str, wanted: list[str]) -> list[str]:
+    """Those that a layout and a conversion leave open: only `decoupled` has any, and `dha`, there alone, its own."""
+    if conversion == "dha":
+        return ["dha-greedy"] if layout == "decoupled" else []
+    return wanted if layout == "decoupled" else [""]
 
 
 def source(row: dict[str, Any], folder: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -206,6 +209,8 @@ def document(rows: list[dict[str, Any]]) -> str:
         "`best` the presets of headfuse.",
         "Allocator `K+V`: so many key and value heads in every layer. Several seeds (of the calibration sample): the",
         "mean and, in brackets, the smallest and the largest.",
+        "`whole documents`: rows of an earlier version, whose calibration text was one document after the other, and",
+        "whose refinement made three (`balanced`) or four passes (`best`) over it at a higher learning rate.",
         "What little training adds to each is in [recovery.md](recovery.md), with a plot.",
     ]
     sources = {row["model"]: row for row in rows if row["conversion"] == "source"}
