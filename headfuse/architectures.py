@@ -305,7 +305,9 @@ class AttentionWeights:
         found: dict[str, torch.Tensor | None] = {"output_bias": tensors.get(f"{arch.output}.bias")}
         found["output"] = output.reshape(output.shape[0], -1, heads.head_dim)
         for kind, suffix in (("weight", ""), ("bias", "_bias")):
-            for side, tensor in zip(("query", "key", "value"), _split(tensors, kind, arch, heads), strict=True):
+            for side, tensor in zip(
+                ("query", "key", "value"), split_projections(tensors, kind, arch, heads), strict=True
+            ):
                 shape = (
                     (-1, heads.head_dim)
                     if tensor is None or tensor.ndim == 1
@@ -382,7 +384,7 @@ class AttentionWeights:
         return replace(self, **changed)
 
 
-def _split(
+def split_projections(
     tensors: Mapping[str, torch.Tensor], kind: str, arch: Architecture, heads: HeadLayout
 ) -> list[torch.Tensor | None]:
     """Rows `[n d, D]` (`weight`) or `[n d]` (`bias`) of query, key and value, as a family stores them."""
@@ -401,7 +403,7 @@ def _split(
 
 def packed_keys_and_values(arch: Architecture, heads: HeadLayout, num_rows: int) -> torch.Tensor:
     """The rows of a packed projection, of `num_rows` in all, that make keys and values."""
-    _, keys, values = _split({f"{arch.packed}.bias": torch.arange(num_rows)}, "bias", arch, heads)
+    _, keys, values = split_projections({f"{arch.packed}.bias": torch.arange(num_rows)}, "bias", arch, heads)
     assert keys is not None
     assert values is not None
     return torch.cat([keys, values])
@@ -410,7 +412,7 @@ def packed_keys_and_values(arch: Architecture, heads: HeadLayout, num_rows: int)
 def _join(
     parts: list[torch.Tensor | None], kind: str, arch: Architecture, heads: HeadLayout
 ) -> dict[str, torch.Tensor | None]:
-    """The inverse of `_split`, by name."""
+    """The inverse of `split_projections`, by name."""
     if arch.packed is None:
         return {f"{name}.{kind}": part for name, part in zip(arch.projections, parts, strict=True)}
     present = [part for part in parts if part is not None]

@@ -18,7 +18,14 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
-from headfuse.architectures import Architecture, architecture_of, canonical_order, head_layout, module_tensors
+from headfuse.architectures import (
+    Architecture,
+    architecture_of,
+    canonical_order,
+    head_layout,
+    module_tensors,
+    split_projections,
+)
 from headfuse.checkpoint import Checkpoint, is_finite
 from headfuse.errors import CheckpointError, UnsupportedModelError
 from headfuse.modeling.configuration_headfuse import HeadfuseConfig
@@ -113,11 +120,11 @@ class CanonicalCheckpoint:
     def __init__(self, checkpoint: Checkpoint, arch: Architecture, heads: HeadLayout) -> None:
         self.checkpoint, self.folder, self.nbytes = checkpoint, checkpoint.folder, checkpoint.nbytes
         self.shapes, self.dtypes = dict(checkpoint.shapes), dict(checkpoint.dtypes)
-        self.order, self.head_dim = canonical_order(arch, heads), heads.head_dim
+        self.arch, self.heads, self.order = arch, heads, canonical_order(arch, heads)
         prefixes = [arch.attention_prefix(layer_idx) for layer_idx in range(heads.num_hidden_layers)]
         self.reordered = {f"{prefix}.{name}.weight" for prefix in prefixes for name in (arch.query, arch.key)}
         self.parts: dict[str, tuple[str, int]] = {}
-        self._whole = "", torch.empty(0)
+        self._split = "", list[torch.Tensor | None]()
         for packed in [f"{prefix}.{arch.packed}.{kind}" for prefix in prefixes for kind in ("weight", "bias")]:
             rows, *columns = self.shapes.get(packed, ()) or (0,)
             if rows and rows % 3 == 0:
@@ -132,13 +139,17 @@ class CanonicalCheckpoint:
         """The tensor `name`, checked to be finite."""
         if name in self.parts:
             packed, side = self.parts[name]
-            if self._whole[0] != packed:  # its three parts are read one after another
-                self._whole = packed, self.checkpoint.read(packed)
-            return self._whole[1].unflatten(0, (-1, 3, self.head_dim))[:, side].flatten(0, 1)
+            if self._split[0] != packed:  # its three parts are read one after another
+                kind = packed.rsplit(".", 1)[1]
+                whole = {f"{self.arch.packed}.{kind}": self.checkpoint.read(packed)}
+                self._split = packed, split_projections(whole, kind, self.arch, self.heads)
+            part = self._split[1][side]
+            assert part is not None
+            return part
         tensor = self.checkpoint.read(name)
         if self.order is None or name not in self.reordered:
             return tensor
-        return tensor.unflatten(0, (-1, self.head_dim))[:, self.order].flatten(0, 1)
+        return tensor.unflatten(0, (-1, self.heads.head_dim))[:, self.order].flatten(0, 1)
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes

@@ -360,7 +360,8 @@ def varied_windows(
 
     A document gives one piece of at most a window, from a place that the seed draws; where that does not suffice,
     pieces of what is left of the documents follow. Every piece ends in EOS. What is learnt on varied text carries over
-    to other text (docs/experiments.md).
+    to other text (docs/experiments.md). The other arguments, the result `[windows, sequence_length]` and the errors are
+    those of `token_windows`.
     """
     tokens = _pieces(documents, tokenizer, sequence_length, random.Random(seed))
     return _first_windows(tokens, sequence_length, num_windows, required, where)

@@ -62,7 +62,7 @@ class HeadfuseAttention(nn.Module):
         """Give a stock attention module, whose class has just become this one, the heads of its layer."""
         num_queries = config.num_attention_heads
         num_keys, num_values = config.num_key_heads[self.layer_idx], config.num_value_heads[self.layer_idx]
-        self.config = config
+        self.config = config  # bloom's attention keeps none
         self.family = family = config.family
         self.head_dim = getattr(config.source_config, "head_dim", None) or config.hidden_size // num_queries
         stock = getattr(self, family.packed or "q_proj")
@@ -77,7 +77,7 @@ class HeadfuseAttention(nn.Module):
         self.cache_heads = math.gcd(num_keys, num_values)
         self.scaling = getattr(self, "scaling", self.head_dim**-0.5)
         rate = _dropout(self)
-        self._modules.pop("attention_dropout", None)
+        self._modules.pop("attention_dropout", None)  # bloom's is a module, and a number may not take its name
         self.attention_dropout = rate
         self.clip = getattr(config, "clip_qkv", None)
         if not hasattr(self, "sliding_window"):
