@@ -151,6 +151,13 @@ class CanonicalCheckpoint:
             return tensor
         return tensor.unflatten(0, (-1, self.heads.head_dim))[:, self.order].flatten(0, 1)
 
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint calls the tensor that holds `name`."""
+        module, _, kind = name.rpartition(".")
+        prefix, _, projection = module.rpartition(".")
+        own = self.arch.packed is not None and projection in (self.arch.query, self.arch.key, self.arch.value)
+        return f"{prefix}.{self.arch.packed}.{kind}" if own else name
+
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
@@ -204,7 +211,10 @@ class StreamedModel:
         expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         tied = set(self.model.all_tied_weights_keys) if self.model.config.tie_word_embeddings else set()
         stored = self._stored_shapes()
-        problems = [f"{name} is missing" for name in expected if name not in stored and name not in tied]
+        missing = [name for name in expected if name not in stored and name not in tied]
+        if isinstance(self.checkpoint, CanonicalCheckpoint):
+            missing = list(dict.fromkeys(map(self.checkpoint.stored_name, missing)))
+        problems = [f"{name} is missing" for name in missing]
         problems += [
             f"{name} has shape {list(shape)}, config.json makes it {list(expected[name])}"
             for name, shape in stored.items()

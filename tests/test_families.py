@@ -107,6 +107,17 @@ def test_export_computes_the_same_or_is_refused(fused: Fused, tmp_path: Path, to
     torch.testing.assert_close(logits(out), logits(fused.out), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("family", "module"), [("bloom", "self_attention.query_key_value"), ("gptj", "attn.q_proj")])
+def test_a_missing_tensor_is_named_as_the_checkpoint_names_it(tmp_path: Path, family: str, module: str) -> None:
+    model = tiny_model(tmp_path / "model", family, query_heads=4)
+    tensors = load_file(model / "model.safetensors")
+    del tensors[f"transformer.h.1.{module}.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    message = run("fuse", model, "-o", tmp_path / "out", "--sequence-length", 32, code=1)
+    assert f"tensor transformer.h.1.{module}.weight is missing" in " ".join(message.split())
+    assert "more)" not in message
+
+
 def test_a_step_of_uptraining_changes_the_attention(fused: Fused, tmp_path: Path) -> None:
     text = ("--data", fused.model.parent / "text.txt", "--tokens", 128, "--sequence-length", 32, "--batch-size", 2)
     run("uptrain", fused.out, "-o", tmp_path / "out", "--loss", "ce", *text, "-q")
