@@ -16,8 +16,9 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.importance import HEAD_IMPORTANCE, coalition_tokens, cost_rows
 from headfuse.layouts import LAYOUTS
 from headfuse.plan import SHARED, FusionPlan, HeadBudget, HeadLayout, LayerPlan
-from headfuse.presets import PRESETS, Preset
+from headfuse.presets import PRESETS
 from headfuse.probes import EndLossProbes, probe_tokens
+from headfuse.probes import costs as end_loss_costs
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel
 
@@ -53,7 +54,7 @@ def survey(
     slots = LAYOUTS[config.layout].free_slots and method.slots is not None
     preset = PRESETS[config.preset]
     shared = config.layout in SHARED
-    probes = _probes(source, streamed, text, preset) if costs and preset.end_loss_probes else None
+    probes = _probes(source, streamed, text, config) if costs and preset.end_loss_probes else None
     for layer_idx in range(streamed.num_layers):
         tensors, captures, inputs = streamed.layer_tensors(layer_idx), list[AttentionCapture](), windows.hidden
         with streamed.layer(layer_idx, tensors) as run:
@@ -70,8 +71,8 @@ def survey(
             row.maps.clear()
         surveys.append(layer)
         on_progress("survey", layer_idx + 1, streamed.num_layers)
-    for probe in probes.results() if probes is not None else ():
-        surveys[probe.layer_idx].costs[probe.side].measured[probe.count] = probe.divergence
+    for (layer_idx, side), found in end_loss_costs(probes.results() if probes is not None else ()).items():
+        surveys[layer_idx].costs[side].measured.update(found)
     if needed and allocator in HEAD_IMPORTANCE:
         seen = coalition_tokens(text.statistics, source.heads) if allocator == "shapley" else text.statistics
         rows = cost_rows(HEAD_IMPORTANCE[allocator](streamed, seen, source.heads, config.seed))
@@ -81,13 +82,14 @@ def survey(
     return surveys
 
 
-def _probes(source: Source, streamed: StreamedModel, text: CalibrationText, preset: Preset) -> EndLossProbes:
+def _probes(source: Source, streamed: StreamedModel, text: CalibrationText, config: FuseConfig) -> EndLossProbes:
     """Probes on as many tokens as the preset can pay for, cut from the windows' beginnings."""
+    preset, equal = PRESETS[config.preset], config.rules.allocate("uniform", source.heads)
     n, length = source.heads.num_key_value_heads, text.statistics.shape[1]
     counts = n - 1 if preset.end_loss_probes == "all" else (n - 1).bit_length()
     tokens = probe_tokens(text.statistics.numel() / SURVEYED, streamed.num_layers, counts)
     windows = text.statistics[: max(1, tokens // length)]
-    return EndLossProbes(streamed, windows[:, : min(length, max(64, tokens))])
+    return EndLossProbes(streamed, windows[:, : min(length, max(64, tokens))], equal)
 
 
 def _needs_costs(config: FuseConfig, heads: HeadLayout) -> bool:

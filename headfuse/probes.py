@@ -1,8 +1,12 @@
-"""Probes of the end loss: KL(source || source with one side of one layer fused), for the cost table of the budget."""
+"""Probes of the end loss, KL(source || fused), for the cost table of the budget.
+
+Costs add up near the point where they were measured, and errors of fused layers compound. So one side of one layer is
+fused more or less not in the source but in a model that is fused to the same budget with equal counts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +14,7 @@ import torch
 from headfuse.architectures import AttentionWeights
 from headfuse.distillation import kl_divergence
 from headfuse.fusion.maps import HeadMaps
-from headfuse.plan import Groups
+from headfuse.plan import Groups, HeadBudget
 from headfuse.streaming import HiddenStates, StreamedModel
 
 PROBE_COST = 2.0
@@ -21,7 +25,7 @@ READ_TOKENS = 4
 
 @dataclass(frozen=True)
 class Probe:
-    """One side of one layer fused to `count` heads, and the divergence that it caused in the end."""
+    """KL(source || model of equal counts with one side of one layer fused to `count` heads instead), in nats."""
 
     layer_idx: int
     side: str
@@ -35,18 +39,21 @@ def probe_tokens(tokens: float, layers: int, counts: int) -> int:
 
 
 class EndLossProbes:
-    """Hidden states of fused variants on their way through the source's remaining layers (math.md 4).
+    """Hidden states of fused variants on their way through the layers (math.md 4).
 
     All variants advance together, so every layer is loaded once.
 
     Args:
         streamed: the source.
         windows: the tokens that the probes see, `[k, T]`.
+        equal: the counts of the model that the variants differ from; those that are not given to `advance` are lowered
+            to the next one that is.
     """
 
-    def __init__(self, streamed: StreamedModel, windows: torch.Tensor) -> None:
+    def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget) -> None:
         self.streamed, self.windows = streamed, windows
-        self.source = streamed.embed(windows)
+        self.equal = {"key": list(equal.key_heads), "value": list(equal.value_heads)}
+        self.source = self.fused = streamed.embed(windows)
         self.variants: list[tuple[int, str, int, HiddenStates]] = []
 
     def advance(
@@ -55,30 +62,59 @@ class EndLossProbes:
         tensors: Mapping[str, torch.Tensor],
         fused: Mapping[tuple[str, int], tuple[HeadMaps, Groups]],
     ) -> None:
-        """Take every variant through a source layer, and start one for each `(side, count)` of this layer."""
+        """Take every variant through a layer, and start one for each `(side, count)` of this layer.
+
+        Args:
+            layer_idx: of the layer.
+            tensors: the source's.
+            fused: maps and groups of each `(side, count)` with fewer heads than the source.
+        """
+        n = self.streamed.heads.num_key_value_heads
+        counts = {side: sorted({n} | {count for s, count in fused if s == side}) for side in self.equal}
+        for side, row in self.equal.items():
+            row[layer_idx] = max(count for count in counts[side] if count <= row[layer_idx] or count == counts[side][0])
+
+        def with_heads(tensors: Mapping[str, torch.Tensor], side: str, count: int) -> Mapping[str, torch.Tensor]:
+            return tensors if count == n else reconstructed(tensors, self.streamed, side, *fused[side, count])
+
         started = []
-        for (side, count), (maps, groups) in fused.items():
-            changed = reconstructed(tensors, self.streamed, side, maps, groups)
-            with self.streamed.layer(layer_idx, changed) as run:
-                started.append((layer_idx, side, count, run(self.source, None)))
+        for side, other in (("key", "value"), ("value", "key")):
+            rest = with_heads(tensors, other, self.equal[other][layer_idx])
+            for count in counts[side] if fused else ():
+                if count != self.equal[side][layer_idx]:
+                    with self.streamed.layer(layer_idx, with_heads(rest, side, count)) as run:
+                        started.append((layer_idx, side, count, run(self.fused, None)))
         with self.streamed.layer(layer_idx, tensors) as run:
             self.source = run(self.source, None)
+        with self.streamed.layer(layer_idx, with_heads(rest, "value", self.equal["value"][layer_idx])) as run:
+            self.fused = run(self.fused, None)
             self.variants = [(i, side, count, run(states, None)) for i, side, count, states in self.variants]
         self.variants += started
 
     def results(self) -> list[Probe]:
-        """The divergence of every variant, after the last layer."""
+        """Every count of every side, after the last layer; the divergence of equal counts stands in each row."""
         wanted = self._logits(self.source)
-        probes = []
-        for layer_idx, side, count, states in self.variants:
-            lost = kl_divergence(self._logits(states), wanted).item() / len(wanted)
-            probes.append(Probe(layer_idx, side, count, lost))
-        return probes
+
+        def divergence(states: HiddenStates) -> float:
+            return kl_divergence(self._logits(states), wanted).item() / len(wanted)
+
+        equal = divergence(self.fused)
+        probes = [Probe(i, side, count, divergence(states)) for i, side, count, states in self.variants]
+        rows = dict.fromkeys((probe.layer_idx, probe.side) for probe in probes)
+        return probes + [Probe(i, side, self.equal[side][i], equal) for i, side in rows]
 
     @torch.no_grad()
     def _logits(self, states: HiddenStates) -> torch.Tensor:
         hidden = self.streamed.last_hidden_state(states.hidden[:, ::READ_TOKENS]).flatten(0, 1)
         return self.streamed.logits(hidden).double()  # the divergence of equal models is 0, not the rounding of float32
+
+
+def costs(probes: Iterable[Probe]) -> dict[tuple[int, str], dict[int, float]]:
+    """What each count of a layer's side costs, in nats: its divergence less that of all heads, at least 0."""
+    rows: dict[tuple[int, str], dict[int, float]] = {}
+    for probe in probes:
+        rows.setdefault((probe.layer_idx, probe.side), {})[probe.count] = probe.divergence
+    return {place: {count: max(0.0, d - row[max(row)]) for count, d in row.items()} for place, row in rows.items()}
 
 
 def reconstructed(

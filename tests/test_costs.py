@@ -18,8 +18,8 @@ from headfuse.distillation import kl_divergence
 from headfuse.errors import BudgetError
 from headfuse.fusion.maps import HeadMaps, plane_matrix
 from headfuse.importance import HEAD_IMPORTANCE, cost_rows
-from headfuse.plan import HeadLayout
-from headfuse.probes import READ_TOKENS, EndLossProbes, reconstructed
+from headfuse.plan import HeadBudget, HeadLayout
+from headfuse.probes import READ_TOKENS, EndLossProbes, Probe, costs, reconstructed
 from headfuse.source import Source
 from headfuse.streaming import StreamedModel
 
@@ -33,34 +33,55 @@ def opened(model: Path) -> tuple[Source, StreamedModel]:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_a_probe_is_the_divergence_of_the_fused_model(tmp_path: Path, model_type: str) -> None:
-    """Each variant's end loss is that of the whole model with one side of one layer changed."""
+    """Each variant's end loss is that of the whole model of equal counts with one side of one layer changed."""
     model = tiny_model(tmp_path / "model", model_type, layers=3)
     _, streamed = opened(model)
-    probes = EndLossProbes(streamed, WINDOWS)
-    generator, groups, n, d = torch.Generator().manual_seed(4), ((0, 2), (1,), (3,)), 4, 8
-    phases = torch.randn(n, d // 2, dtype=torch.complex128, generator=generator)
-    maps = {
-        "key": HeadMaps(torch.randn(n, d, d, dtype=torch.float64, generator=generator), plane_matrix(phases)),
-        "value": HeadMaps(*torch.randn(2, n, d, d, dtype=torch.float64, generator=generator)),
-    }
+    equal = HeadBudget(key_heads=(3, 2, 4), value_heads=(4, 3, 4))
+    probes = EndLossProbes(streamed, WINDOWS, equal)
+    generator, n, d = torch.Generator().manual_seed(4), 4, 8
+    fused = {}
+    for count, groups in ((3, ((0, 2), (1,), (3,))), (1, ((0, 1, 2, 3),))):
+        phases = torch.randn(n, d // 2, dtype=torch.complex128, generator=generator)
+        fused["key", count] = (
+            HeadMaps(torch.randn(n, d, d, dtype=torch.float64, generator=generator), plane_matrix(phases)),
+            groups,
+        )
+        fused["value", count] = HeadMaps(*torch.randn(2, n, d, d, dtype=torch.float64, generator=generator)), groups
     for layer_idx in range(3):
-        fused = {(side, 3): (maps[side], groups) for side in maps} if layer_idx < 2 else {}
-        probes.advance(layer_idx, streamed.layer_tensors(layer_idx), fused)
-    results = probes.results()
-    assert [(p.layer_idx, p.side, p.count) for p in results] == [
-        (0, "key", 3), (0, "value", 3), (1, "key", 3), (1, "value", 3),
-    ]  # fmt: skip
+        probes.advance(layer_idx, streamed.layer_tensors(layer_idx), fused if layer_idx < 2 else {})
+    lowered = {(0, "key"): 3, (0, "value"): 4, (1, "key"): 1, (1, "value"): 3}
+    results = {(p.layer_idx, p.side, p.count): p.divergence for p in probes.results()}
+    assert set(results) == {(*place, count) for place in lowered for count in (1, 3, 4)}
     with torch.no_grad():
         wanted = headfuse.load(model)(WINDOWS).logits[:, ::READ_TOKENS].flatten(0, 1).double()
-        for probe in results:
+        for (layer_idx, side, count), divergence in results.items():
             changed = headfuse.load(model)
-            tensors = reconstructed(
-                streamed.layer_tensors(probe.layer_idx), streamed, probe.side, maps[probe.side], groups
-            )
-            changed.model.layers[probe.layer_idx].load_state_dict(tensors)
+            for (i, s), here in lowered.items():
+                here = count if (i, s) == (layer_idx, side) else here
+                if here < n:
+                    module = changed.model.layers[i]
+                    stored = {name: tensor.float() for name, tensor in module.state_dict().items()}
+                    module.load_state_dict(reconstructed(stored, streamed, s, *fused[s, here]))
             got = changed(WINDOWS).logits[:, ::READ_TOKENS].flatten(0, 1).double()
-            assert probe.divergence == pytest.approx(kl_divergence(got, wanted).item() / len(wanted), rel=1e-3)
-            assert probe.divergence > 1e-6
+            assert divergence == pytest.approx(kl_divergence(got, wanted).item() / len(wanted), rel=1e-3)
+            assert divergence > 1e-6
+
+
+def test_probes_of_a_model_that_keeps_all_heads_start_from_the_source(tmp_path: Path) -> None:
+    _, streamed = opened(tiny_model(tmp_path / "model"))
+    probes = EndLossProbes(streamed, WINDOWS, HeadBudget(key_heads=(4, 4), value_heads=(4, 4)))
+    maps = HeadMaps(*torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
+    for layer_idx in range(2):
+        fused = {("value", 2): (maps, ((0, 1), (2, 3)))}
+        probes.advance(layer_idx, streamed.layer_tensors(layer_idx), fused)
+    found = costs(probes.results())
+    assert [row[4] for row in found.values()] == [0, 0]
+    assert all(row[2] > 1e-6 for row in found.values())
+
+
+def test_a_cost_is_what_the_missing_heads_add() -> None:
+    probes = [Probe(0, "key", 4, 0.5), Probe(0, "key", 1, 0.75), Probe(0, "key", 2, 0.25), Probe(1, "value", 4, 0.0)]
+    assert costs(probes) == {(0, "key"): {4: 0.0, 1: 0.25, 2: 0.0}, (1, "value"): {4: 0.0}}
 
 
 @pytest.mark.parametrize("score", sorted(HEAD_IMPORTANCE))
