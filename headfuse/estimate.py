@@ -75,7 +75,8 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     captures = seen * (2 * queries + 2 * pairs)
     attention = 4 * heads.num_attention_heads * length**2 + length * vocabulary
     statistics = 2 * (3 * queries**2 + 4 * pairs**2)  # float64
-    memory = LIBRARIES + 4 * (outer + 2 * layer + hidden + captures + attention + statistics)
+    at_work = max(2 * layer, layer + statistics)  # while the text runs through it; while it is fused
+    memory = LIBRARIES + 4 * (outer + at_work + hidden + captures + attention)
 
     once = 2 * layer * layers + 4 * queries * length * layers  # of one token through all layers
     per_token = 2 * queries * (queries + 2 * width) + 4 * queries * length  # refit of one layer
