@@ -77,16 +77,17 @@ class EndLossProbes:
         def with_heads(tensors: Mapping[str, torch.Tensor], side: str, count: int) -> Mapping[str, torch.Tensor]:
             return tensors if count == n else reconstructed(tensors, self.streamed, side, *fused[side, count])
 
+        equal = {side: row[layer_idx] for side, row in self.equal.items()}
+        one_fused = {side: with_heads(tensors, side, count) for side, count in equal.items()}
         started = []
-        for side, other in (("key", "value"), ("value", "key")):
-            rest = with_heads(tensors, other, self.equal[other][layer_idx])
-            for count in counts[side] if fused else ():
-                if count != self.equal[side][layer_idx]:
+        for side, rest in (("key", one_fused["value"]), ("value", one_fused["key"])):
+            for count in counts[side]:
+                if count != equal[side]:
                     with self.streamed.layer(layer_idx, with_heads(rest, side, count)) as run:
                         started.append((layer_idx, side, count, run(self.fused, None)))
         with self.streamed.layer(layer_idx, tensors) as run:
             self.source = run(self.source, None)
-        with self.streamed.layer(layer_idx, with_heads(rest, "value", self.equal["value"][layer_idx])) as run:
+        with self.streamed.layer(layer_idx, with_heads(one_fused["key"], "value", equal["value"])) as run:
             self.fused = run(self.fused, None)
             self.variants = [(i, side, count, run(states, None)) for i, side, count, states in self.variants]
         self.variants += started
