@@ -188,12 +188,15 @@ def accuracy(model: str, path: str, questions: int) -> float:
     for item in map(json.loads, lines):
         prompt = f"Question: {item.get('question') or item['goal']}\nAnswer:"
         start = tokenizer(prompt, add_special_tokens=False).input_ids
-        scores = []
-        for choice in item["choices"]:
-            answer = tokenizer(f" {choice}", add_special_tokens=False).input_ids
-            with torch.no_grad():
-                logits = loaded(torch.tensor([start + answer])).logits[0, len(start) - 1 : -1]
-            scores.append(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum().item())
+        answers = [tokenizer(f" {choice}", add_special_tokens=False).input_ids for choice in item["choices"]]
+        longest = max(map(len, answers))
+        # what fills a row up comes after its answer, which no prediction of it sees
+        batch = torch.tensor([start + answer + [0] * (longest - len(answer)) for answer in answers])
+        with torch.no_grad():
+            predictions = loaded(batch).logits[:, len(start) - 1 : -1].log_softmax(-1)
+        scores = [
+            row[range(len(answer)), answer].sum().item() for row, answer in zip(predictions, answers, strict=True)
+        ]
         right += scores.index(max(scores)) == item["answer"]
     return round(right / len(lines), 4)
 
