@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import AttentionInterface
 
 from headfuse.architectures import (
@@ -346,7 +346,7 @@ class StreamedModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the model's head, scale and caps included, makes of last hidden states `[..., D]`."""
         base = self.model.base_model
-        base.forward = lambda **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        base.forward = lambda *args, **kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
         try:
             logits: torch.Tensor = self.model(use_cache=False).logits
         finally:

@@ -61,6 +61,16 @@ def test_planted_groups_are_lossless(fused: Fused) -> None:
     torch.testing.assert_close(logits(fused.out), logits(fused.model), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("family", KINDS)
+def test_every_kind_is_refined(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default preset: probes and refinement run the source's own head and the fused model's own layers."""
+    monkeypatch.setattr("headfuse.convert.NOTHING_LOST", -1.0)  # what a random model says is no better than chance
+    model = tiny_model(tmp_path / "model", family)
+    text = ("--samples", 6, "--sequence-length", 48)
+    document = fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", "decoupled", "--preset", "balanced", *text)
+    assert [stage["name"] for stage in document["stages"]] == ["closed form", "refined"]
+
+
 def test_output_reloads_with_the_promised_cache(fused: Fused) -> None:
     import headfuse.modeling  # noqa: F401  registers decoupled models
 
