@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import AttentionInterface
 
 from headfuse.architectures import (
@@ -27,6 +26,7 @@ from headfuse.architectures import (
     split_projections,
 )
 from headfuse.checkpoint import Checkpoint, is_finite
+from headfuse.distillation import logit_scale
 from headfuse.errors import CheckpointError, UnsupportedModelError
 from headfuse.modeling.configuration_headfuse import HeadfuseConfig
 from headfuse.plan import HeadLayout
@@ -344,14 +344,9 @@ class StreamedModel:
         return tuple(losses)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the model's head, scale and caps included, makes of last hidden states `[..., D]`."""
-        base = self.model.base_model
-        base.forward = lambda *args, **kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
-        try:
-            logits: torch.Tensor = self.model(use_cache=False).logits
-        finally:
-            del base.forward
-        return logits[0]
+        """What the model's head, with its scale, makes of last hidden states `[..., D]`."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden * logit_scale(self.model.config))
+        return logits
 
     def last_hidden_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the output embeddings read `[n, T, D]`, given what the last layer made of the windows `[n, T, D]`."""

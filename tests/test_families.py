@@ -61,8 +61,8 @@ def test_planted_groups_are_lossless(fused: Fused) -> None:
     torch.testing.assert_close(logits(fused.out), logits(fused.model), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", KINDS)
-def test_every_kind_is_refined(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@families
+def test_every_family_is_refined(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default preset: probes and refinement run the source's own head and the fused model's own layers."""
     monkeypatch.setattr("headfuse.convert.NOTHING_LOST", -1.0)  # what a random model says is no better than chance
     model = tiny_model(tmp_path / "model", family)
