@@ -164,7 +164,7 @@ def figures(model: str, options: argparse.Namespace) -> dict[str, Any]:
         result["nll"][name], result["kv_bytes_per_token"] = round(figure.nll, 4), figure.kv_bytes_per_token
     for entry in options.task:
         name, path = entry.split("=", 1)
-        result["accuracy"][name] = accuracy(model, path, options.questions)
+        result["accuracy"][name], result["questions"] = accuracy(model, path, options.questions), options.questions
     return result
 
 
@@ -212,15 +212,16 @@ def document(rows: list[dict[str, Any]]) -> str:
         "`best` the presets of headfuse.",
         "Allocator `K+V`: so many key and value heads in every layer. Several seeds (of the calibration sample): the",
         "mean and, in brackets, the smallest and the largest.",
-        "`whole documents`: rows of an earlier version, whose calibration text was one document after the other, and",
-        "whose refinement made three (`balanced`) or four passes (`best`) over it at a higher learning rate.",
+        "`read twice`: rows of an earlier version, whose refinement read the same text in its second pass.",
         "What little training adds to each is in [recovery.md](recovery.md), with a plot.",
     ]
     sources = {row["model"]: row for row in rows if row["conversion"] == "source"}
     for model, base in sources.items():
         texts, tasks = list(base["nll"]), list(base["accuracy"])
         facts = [f"NLL {base['nll'][t]:.3f} on {t}" for t in texts]
-        facts += [f"accuracy {base['accuracy'][t]:.1%} on {t}" for t in tasks]
+        facts += [
+            f"accuracy {base['accuracy'][t]:.1%} on the first {base['questions']} questions of {t}" for t in tasks
+        ]
         lines += ["", f"## {model}", f"Source: {', '.join(facts)}."]
         head = ["budget", "layout", "conversion", "allocator", "samples", "seed"]
         head += [f"gap {t}" for t in texts] + tasks + ["time", "peak MB"]
