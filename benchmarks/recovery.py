@@ -114,7 +114,7 @@ def spent(start: str, stages: list[dict[str, Any]]) -> int:
         return int(stages[-1]["tokens"])
     statistics = SAMPLES * LENGTH
     trained = SAMPLES - CalibrationConfig().held_out_windows(SAMPLES)
-    refined = trained * PRESETS["balanced"].model_passes * LENGTH
+    refined = round(trained * PRESETS["balanced"].model_passes) * LENGTH
     return {"gqa": 0, "balanced": statistics + refined}.get(start, statistics)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -43,8 +42,7 @@ from headfuse.loading import keep_tokenizer_class, pick_device
 from headfuse.plan import FusionPlan, LayerPlan
 from headfuse.planning import Progress, adopt, check_budget, make_plan, reviewed_plan, survey
 from headfuse.presets import PRESETS
-from headfuse.refine_model import Adam, refine_model
-from headfuse.rewriting import Targets, rewritten, targets
+from headfuse.refine_model import Adam, Targets, refine_model
 from headfuse.sampling import average
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, CanonicalCheckpoint, HiddenStates, StreamedModel, ignorable
@@ -166,9 +164,8 @@ def fuse(
         stages = [closed_form]
         if _refines(config, ready, before, closed_form) or (partial / REFINED).exists():
             with torch.no_grad():
-                read = Targets(text.statistics, streamed.last_hidden_state(last.hidden))
-            del last
-            stages = _refine(partial, streamed, guard, done, ready, text, read, closed_form, config, on_progress)
+                targets = Targets(text.statistics, streamed.last_hidden_state(last.hidden))
+            stages = _refine(partial, streamed, guard, done, ready, text, targets, closed_form, config, on_progress)
         itemsize = next(iter(writer.dtypes.values())).itemsize
         kv_bytes = source.heads.kv_bytes_per_token(itemsize), ready.kv_bytes_per_token(itemsize)
         result = FuseResult(output, ready, tuple(stages), before, *kv_bytes)
@@ -297,7 +294,7 @@ def _refine(
     done: Done,
     plan: FusionPlan,
     text: CalibrationText,
-    read: Targets,
+    targets: Targets,
     closed_form: Stage,
     config: FuseConfig,
     on_progress: Progress,
@@ -317,11 +314,10 @@ def _refine(
         for name, weight in optimizer.weights.items():
             weight.copy_(writer.read(name))
 
-        texts = [read]
-        for again in range(1, PRESETS[config.preset].model_passes):
-            windows = rewritten(streamed, read, config.seed + again)
-            texts.append(targets(streamed, windows, functools.partial(on_progress, "rewrite")))
-        refine_model(streamed, guard, optimizer, texts, config.seed, functools.partial(on_progress, "refine"))
+        def on_step(done: int, total: int) -> None:
+            on_progress("refine", done, total)
+
+        refine_model(streamed, guard, optimizer, targets, PRESETS[config.preset].model_passes, config.seed, on_step)
         states = streamed.embed(text.held_out)
         for layer_idx in range(streamed.num_layers):
             prefix = streamed.arch.layer_prefix(layer_idx) + "."

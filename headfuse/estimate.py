@@ -17,7 +17,6 @@ from headfuse.loading import pick_device
 from headfuse.planning import SURVEYED
 from headfuse.presets import PRESETS
 from headfuse.probes import PROBE_COST
-from headfuse.rewriting import REWRITTEN
 from headfuse.source import Source
 
 LIBRARIES = 450 * 10**6
@@ -102,8 +101,7 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     if preset.model_passes and FUSION_METHODS[config.method].refits_output:
         trained = preset.model_passes * seen
         work += trained * (REFINED * once + 3 * 2 * head) + held_out * (once + 2 * head)
-        work += (trained - seen) * (once + REWRITTEN * 2 * head)
-        memory += 4 * ((layers * length + trained + 16 * length) * width + 3 * length * vocabulary // 4)
+        memory += 4 * ((layers * length + seen + 16 * length) * width + 3 * length * vocabulary // 4)
     return int(memory), work
 
 

@@ -14,13 +14,12 @@ class Preset:
     """The price, as a multiple of one forward pass over the calibration text."""
     end_loss_probes: Literal["few", "all"] | None = None
     """Counts at which the budget's cost table is measured by the end loss; `few`: powers of two (math.md 4)."""
-    model_passes: int = 0
-    """Passes that refine the attention of the whole model towards the source's output distribution: the first over the
-    text, every other one over the text as the source rewrites it."""
+    model_passes: float = 0.0
+    """Passes over the text that refine the attention of the whole model towards the source's output distribution."""
 
 
 PRESETS: dict[str, Preset] = {
     "fast": Preset("closed form, no gradients, at most 3 forward passes over the text"),
-    "balanced": Preset("then refines all layers together, at most 15 forward passes", "few", 2),
-    "best": Preset("the same with every count probed, about 15 forward passes", "all", 2),
+    "balanced": Preset("then refines all layers together, at most 15 forward passes", "few", 2.0),
+    "best": Preset("the same with every count probed, about 15 forward passes", "all", 2.0),
 }

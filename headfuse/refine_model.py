@@ -8,7 +8,8 @@ and moments of the optimizer lie in mapped files, so memory does not grow with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,13 +17,20 @@ import torch
 from headfuse.checkpoint import mapped_tensor, sync
 from headfuse.distillation import kl_divergence
 from headfuse.guard import WrittenLayers
-from headfuse.rewriting import Targets
 from headfuse.streaming import HiddenStates, StreamedModel
 
 LEARNING_RATE, FINAL_LEARNING_RATE, WARMUP_STEPS = 1e-3, 0.05, 5
 FULL_RATE_WIDTH = 256
 """Wider models learn at a rate that falls as 1 / hidden_size."""
 BETAS, EPSILON = (0.9, 0.95), 1e-8
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Token windows `[n, T]` and the source's last hidden states on them `[n, T, D]`, which its head reads."""
+
+    windows: torch.Tensor
+    hidden: torch.Tensor
 
 
 class Adam:
@@ -58,7 +66,8 @@ def refine_model(
     streamed: StreamedModel,
     layers: WrittenLayers,
     optimizer: Adam,
-    texts: Sequence[Targets],
+    text: Targets,
+    passes: float,
     seed: int,
     on_step: Callable[[int, int], None],
 ) -> None:
@@ -68,21 +77,19 @@ def refine_model(
         streamed: the source, for what lies outside the layers.
         layers: the fused model's layers.
         optimizer: their attention weights, trained in place.
-        texts: the calibration text and its rewritings; every window of theirs is one step.
+        text: the calibration text.
+        passes: how often each window is used.
         seed: of the order of the windows.
         on_step: called with the steps done and all steps.
     """
-    windows = [window for text in texts for window in zip(text.windows, text.hidden, strict=True)]
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
-    steps, rate = len(windows), learning_rate(texts[0].hidden.shape[-1])
-    for step, index in enumerate(order, start=1):
-        window, target = windows[index]
-        states, inputs = streamed.embed(window[None]), list[HiddenStates]()
+    steps, rate = round(len(text.windows) * passes), learning_rate(text.hidden.shape[-1])
+    for step, index in zip(range(1, steps + 1), _shuffled(len(text.windows), seed), strict=False):
+        states, inputs = streamed.embed(text.windows[index : index + 1]), list[HiddenStates]()
         for layer_idx in range(streamed.num_layers):
             inputs.append(states)
             states = layers.run(layer_idx, states, optimizer.weights)
 
-        def divergence(logits: torch.Tensor, part: slice, target: torch.Tensor = target) -> torch.Tensor:
+        def divergence(logits: torch.Tensor, part: slice, target: torch.Tensor = text.hidden[index]) -> torch.Tensor:
             with torch.no_grad():
                 wanted = streamed.logits(target[part])
             return kl_divergence(logits, wanted) / len(target)
@@ -103,3 +110,10 @@ def learning_rate(hidden_size: int) -> float:
 def _schedule(step: int, steps: int) -> float:
     """The learning rate of a step relative to the peak: a short warm-up, then linear to its final value."""
     return min(1.0, step / WARMUP_STEPS) * (1 - (1 - FINAL_LEARNING_RATE) * (step - 1) / steps)
+
+
+def _shuffled(windows: int, seed: int) -> Iterator[int]:
+    """Window indices, every pass in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(windows, generator=generator).tolist()

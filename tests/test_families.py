@@ -18,6 +18,8 @@ from headfuse.architectures import ARCHITECTURES, UNSUPPORTED, AttentionWeights,
 from headfuse.errors import UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS, gguf
+from headfuse.source import Source
+from headfuse.streaming import StreamedModel
 
 
 def exists(layout: str, family: str) -> bool:
@@ -59,6 +61,21 @@ def fused(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_planted_groups_are_lossless(fused: Fused) -> None:
     assert fused.document["kv_ratio"] == 0.5
     torch.testing.assert_close(logits(fused.out), logits(fused.model), rtol=2e-5, atol=2e-5)
+
+
+@families
+def test_streamed_logits_are_the_models(family: str, tmp_path: Path) -> None:
+    """What refinement, probes and gradients take for the source's output is its output."""
+    model = tiny_model(tmp_path / "model", family)
+    source, tokens = Source.open(str(model)), torch.arange(3, 35)[None]
+    streamed = StreamedModel(source.checkpoint, source.config, torch.device("cpu"))
+    states = streamed.embed(tokens)
+    for layer_idx in range(streamed.num_layers):
+        with streamed.layer(layer_idx, streamed.layer_tensors(layer_idx)) as run_layer:
+            states = run_layer(states, None)
+    with torch.no_grad():
+        have, want = streamed.logits(streamed.last_hidden_state(states.hidden)), headfuse.load(model)(tokens).logits
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 
 
 @families

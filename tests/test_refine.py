@@ -18,8 +18,7 @@ from headfuse.architectures import ARCHITECTURES
 from headfuse.checkpoint import Checkpoint, SafetensorsWriter
 from headfuse.distillation import Objective, States, model_states
 from headfuse.guard import WrittenLayers
-from headfuse.refine_model import Adam
-from headfuse.rewriting import Targets
+from headfuse.refine_model import Adam, Targets
 from headfuse.source import Source
 from headfuse.streaming import StreamedModel
 
@@ -38,7 +37,7 @@ def test_layer_by_layer_is_the_whole_model_at_once(
     windows = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(3))
     source, fused = headfuse.load(model), headfuse.load(tmp_path / "out")
     with torch.no_grad():
-        text = Targets(windows, model_states(source, windows).last)
+        targets = Targets(windows, model_states(source, windows).last)
     monkeypatch.setattr(refine_model, "FINAL_LEARNING_RATE", 1.0)
     monkeypatch.setattr(refine_model, "WARMUP_STEPS", 1)
 
@@ -53,7 +52,8 @@ def test_layer_by_layer_is_the_whole_model_at_once(
     optimizer = Adam(tmp_path / "state", {name: writer.shapes[name] for name in layers.attention_weights(range(2))})
     for name, weight in optimizer.weights.items():
         weight.copy_(writer.read(name))
-    refine_model.refine_model(streamed, layers, optimizer, [text, text], 0, lambda done, total: None)
+    order = refine_model._shuffled(len(windows), 0)
+    refine_model.refine_model(streamed, layers, optimizer, targets, 2.0, 0, lambda done, total: None)
 
     fused.requires_grad_(False)
     named = dict(fused.named_parameters())
@@ -61,8 +61,8 @@ def test_layer_by_layer_is_the_whole_model_at_once(
     rate = refine_model.learning_rate(fused.get_output_embeddings().weight.shape[1])
     whole = torch.optim.Adam(trained.values(), lr=rate, betas=refine_model.BETAS, eps=refine_model.EPSILON)
     objective = Objective(fused, fused.get_output_embeddings())
-    for index in torch.randperm(6, generator=torch.Generator().manual_seed(0)) % 3:
-        objective(windows[index][None], States(text.hidden[index][None])).backward()
+    for _, index in zip(range(6), order, strict=False):
+        objective(windows[index : index + 1], States(targets.hidden[index : index + 1])).backward()
         whole.step()
         whole.zero_grad()
     assert trained.keys() == {name for name in stored if ".self_attn." in name}
@@ -83,7 +83,7 @@ def fuse_example(out: Path, *options: object) -> dict[str, Any]:
 
 def test_refinement_lowers_the_held_out_loss(tmp_path: Path) -> None:
     """Only the attention weights change; what the document says is what the folder holds."""
-    document = fuse_example(tmp_path / "out", "--preset", "best", "--samples", 48)
+    document = fuse_example(tmp_path / "out", "--preset", "best")
     closed_form, refined = document["stages"]
     assert (closed_form["name"], refined["name"], refined["kept"]) == ("closed form", "refined", True)
     assert refined["nll"] < closed_form["nll"] - 0.02
@@ -142,7 +142,7 @@ def test_an_interrupted_refinement_goes_on(tmp_path: Path, monkeypatch: pytest.M
     streamed: Callable[..., None] = refine_model.refine_model
     line = ("fuse", EXAMPLE, "-o", tmp_path / "out", "-b", "1/8", *TEXT, *options)
     with monkeypatch.context() as patch:
-        patch.setattr("headfuse.convert.refine_model", lambda *args: streamed(*args[:5], stop))
+        patch.setattr("headfuse.convert.refine_model", lambda *args: streamed(*args[:6], stop))
         run(*line, code=130)
     with monkeypatch.context() as patch:
         patch.setattr(SafetensorsWriter, "write", write)
