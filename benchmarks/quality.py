@@ -212,7 +212,6 @@ def document(rows: list[dict[str, Any]]) -> str:
         "`best` the presets of headfuse.",
         "Allocator `K+V`: so many key and value heads in every layer. Several seeds (of the calibration sample): the",
         "mean and, in brackets, the smallest and the largest.",
-        "`whole documents`: a row of an earlier version, whose calibration text was one document after the other.",
         "What little training adds to each is in [recovery.md](recovery.md), with a plot.",
     ]
     sources = {row["model"]: row for row in rows if row["conversion"] == "source"}
