@@ -157,14 +157,14 @@ def uniform_budget(folder: str, budget: str, counts: str) -> str:
 
 def figures(model: str, options: argparse.Namespace) -> dict[str, Any]:
     """NLL on every text, accuracy on every task, KV bytes per token."""
-    result: dict[str, Any] = {"nll": {}, "accuracy": {}}
+    result: dict[str, Any] = {"nll": {}, "accuracy": {}, "questions": options.questions}
     for entry in options.text:
         name, path = entry.split("=", 1)
         figure = headfuse.evaluate(model, data=path, samples=options.windows, sequence_length=LENGTH).model
         result["nll"][name], result["kv_bytes_per_token"] = round(figure.nll, 4), figure.kv_bytes_per_token
     for entry in options.task:
         name, path = entry.split("=", 1)
-        result["accuracy"][name], result["questions"] = accuracy(model, path, options.questions), options.questions
+        result["accuracy"][name] = accuracy(model, path, options.questions)
     return result
 
 
