@@ -16,7 +16,7 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.loading import pick_device
 from headfuse.planning import SURVEYED
 from headfuse.presets import PRESETS
-from headfuse.probes import PROBE_COST
+from headfuse.probes import PROBE_COST, ROWS_PER_UNKNOWN, probed_counts
 from headfuse.source import Source
 
 LIBRARIES = 450 * 10**6
@@ -98,6 +98,9 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     preset = PRESETS[config.preset]
     if preset.end_loss_probes and config.budget.allocator in ("sensitivity", "dha-greedy") and config.layout != "gqa":
         work += PROBE_COST * seen * once
+        if FUSION_METHODS[config.method].refits_output:
+            variants = 2 * probed_counts(heads.num_key_value_heads, preset.end_loss_probes) + 1
+            work += layers * variants * (min(surveyed, ROWS_PER_UNKNOWN * queries) * per_token + 2 * solve)
     if preset.model_passes and FUSION_METHODS[config.method].refits_output:
         trained = preset.model_passes * seen
         work += trained * (REFINED * once + 3 * 2 * head) + held_out * (once + 2 * head)

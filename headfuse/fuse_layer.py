@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -59,21 +59,42 @@ def refit_output(
         layer: the plan of the layer.
         heads: the source's heads.
     """
-    size, owner = heads.num_attention_heads * heads.head_dim, head_of_source(layer.value_groups)
-    rows, gram = 0, torch.zeros(size, size, dtype=torch.float64)
-    cross = torch.zeros(heads.hidden_size, size, dtype=torch.float64)
-    start, wanted = folded.flatten(1), source.double().flatten(1)
-    for capture in captures:
+    owner = head_of_source(layer.value_groups)
+
+    def head_outputs(capture: AttentionCapture) -> torch.Tensor:
         values = value_maps.fuse(capture.value, layer.value_groups)[:, owner]
         attention = capture.probabilities(fused_keys[0].reconstruct(capture.key, fused_keys[1]))
-        z = attention @ values.repeat_interleave(heads.queries_per_head, dim=1)  # [B, n_q, T, d]
-        z = z.transpose(1, 2).flatten(2).flatten(0, 1)
+        return attention @ values.repeat_interleave(heads.queries_per_head, dim=1)
+
+    return least_squares_output(source, folded, captures, head_outputs)
+
+
+def least_squares_output(
+    source: torch.Tensor,
+    start: torch.Tensor,
+    captures: Sequence[AttentionCapture],
+    head_outputs: Callable[[AttentionCapture], torch.Tensor],
+) -> torch.Tensor:
+    """The output projection `[D, n_q, d]` that gives the layer's attention output from changed heads (math.md 2).
+
+    Args:
+        source: output projection of the source `[D, n_q, d]`.
+        start: what the ridge shrinks towards, `[D, n_q, d]`.
+        captures: the layer on the calibration windows.
+        head_outputs: of a capture, what the changed heads put out, `[B, n_q, T, d]`.
+    """
+    hidden_size, size = len(start), start[0].numel()
+    rows, gram = 0, torch.zeros(size, size, dtype=torch.float64)
+    cross = torch.zeros(hidden_size, size, dtype=torch.float64)
+    start, wanted = start.double(), source.double().flatten(1)
+    for capture in captures:
+        z = head_outputs(capture).transpose(1, 2).flatten(2).flatten(0, 1)
         target = capture.output.flatten(2).flatten(0, 1)
         # the residual itself, not a difference of two products: it vanishes on heads that are truly redundant
-        missing = target @ wanted.to(target).T - z @ start.to(z).T  # [B T, D]
+        missing = target @ wanted.to(target).T - z @ start.flatten(1).to(z).T  # [B T, D]
         rows += len(z)
         gram += capture.weight * (z.T @ z).double().cpu()
         cross += capture.weight * (missing.T @ z).double().cpu()
     ridge = REFIT_RIDGE * size / rows * gram.diagonal().mean()
     gram.diagonal().add_(ridge.clamp_min(1e-300))
-    return (start + torch.linalg.solve(gram, cross.T).T).view_as(folded)
+    return start + torch.linalg.solve(gram, cross.T).T.view_as(start)

@@ -17,7 +17,7 @@ from headfuse.importance import HEAD_IMPORTANCE, coalition_tokens, cost_rows
 from headfuse.layouts import LAYOUTS
 from headfuse.plan import SHARED, FusionPlan, HeadBudget, HeadLayout, LayerPlan
 from headfuse.presets import PRESETS
-from headfuse.probes import EndLossProbes, probe_tokens
+from headfuse.probes import EndLossProbes, probe_tokens, probed_counts
 from headfuse.probes import costs as end_loss_costs
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel
@@ -66,7 +66,7 @@ def survey(
         )
         if probes is not None:
             fused = {(side, c): maps for side, row in layer.costs.items() for c, maps in row.maps.items()}
-            probes.advance(layer_idx, tensors, fused)
+            probes.advance(layer_idx, tensors, fused, captures if method.refits_output else ())
         for row in layer.costs.values():
             row.maps.clear()
         surveys.append(layer)
@@ -86,7 +86,7 @@ def _probes(source: Source, streamed: StreamedModel, text: CalibrationText, conf
     """Probes on as many tokens as the preset can pay for, cut from the windows' beginnings."""
     preset, equal = PRESETS[config.preset], config.rules.allocate("uniform", source.heads)
     n, length = source.heads.num_key_value_heads, text.statistics.shape[1]
-    counts = n - 1 if preset.end_loss_probes == "all" else (n - 1).bit_length()
+    counts = probed_counts(n, preset.end_loss_probes or "few")
     tokens = probe_tokens(text.statistics.numel() / SURVEYED, streamed.num_layers, counts)
     windows = text.statistics[: max(1, tokens // length)]
     return EndLossProbes(streamed, windows[:, : min(length, max(64, tokens))], equal)

@@ -1,24 +1,29 @@
 """Probes of the end loss, KL(source || fused), for the cost table of the budget.
 
 Costs add up near the point where they were measured, and errors of fused layers compound. So one side of one layer is
-fused more or less not in the source but in a model that is fused to the same budget with equal counts.
+fused more or less not in the source but in a model that is fused to the same budget with equal counts. Every layer's
+output projection is refitted as in the conversion, which makes good more of the keys' errors than of the values'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from headfuse.architectures import AttentionWeights
 from headfuse.distillation import kl_divergence
+from headfuse.fuse_layer import least_squares_output
 from headfuse.fusion.maps import HeadMaps
-from headfuse.plan import Groups, HeadBudget
-from headfuse.streaming import HiddenStates, StreamedModel
+from headfuse.plan import Groups, HeadBudget, HeadLayout
+from headfuse.streaming import AttentionCapture, HiddenStates, StreamedModel
 
 PROBE_COST = 2.0
 """Price of all probes together, in forward passes over the calibration text; it decides how many tokens they see."""
+ROWS_PER_UNKNOWN = 4
+"""Rows of text behind a refit for each number in a row of the output projection."""
 READ_TOKENS = 4
 """One in so many tokens enters the divergence: reading logits costs more than it tells."""
 
@@ -31,6 +36,11 @@ class Probe:
     side: str
     count: int
     divergence: float
+
+
+def probed_counts(heads: int, which: Literal["few", "all"]) -> int:
+    """How many counts below all `heads` of a side are probed; `few`: powers of two."""
+    return heads - 1 if which == "all" else (heads - 1).bit_length()
 
 
 def probe_tokens(tokens: float, layers: int, counts: int) -> int:
@@ -61,6 +71,7 @@ class EndLossProbes:
         layer_idx: int,
         tensors: Mapping[str, torch.Tensor],
         fused: Mapping[tuple[str, int], tuple[HeadMaps, Groups]],
+        captures: Sequence[AttentionCapture] = (),
     ) -> None:
         """Take every variant through a layer, and start one for each `(side, count)` of this layer.
 
@@ -68,26 +79,29 @@ class EndLossProbes:
             layer_idx: of the layer.
             tensors: the source's.
             fused: maps and groups of each `(side, count)` with fewer heads than the source.
+            captures: the source's layer on calibration text, to refit output projections; without, they stay as folded.
         """
         n = self.streamed.heads.num_key_value_heads
         counts = {side: sorted({n} | {count for s, count in fused if s == side}) for side in self.equal}
         for side, row in self.equal.items():
             row[layer_idx] = max(count for count in counts[side] if count <= row[layer_idx] or count == counts[side][0])
 
-        def with_heads(tensors: Mapping[str, torch.Tensor], side: str, count: int) -> Mapping[str, torch.Tensor]:
-            return tensors if count == n else reconstructed(tensors, self.streamed, side, *fused[side, count])
-
         equal = {side: row[layer_idx] for side, row in self.equal.items()}
-        one_fused = {side: with_heads(tensors, side, count) for side, count in equal.items()}
+        captures = _enough(captures, self.streamed.heads)
+
+        def variant(**changed: int) -> Mapping[str, torch.Tensor]:
+            chosen = {side: fused[side, c] for side, c in {**equal, **changed}.items() if c < n}
+            return with_heads(tensors, self.streamed, chosen, captures) if chosen else tensors
+
         started = []
-        for side, rest in (("key", one_fused["value"]), ("value", one_fused["key"])):
+        for side in self.equal:
             for count in counts[side]:
                 if count != equal[side]:
-                    with self.streamed.layer(layer_idx, with_heads(rest, side, count)) as run:
+                    with self.streamed.layer(layer_idx, variant(**{side: count})) as run:
                         started.append((layer_idx, side, count, run(self.fused, None)))
         with self.streamed.layer(layer_idx, tensors) as run:
             self.source = run(self.source, None)
-        with self.streamed.layer(layer_idx, with_heads(one_fused["key"], "value", equal["value"])) as run:
+        with self.streamed.layer(layer_idx, variant()) as run:
             self.fused = run(self.fused, None)
             self.variants = [(i, side, count, run(states, None)) for i, side, count, states in self.variants]
         self.variants += started
@@ -116,6 +130,44 @@ def costs(probes: Iterable[Probe]) -> dict[tuple[int, str], dict[int, float]]:
     for probe in probes:
         rows.setdefault((probe.layer_idx, probe.side), {})[probe.count] = probe.divergence
     return {place: {count: max(0.0, d - row[max(row)]) for count, d in row.items()} for place, row in rows.items()}
+
+
+def _enough(captures: Sequence[AttentionCapture], heads: HeadLayout) -> list[AttentionCapture]:
+    """As many of the long windows as a refit needs, and all short ones."""
+    rows, chosen = 0, list[AttentionCapture]()
+    for capture in captures:
+        if capture.weight != 1 or rows < ROWS_PER_UNKNOWN * heads.num_attention_heads * heads.head_dim:
+            chosen.append(capture)
+            rows += capture.output.shape[:2].numel() if capture.weight == 1 else 0
+    return chosen
+
+
+def with_heads(
+    tensors: Mapping[str, torch.Tensor],
+    streamed: StreamedModel,
+    fused: Mapping[str, tuple[HeadMaps, Groups]],
+    captures: Sequence[AttentionCapture],
+) -> Mapping[str, torch.Tensor]:
+    """A source layer's tensors with keys, values or both replaced by what their fused heads give back of them.
+
+    Where there are captures of the source's layer, its output projection is refitted to what is left.
+    """
+    arch, heads = streamed.arch, streamed.heads
+    for side, maps in fused.items():
+        tensors = reconstructed(tensors, streamed, side, *maps)
+    if not captures:
+        return tensors
+
+    def left(side: str, source: torch.Tensor) -> torch.Tensor:
+        return fused[side][0].reconstruct(source, fused[side][1]) if side in fused else source
+
+    def head_outputs(capture: AttentionCapture) -> torch.Tensor:
+        value = left("value", capture.value).repeat_interleave(heads.queries_per_head, dim=1)
+        return capture.probabilities(left("key", capture.key)) @ value
+
+    weights = AttentionWeights.of_layer(tensors, arch, heads)
+    weights.output = least_squares_output(weights.output, weights.output, captures, head_outputs).float()
+    return weights.in_layer(tensors, arch, heads)
 
 
 def reconstructed(

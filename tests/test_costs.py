@@ -19,9 +19,9 @@ from headfuse.errors import BudgetError
 from headfuse.fusion.maps import HeadMaps, plane_matrix
 from headfuse.importance import HEAD_IMPORTANCE, cost_rows
 from headfuse.plan import HeadBudget, HeadLayout
-from headfuse.probes import READ_TOKENS, EndLossProbes, Probe, costs, reconstructed
+from headfuse.probes import READ_TOKENS, EndLossProbes, Probe, costs, reconstructed, with_heads
 from headfuse.source import Source
-from headfuse.streaming import StreamedModel
+from headfuse.streaming import AttentionCapture, StreamedModel
 
 WINDOWS = torch.randint(300, (4, 24), generator=torch.Generator().manual_seed(3))
 
@@ -65,6 +65,28 @@ def test_a_probe_is_the_divergence_of_the_fused_model(tmp_path: Path, model_type
             got = changed(WINDOWS).logits[:, ::READ_TOKENS].flatten(0, 1).double()
             assert divergence == pytest.approx(kl_divergence(got, wanted).item() / len(wanted), rel=1e-3)
             assert divergence > 1e-6
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_probes_refit_the_output_projection(tmp_path: Path, side: str) -> None:
+    """With it a fused layer is nearer to the source's, and only the output projection differs."""
+    _, streamed = opened(tiny_model(tmp_path / "model", "llama"))
+    windows = torch.randint(300, (16, 48), generator=torch.Generator().manual_seed(5))
+    tensors, captures, states = streamed.layer_tensors(0), list[AttentionCapture](), streamed.embed(windows)
+    with streamed.layer(0, tensors) as run:
+        wanted = run(states, captures).hidden
+    generator = torch.Generator().manual_seed(4)
+    phases = torch.polar(torch.ones(4, 4).double(), torch.rand(4, 4, dtype=torch.float64, generator=generator))
+    maps = HeadMaps(plane_matrix(phases.conj()) / 2, plane_matrix(phases))
+    errors, layers = [], []
+    for seen in ((), captures):
+        layers.append(with_heads(tensors, streamed, {side: (maps, ((0, 1), (2, 3)))}, seen))
+        with streamed.layer(0, layers[-1]) as run:
+            errors.append((run(states, None).hidden - wanted).square().sum().item())
+    assert 0 < errors[1] < 0.95 * errors[0]
+    assert [name for name in tensors if not torch.equal(layers[0][name], layers[1][name])] == [
+        "self_attn.o_proj.weight"
+    ]
 
 
 def test_probes_of_a_model_that_keeps_all_heads_start_from_the_source(tmp_path: Path) -> None:
