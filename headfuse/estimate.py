@@ -99,7 +99,7 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     if preset.end_loss_probes and config.budget.allocator in ("sensitivity", "dha-greedy") and config.layout != "gqa":
         work += PROBE_COST * seen * once
         if FUSION_METHODS[config.method].refits_output:
-            variants = 2 * probed_counts(heads.num_key_value_heads, preset.end_loss_probes) + 1
+            variants = 2 * probed_counts(heads.num_key_value_heads, preset.end_loss_probes == "all") + 1
             work += layers * variants * (min(surveyed, ROWS_PER_UNKNOWN * queries) * per_token + 2 * solve)
     if preset.model_passes and FUSION_METHODS[config.method].refits_output:
         trained = preset.model_passes * seen

@@ -86,7 +86,7 @@ def _probes(source: Source, streamed: StreamedModel, text: CalibrationText, conf
     """Probes on as many tokens as the preset can pay for, cut from the windows' beginnings."""
     preset, equal = PRESETS[config.preset], config.rules.allocate("uniform", source.heads)
     n, length = source.heads.num_key_value_heads, text.statistics.shape[1]
-    counts = probed_counts(n, preset.end_loss_probes or "few")
+    counts = probed_counts(n, preset.end_loss_probes == "all")
     tokens = probe_tokens(text.statistics.numel() / SURVEYED, streamed.num_layers, counts)
     windows = text.statistics[: max(1, tokens // length)]
     return EndLossProbes(streamed, windows[:, : min(length, max(64, tokens))], equal)

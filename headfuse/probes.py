@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -38,9 +37,9 @@ class Probe:
     divergence: float
 
 
-def probed_counts(heads: int, which: Literal["few", "all"]) -> int:
-    """How many counts below all `heads` of a side are probed; `few`: powers of two."""
-    return heads - 1 if which == "all" else (heads - 1).bit_length()
+def probed_counts(heads: int, every_count: bool) -> int:
+    """How many counts below all `heads` of a side are probed: those that are powers of two, or every one."""
+    return heads - 1 if every_count else (heads - 1).bit_length()
 
 
 def probe_tokens(tokens: float, layers: int, counts: int) -> int:
