@@ -14,13 +14,13 @@ from typing import Any
 
 import headfuse
 from headfuse.analysis import Analysis, plot
-from headfuse.calibration import LayerSurvey
 from headfuse.config import load_config
 from headfuse.loading import pick_device
 from headfuse.plan import HeadBudget
 from headfuse.planning import survey
 from headfuse.source import Source
 from headfuse.streaming import StreamedModel
+from headfuse.survey import LayerSurvey
 
 SIDES = ("key", "value")
 

@@ -1,22 +1,18 @@
-"""What the calibration text says about one layer: moments of its heads, and the measured cost of fusing them."""
+"""Calibration text, and what it says about one layer: moments of its heads, and what fused heads lose of them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from headfuse.architectures import architecture_of
-from headfuse.fusion import FusionMethod
 from headfuse.fusion.maps import HeadMaps, KeyMoments, ValueMoments, planes
-from headfuse.grouping import GROUPERS
 from headfuse.plan import Groups, HeadLayout
 from headfuse.streaming import AttentionCapture
 
 START_LENGTH, STARTS_PER_WINDOW, START_WEIGHT = 4, 16, 4.0
-TINY = 1e-30
 MAX_ROWS = 16384
 """Rows of averaged values that enter a covariance; more do not change it, and cost most on MHA models."""
 
@@ -160,192 +156,3 @@ def lost_value_energy(maps: HeadMaps, groups: Groups, moments: ValueMoments) -> 
             errors = rest.view(g, d, g * d) @ residual.view(g, d, g * d).mT  # [g, d, d]
             lost += float((errors * own.output_gram).sum())
     return max(lost, 0.0)
-
-
-def key_pair_cost(moments: KeyMoments, slots: bool) -> torch.Tensor:
-    """`[n, n]`: share of the layer's key energy lost when two heads become one, with rotary slots or without."""
-    weight = moments.query_energy.T.sqrt()
-    gram = weight[:, :, None] * moments.gram * weight[:, None, :]  # [F, n, n]
-    energy = gram.diagonal(dim1=1, dim2=2).real
-    tail, tail_energy = (0.0, 0.0) if moments.tail is None else _pair_energy(moments.tail)
-    scale = (energy.sum() + tail_energy).clamp_min(1e-300)
-    if moments.normed:
-        return _normed_pair_energy(moments) / scale
-    total, difference = energy[:, :, None] + energy[:, None, :], energy[:, :, None] - energy[:, None, :]
-    root = (difference.square() + 4 * gram.abs().square()).sqrt()
-    lost = (total - root) / 2  # the smaller eigenvalue
-    if slots:  # the smaller half of all eigenvalues
-        lost = torch.cat([lost, (total + root) / 2]).sort(dim=0).values[: len(lost)]
-    return (lost.clamp_min(0).sum(0).fill_diagonal_(0) + tail) / scale
-
-
-def _normed_pair_energy(moments: KeyMoments) -> torch.Tensor:
-    """`[n, n]`: energy lost when two heads behind a norm become their weighted mean, sum_f E|k_i - k_j|^2 ab/(a+b)."""
-    energy = moments.query_energy.T  # [F, n]
-    own = moments.gram.diagonal(dim1=1, dim2=2).real
-    apart = own[:, :, None] + own[:, None, :] - 2 * moments.gram.real
-    share = energy[:, :, None] * energy[:, None, :] / (energy[:, :, None] + energy[:, None, :]).clamp_min(1e-300)
-    return (apart.clamp_min(0) * share).sum(0).fill_diagonal_(0)
-
-
-def value_pair_cost(moments: ValueMoments) -> torch.Tensor:
-    """`[n, n]`: share of the layer's output energy lost when two value heads become one (rank d of 2d)."""
-    cost, energy = _pair_energy(moments)
-    return cost / energy.clamp_min(1e-300)
-
-
-def _pair_energy(moments: ValueMoments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Energy lost when two heads become one, `[n, n]`, and that of all heads."""
-    n, d = moments.output_gram.shape[:2]
-    eigenvalues, vectors = torch.linalg.eigh(moments.output_gram)
-    root = vectors * eigenvalues.clamp_min(0).sqrt()[:, None] @ vectors.mT  # [n, d, d]
-    weighted = torch.einsum("iac,icjd,jdb->iajb", root, moments.covariance, root)
-    cost = torch.zeros(n, n, dtype=torch.float64)
-    for i in range(n):
-        for j in range(i + 1, n):
-            pair = weighted[[i, j]][:, :, [i, j]].reshape(2 * d, 2 * d)
-            cost[i, j] = cost[j, i] = torch.linalg.eigvalsh(pair)[:d].clamp_min(0).sum()
-    return cost, torch.einsum("iaia->", weighted)
-
-
-@dataclass(frozen=True)
-class LayerSurvey:
-    """One layer's pair costs, the groups for each count, and the measured cost of each count."""
-
-    key_pairs: list[list[float]]
-    value_pairs: list[list[float]]
-    key_energy: list[float]
-    value_energy: list[float]
-    key_groups: list[Groups]
-    key_slots: list[Groups | None]
-    value_groups: list[Groups]
-    shared_groups: dict[int, Groups]
-    costs: dict[str, SideCosts]
-    """Of the sides `key` and `value`, where the allocator reads costs of fusing."""
-
-
-@dataclass(frozen=True)
-class SideCosts:
-    """What keeping 1 to n key heads or value heads of a layer costs.
-
-    `lost [n]` is the closed form's lost energy; `measured` gives the cost of some counts, 0 for n; `maps` are those of
-    the measured counts below n.
-    """
-
-    lost: list[float]
-    measured: dict[int, float]
-    maps: dict[int, tuple[HeadMaps, Groups]]
-
-    def row(self) -> list[float]:
-        """The row of the cost table, `[n]`."""
-        return _between(self.lost, self.measured)
-
-
-def survey_layer(
-    captures: Sequence[AttentionCapture],
-    output: torch.Tensor,
-    hidden: torch.Tensor,
-    heads: HeadLayout,
-    method: FusionMethod,
-    grouping: str,
-    costs: bool,
-    slots: bool,
-    every_count: bool = False,
-    shared_groups: bool = False,
-) -> LayerSurvey:
-    """Measure one source layer: groups for every head count, and what fusing to that count costs.
-
-    `slots` lets fused key heads choose their rotary slots; with `shared_groups` counts that divide the source's are
-    those of one partition of keys and values into groups of one size, and are the ones measured. The cost is the error
-    of the attention output, E|y' - y|^2, over the energy of the residual stream, measured at counts that are powers of
-    two, or at `every_count`.
-    """
-    n = heads.num_key_value_heads
-    keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
-    key_pairs, value_pairs = key_pair_cost(keys, slots).tolist(), value_pair_cost(values).tolist()
-    grouper = GROUPERS[grouping]
-    both = [[a + b for a, b in zip(r, s, strict=True)] for r, s in zip(key_pairs, value_pairs, strict=True)]
-    key_groups = [grouper(key_pairs, count, False) for count in range(1, n + 1)]
-    value_groups = [grouper(value_pairs, count, False) for count in range(1, n + 1)]
-    shared = {count: grouper(both, count, True) for count in range(1, n + 1) if n % count == 0}
-    if shared_groups:
-        key_groups = [shared.get(count, groups) for count, groups in enumerate(key_groups, start=1)]
-        value_groups = [shared.get(count, groups) for count, groups in enumerate(value_groups, start=1)]
-    key_slots = [method.rotary_slots(groups, keys) if slots else None for groups in key_groups]
-    measured = dict[str, SideCosts]()
-    if costs:
-        energy = hidden.square().sum(-1).mean().item()
-        ordinary = [capture for capture in captures if capture.weight == 1]
-        probe = ordinary[: max(1, len(ordinary) // 4)]
-        sides = {side: SideCosts([0.0] * n, {n: 0.0}, {}) for side in ("key", "value")}
-        for count in range(1, n):
-            groups = key_groups[count - 1], value_groups[count - 1]
-            key_map, value_map = (
-                method.key_maps(groups[0], keys, key_slots[count - 1]),
-                method.value_maps(groups[1], values),
-            )
-            sides["key"].lost[count - 1] = lost_key_energy(key_map, groups[0], keys)
-            sides["value"].lost[count - 1] = lost_value_energy(value_map, groups[1], values)
-            if count in shared if shared_groups else every_count or count & (count - 1) == 0:
-                sides["key"].maps[count], sides["value"].maps[count] = (key_map, groups[0]), (value_map, groups[1])
-                sides["key"].measured[count] = _error(probe, output, key_map, groups[0], None, None) / energy
-                sides["value"].measured[count] = _error(probe, output, None, None, value_map, groups[1]) / energy
-        measured = sides
-    return LayerSurvey(
-        key_pairs,
-        value_pairs,
-        _key_energy(keys),
-        _value_energy(values),
-        key_groups,
-        key_slots,
-        value_groups,
-        shared,
-        measured,
-    )
-
-
-def _key_energy(moments: KeyMoments) -> list[float]:
-    energy = (moments.gram.diagonal(dim1=1, dim2=2).real.T * moments.query_energy).sum(1)
-    if moments.tail is not None:
-        energy = energy + torch.einsum("iaib,iab->i", moments.tail.covariance, moments.tail.output_gram)
-    return (energy / energy.sum().clamp_min(1e-300)).tolist()
-
-
-def _value_energy(moments: ValueMoments) -> list[float]:
-    energy = torch.einsum("iaib,iab->i", moments.covariance, moments.output_gram)
-    return (energy / energy.sum().clamp_min(1e-300)).tolist()
-
-
-def _between(lost: list[float], measured: dict[int, float]) -> list[float]:
-    """Measured costs where there are any; elsewhere the lost energy, scaled like the nearest measured counts."""
-    scale = {c: math.log((cost + TINY) / (lost[c - 1] + TINY)) for c, cost in measured.items() if cost > 0}
-    costs = []
-    for count, energy in enumerate(lost, start=1):
-        below = max((c for c in scale if c <= count), default=None)
-        above = min((c for c in scale if c >= count), default=below)
-        if count in measured or below is None or above is None:
-            costs.append(measured.get(count, energy))
-            continue
-        share = 0.0 if above == below else (count - below) / (above - below)
-        costs.append((energy + TINY) * math.exp(scale[below] * (1 - share) + scale[above] * share))
-    return costs
-
-
-def _error(
-    captures: Sequence[AttentionCapture],
-    output: torch.Tensor,
-    key_map: HeadMaps | None,
-    key_groups: Groups | None,
-    value_map: HeadMaps | None,
-    value_groups: Groups | None,
-) -> float:
-    total, tokens = 0.0, 0
-    for capture in captures:
-        key = key_map.reconstruct(capture.key, key_groups) if key_map and key_groups else capture.key
-        value = value_map.reconstruct(capture.value, value_groups) if value_map and value_groups else capture.value
-        repeats = capture.query.shape[1] // value.shape[1]
-        heads = capture.probabilities(key) @ value.repeat_interleave(repeats, dim=1)  # [B, n_q, T, d]
-        delta = heads.transpose(1, 2) - capture.output
-        total += torch.einsum("Dqc,btqc->btD", output.float().to(delta.device), delta).square().sum().item()
-        tokens += delta.shape[0] * delta.shape[1]
-    return total / tokens

@@ -12,11 +12,12 @@ from headfuse.architectures import architecture_of
 from headfuse.calibration import START_LENGTH, STARTS_PER_WINDOW
 from headfuse.config import FuseConfig
 from headfuse.dha import training_memory
+from headfuse.fuse_layer import ROWS_PER_UNKNOWN
 from headfuse.fusion import FUSION_METHODS
 from headfuse.loading import pick_device
 from headfuse.planning import SURVEYED
 from headfuse.presets import PRESETS
-from headfuse.probes import PROBE_COST, ROWS_PER_UNKNOWN, probed_counts
+from headfuse.probes import PROBE_COST, probed_counts
 from headfuse.source import Source
 
 LIBRARIES = 450 * 10**6

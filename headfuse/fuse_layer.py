@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,11 @@ from headfuse.streaming import AttentionCapture
 
 REFIT_RIDGE = 1.0
 """Ridge of the refit, in units of the mean diagonal times unknowns per row: what as many rows say of noise alone."""
+ROWS_PER_UNKNOWN = 4
+"""Rows of text behind a refit that only tells what a count costs, for each number in a row of the projection."""
+
+FusedHeads = Mapping[str, tuple[HeadMaps, Groups]]
+"""Maps and groups of `key`, `value` or both: the sides that are fused."""
 
 
 def fuse_layer(
@@ -67,6 +72,35 @@ def refit_output(
         return attention @ values.repeat_interleave(heads.queries_per_head, dim=1)
 
     return least_squares_output(source, folded, captures, head_outputs)
+
+
+def refit_source(
+    output: torch.Tensor, captures: Sequence[AttentionCapture], fused: FusedHeads, heads: HeadLayout
+) -> torch.Tensor:
+    """The source's output projection `[D, n_q, d]` refitted to what fused heads give back of keys, values or both.
+
+    Args:
+        output: output projection of the source `[D, n_q, d]`.
+        captures: the layer on calibration windows; of the long ones as many are read as such a fit needs.
+        fused: maps and groups of the sides that are fused.
+        heads: the source's heads.
+    """
+    rows, enough = 0, list[AttentionCapture]()
+    for capture in captures:
+        if capture.weight != 1 or rows < ROWS_PER_UNKNOWN * output[0].numel():
+            enough.append(capture)
+            rows += capture.output.shape[:2].numel() if capture.weight == 1 else 0
+    return least_squares_output(output, output, enough, lambda c: reconstructed_outputs(c, fused, heads)).float()
+
+
+def reconstructed_outputs(capture: AttentionCapture, fused: FusedHeads, heads: HeadLayout) -> torch.Tensor:
+    """Head outputs `[B, n_q, T, d]` with what fused heads give back in place of keys, values or both."""
+
+    def left(side: str, source: torch.Tensor) -> torch.Tensor:
+        return fused[side][0].reconstruct(source, fused[side][1]) if side in fused else source
+
+    value = left("value", capture.value).repeat_interleave(heads.queries_per_head, dim=1)
+    return capture.probabilities(left("key", capture.key)) @ value
 
 
 def least_squares_output(

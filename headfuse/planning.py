@@ -8,7 +8,7 @@ from pathlib import Path
 
 import headfuse
 from headfuse.architectures import AttentionWeights
-from headfuse.calibration import START_WEIGHT, CalibrationText, LayerSurvey, SideCosts, survey_layer
+from headfuse.calibration import START_WEIGHT, CalibrationText
 from headfuse.checkpoint import read_plan
 from headfuse.config import BudgetConfig, FuseConfig
 from headfuse.errors import ConfigError
@@ -17,10 +17,18 @@ from headfuse.importance import HEAD_IMPORTANCE, coalition_tokens, cost_rows
 from headfuse.layouts import LAYOUTS
 from headfuse.plan import SHARED, FusionPlan, HeadBudget, HeadLayout, LayerPlan
 from headfuse.presets import PRESETS
-from headfuse.probes import EndLossProbes, probe_tokens, probed_counts
-from headfuse.probes import costs as end_loss_costs
+from headfuse.probes import (
+    EndLossProbes,
+    ErrorProbes,
+    mean_costs,
+    probe_tokens,
+    probe_windows,
+    probed_counts,
+    weighing_tokens,
+)
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel
+from headfuse.survey import LayerSurvey, SideCosts, survey_layer
 
 logger = logging.getLogger(__name__)
 
@@ -46,35 +54,37 @@ def survey(
     source: Source, streamed: StreamedModel, text: CalibrationText, config: FuseConfig, on_progress: Progress
 ) -> list[LayerSurvey]:
     """Run the source once over a part of the text and measure every layer's heads."""
-    text = text.part(SURVEYED)
-    windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
+    part = text.part(SURVEYED)
+    windows, starts = streamed.embed(part.statistics), streamed.embed(part.starts, START_WEIGHT)
     method, allocator, surveys = FUSION_METHODS[config.method], config.budget.allocator, list[LayerSurvey]()
     needed = _needs_costs(config, source.heads)
     costs = needed and allocator not in HEAD_IMPORTANCE
     slots = LAYOUTS[config.layout].free_slots and method.slots is not None
     preset = PRESETS[config.preset]
     shared = config.layout in SHARED
-    probes = _probes(source, streamed, text, config) if costs and preset.end_loss_probes else None
+    errors, end_losses = _probes(source, streamed, text, config) if costs else (None, None)
     for layer_idx in range(streamed.num_layers):
         tensors, captures, inputs = streamed.layer_tensors(layer_idx), list[AttentionCapture](), windows.hidden
         with streamed.layer(layer_idx, tensors) as run:
             windows, starts = run(windows, captures), run(starts, captures)
         output = AttentionWeights.of_layer(tensors, streamed.arch, source.heads).output
         every = preset.end_loss_probes == "all"
-        layer = survey_layer(
-            captures, output, inputs, source.heads, method, config.grouping, costs, slots, every, shared
-        )
-        if probes is not None:
-            fused = {(side, c): maps for side, row in layer.costs.items() for c, maps in row.maps.items()}
-            probes.advance(layer_idx, tensors, fused, captures if method.refits_output else ())
+        layer = survey_layer(captures, output, source.heads, method, config.grouping, costs, slots, every, shared)
+        fused = {(side, c): maps for side, row in layer.costs.items() for c, maps in row.maps.items()}
+        if errors is not None:
+            errors.advance(layer_idx, tensors, fused, captures, inputs)
+        if end_losses is not None:
+            end_losses.advance(layer_idx, tensors, fused, captures if method.refits_output else ())
         for row in layer.costs.values():
             row.maps.clear()
         surveys.append(layer)
         on_progress("survey", layer_idx + 1, streamed.num_layers)
-    for (layer_idx, side), found in end_loss_costs(probes.results() if probes is not None else ()).items():
-        surveys[layer_idx].costs[side].measured.update(found)
+    if errors is not None:
+        tables = [probes.costs() for probes in (errors, end_losses) if probes is not None]
+        for (layer_idx, side), found in mean_costs(tables).items():
+            surveys[layer_idx].costs[side].measured.update(found)
     if needed and allocator in HEAD_IMPORTANCE:
-        seen = coalition_tokens(text.statistics, source.heads) if allocator == "shapley" else text.statistics
+        seen = coalition_tokens(part.statistics, source.heads) if allocator == "shapley" else part.statistics
         rows = cost_rows(HEAD_IMPORTANCE[allocator](streamed, seen, source.heads, config.seed))
         for index, scores in enumerate(rows):
             side = ("key", "value")[index // len(surveys)]
@@ -82,14 +92,21 @@ def survey(
     return surveys
 
 
-def _probes(source: Source, streamed: StreamedModel, text: CalibrationText, config: FuseConfig) -> EndLossProbes:
-    """Probes on as many tokens as the preset can pay for, cut from the windows' beginnings."""
+def _probes(
+    source: Source, streamed: StreamedModel, text: CalibrationText, config: FuseConfig
+) -> tuple[ErrorProbes, EndLossProbes | None]:
+    """Those of the preset, on as many tokens as it can pay for, of text that nothing in the survey is fitted to."""
     preset, equal = PRESETS[config.preset], config.rules.allocate("uniform", source.heads)
-    n, length = source.heads.num_key_value_heads, text.statistics.shape[1]
-    counts = probed_counts(n, preset.end_loss_probes == "all")
-    tokens = probe_tokens(text.statistics.numel() / SURVEYED, streamed.num_layers, counts)
-    windows = text.statistics[: max(1, tokens // length)]
-    return EndLossProbes(streamed, windows[:, : min(length, max(64, tokens))], equal)
+    used, tokens = len(text.part(SURVEYED).statistics), text.statistics.numel()
+    unseen = text.statistics[used:] if used < len(text.statistics) else text.statistics
+    refit = FUSION_METHODS[config.method].refits_output
+    errors = ErrorProbes(streamed, probe_windows(unseen, weighing_tokens(tokens)), equal, refit)
+    if preset.end_loss_probes is None:
+        return errors, None
+    counts = probed_counts(source.heads.num_key_value_heads, preset.end_loss_probes == "all")
+    return errors, EndLossProbes(
+        streamed, probe_windows(unseen, probe_tokens(tokens, streamed.num_layers, counts)), equal
+    )
 
 
 def _needs_costs(config: FuseConfig, heads: HeadLayout) -> bool:

@@ -1,8 +1,8 @@
-"""Probes of the end loss, KL(source || fused), for the cost table of the budget.
+"""Probes: what keeping fewer key heads or value heads of a layer costs, in nats of KL(source || fused).
 
-Costs add up near the point where they were measured, and errors of fused layers compound. So one side of one layer is
-fused more or less not in the source but in a model that is fused to the same budget with equal counts. Every layer's
-output projection is refitted as in the conversion, which makes good more of the keys' errors than of the values'.
+`ErrorProbes` measure the error of the attention output at each count, and weigh keys against values by the end loss of
+two whole models. `EndLossProbes` measure the end loss itself, of a variant for each count. Both fuse as the conversion
+does: every fused layer's output projection is refitted, which makes good more of the keys' errors than of the values'.
 """
 
 from __future__ import annotations
@@ -14,17 +14,24 @@ import torch
 
 from headfuse.architectures import AttentionWeights
 from headfuse.distillation import kl_divergence
-from headfuse.fuse_layer import least_squares_output
+from headfuse.fuse_layer import FusedHeads, reconstructed_outputs, refit_source
 from headfuse.fusion.maps import HeadMaps
 from headfuse.plan import Groups, HeadBudget, HeadLayout
 from headfuse.streaming import AttentionCapture, HiddenStates, StreamedModel
 
 PROBE_COST = 2.0
-"""Price of all probes together, in forward passes over the calibration text; it decides how many tokens they see."""
-ROWS_PER_UNKNOWN = 4
-"""Rows of text behind a refit for each number in a row of the output projection."""
-READ_TOKENS = 4
-"""One in so many tokens enters the divergence: reading logits costs more than it tells."""
+"""Price of all probes of the end loss together, in forward passes over the calibration text; it decides how many tokens
+they see."""
+WEIGHED = 1 / 16
+"""Tokens that weigh keys against values, over those of the calibration text."""
+PROBE_LENGTH = 128
+"""Tokens of a probe's window: different texts tell more than a long one."""
+TINY = 1e-30
+
+Costs = dict[tuple[int, str], dict[int, float]]
+"""Of a layer's side: cost of each measured count."""
+Fused = Mapping[tuple[str, int], tuple[HeadMaps, Groups]]
+"""Maps and groups of each `(side, count)` with fewer heads than the source."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,126 @@ def probe_tokens(tokens: float, layers: int, counts: int) -> int:
     return max(64, int(PROBE_COST * tokens / max(1, layers * counts)))
 
 
+def weighing_tokens(tokens: int) -> int:
+    """How many tokens the two models see whose end loss weighs keys against values."""
+    return max(64, int(WEIGHED * tokens))
+
+
+def probe_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The beginnings of as many windows `[k, T]` as `tokens` reach for, longer ones where there are too few."""
+    used = min(len(windows), max(1, round(tokens / PROBE_LENGTH)))
+    return windows[:used, : tokens // used]
+
+
+class ErrorProbes:
+    """Errors of the attention output, made comparable across the sides by the end loss.
+
+    The closed form tells apart the layers of one side, but an error of values costs more than one of keys that is as
+    large (docs/experiments.md). So the errors of a side are scaled to add up to the divergence of a model in which that
+    side alone is fused, to equal counts.
+
+    Args:
+        streamed: the source.
+        windows: the tokens that the two models see, `[k, T]`.
+        equal: their counts; lowered to the next that is measured.
+        refit: whether the conversion refits output projections.
+    """
+
+    def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget, refit: bool) -> None:
+        self.streamed, self.refit, self.errors = streamed, refit, Costs()
+        self.equal = {"key": equal.key_heads, "value": equal.value_heads}
+        self.source = streamed.embed(windows)
+        self.fused = dict.fromkeys(self.equal, self.source)
+        self.summed = dict.fromkeys(self.equal, 0.0)
+
+    def advance(
+        self,
+        layer_idx: int,
+        tensors: Mapping[str, torch.Tensor],
+        fused: Fused,
+        captures: Sequence[AttentionCapture],
+        hidden: torch.Tensor,
+    ) -> None:
+        """Measure the counts of a layer, and take the two models through it.
+
+        Args:
+            layer_idx: of the layer.
+            tensors: the source's.
+            fused: maps and groups of each `(side, count)` with fewer heads than the source.
+            captures: the source's layer on calibration text.
+            hidden: the residual stream before the layer, of the windows of weight 1, `[k, T, D]`.
+        """
+        heads = self.streamed.heads
+        output = AttentionWeights.of_layer(tensors, self.streamed.arch, heads).output
+        ordinary = [capture for capture in captures if capture.weight == 1]
+        seen = ordinary[: max(1, len(ordinary) // 4)]
+        others = ordinary[len(seen) :] + [c for c in captures if c.weight != 1] if len(ordinary) > 1 else captures
+        for side, counts in self.equal.items():
+            measured = sorted(count for s, count in fused if s == side)
+            equal = max([count for count in measured if count <= counts[layer_idx]] or measured[:1], default=None)
+            layer = tensors
+            row = self.errors.setdefault((layer_idx, side), {})
+            for count in measured:
+                changed = {side: fused[side, count]}
+                refitted = refit_source(output, others, changed, heads) if self.refit else output
+                row[count] = output_error(seen, hidden, output, refitted, changed, heads)
+                if count == equal:
+                    self.summed[side] += row[count]
+                    layer = with_heads(tensors, self.streamed, changed, refitted)
+            with self.streamed.layer(layer_idx, layer) as run:
+                self.fused[side] = run(self.fused[side], None)
+        with self.streamed.layer(layer_idx, tensors) as run:
+            self.source = run(self.source, None)
+
+    def costs(self) -> Costs:
+        """The scaled errors of each layer's sides, 0 for all heads; unscaled where nothing was lost."""
+        n, scales = self.streamed.heads.num_key_value_heads, dict.fromkeys(self.fused, 1.0)
+        found = divergences(self.streamed, self.source, list(self.fused.values()))
+        for side, divergence in zip(self.fused, found, strict=True):
+            if divergence > 0 and self.summed[side] > 0:
+                scales[side] = divergence / self.summed[side]
+        return {
+            (i, side): {**{count: scales[side] * error for count, error in row.items()}, n: 0.0}
+            for (i, side), row in self.errors.items()
+        }
+
+
+def output_error(
+    captures: Sequence[AttentionCapture],
+    hidden: torch.Tensor,
+    output: torch.Tensor,
+    refitted: torch.Tensor,
+    fused: FusedHeads,
+    heads: HeadLayout,
+) -> float:
+    """Mean of |e|^2 / (|e|^2 + |x|^2) over tokens: e the error of the attention output, x the residual stream.
+
+    Token by token, because a few tokens with massive activations hold nearly all of the energy.
+
+    Args:
+        captures: the source's layer on the text to measure on, of all or the first of `hidden`.
+        hidden: the residual stream before the layer, `[k, T, D]`.
+        output: output projection of the source `[D, n_q, d]`.
+        refitted: the one that reads the fused heads, `[D, n_q, d]`.
+        fused: maps and groups of the sides that are fused.
+        heads: the source's heads.
+    """
+    share, tokens, first = 0.0, 0, 0
+    for capture in captures:
+        z = reconstructed_outputs(capture, fused, heads).transpose(1, 2)  # [B, T, n_q, d]
+        error = z.flatten(2) @ refitted.to(z).flatten(1).T - capture.output.flatten(2) @ output.to(z).flatten(1).T
+        squared, energy = error.square().sum(-1), hidden[first : first + len(z)].square().sum(-1)
+        share += (squared / (squared + energy).clamp_min(TINY)).sum().item()
+        tokens, first = tokens + energy.numel(), first + len(z)
+    return share / tokens
+
+
 class EndLossProbes:
     """Hidden states of fused variants on their way through the layers (math.md 4).
 
-    All variants advance together, so every layer is loaded once.
+    Costs add up near the point where they were measured, and errors of fused layers compound. So one side of one layer
+    is fused more or less not in the source but in a model that is fused to the same budget with equal counts. All
+    variants advance together, so every layer is loaded once.
 
     Args:
         streamed: the source.
@@ -69,7 +192,7 @@ class EndLossProbes:
         self,
         layer_idx: int,
         tensors: Mapping[str, torch.Tensor],
-        fused: Mapping[tuple[str, int], tuple[HeadMaps, Groups]],
+        fused: Fused,
         captures: Sequence[AttentionCapture] = (),
     ) -> None:
         """Take every variant through a layer, and start one for each `(side, count)` of this layer.
@@ -86,11 +209,15 @@ class EndLossProbes:
             row[layer_idx] = max(count for count in counts[side] if count <= row[layer_idx] or count == counts[side][0])
 
         equal = {side: row[layer_idx] for side, row in self.equal.items()}
-        captures = _enough(captures, self.streamed.heads)
+
+        output = AttentionWeights.of_layer(tensors, self.streamed.arch, self.streamed.heads).output
 
         def variant(**changed: int) -> Mapping[str, torch.Tensor]:
             chosen = {side: fused[side, c] for side, c in {**equal, **changed}.items() if c < n}
-            return with_heads(tensors, self.streamed, chosen, captures) if chosen else tensors
+            if not chosen:
+                return tensors
+            refitted = refit_source(output, captures, chosen, self.streamed.heads) if captures else None
+            return with_heads(tensors, self.streamed, chosen, refitted)
 
         started = []
         for side in self.equal:
@@ -107,66 +234,65 @@ class EndLossProbes:
 
     def results(self) -> list[Probe]:
         """Every count of every side, after the last layer; the divergence of equal counts stands in each row."""
-        wanted = self._logits(self.source)
-
-        def divergence(states: HiddenStates) -> float:
-            return kl_divergence(self._logits(states), wanted).item() / len(wanted)
-
-        equal = divergence(self.fused)
-        probes = [Probe(i, side, count, divergence(states)) for i, side, count, states in self.variants]
+        states = [self.fused, *(states for *_, states in self.variants)]
+        equal, *others = divergences(self.streamed, self.source, states)
+        probes = [Probe(i, side, count, d) for (i, side, count, _), d in zip(self.variants, others, strict=True)]
         rows = dict.fromkeys((probe.layer_idx, probe.side) for probe in probes)
         return probes + [Probe(i, side, self.equal[side][i], equal) for i, side in rows]
 
-    @torch.no_grad()
-    def _logits(self, states: HiddenStates) -> torch.Tensor:
-        hidden = self.streamed.last_hidden_state(states.hidden[:, ::READ_TOKENS]).flatten(0, 1)
-        return self.streamed.logits(hidden).double()  # the divergence of equal models is 0, not the rounding of float32
+    def costs(self) -> Costs:
+        """The costs that the results say."""
+        return costs(self.results())
 
 
-def costs(probes: Iterable[Probe]) -> dict[tuple[int, str], dict[int, float]]:
+@torch.no_grad()
+def divergences(streamed: StreamedModel, source: HiddenStates, variants: Sequence[HiddenStates]) -> list[float]:
+    """KL(source || variant) of each variant, in nats per position, given what the last layers made of the windows."""
+
+    def logits(states: HiddenStates, window: int) -> torch.Tensor:  # float64: that of equal models is 0, not rounding
+        return streamed.logits(streamed.last_hidden_state(states.hidden[window : window + 1])).flatten(0, 1).double()
+
+    sums = [0.0] * len(variants)
+    for window in range(len(source)):
+        wanted = logits(source, window)
+        for index, states in enumerate(variants):
+            sums[index] += kl_divergence(logits(states, window), wanted).item()
+    return [total / source.hidden.shape[:2].numel() for total in sums]
+
+
+def costs(probes: Iterable[Probe]) -> Costs:
     """What each count of a layer's side costs, in nats: its divergence less that of all heads, at least 0."""
-    rows: dict[tuple[int, str], dict[int, float]] = {}
+    rows = Costs()
     for probe in probes:
         rows.setdefault((probe.layer_idx, probe.side), {})[probe.count] = probe.divergence
     return {place: {count: max(0.0, d - row[max(row)]) for count, d in row.items()} for place, row in rows.items()}
 
 
-def _enough(captures: Sequence[AttentionCapture], heads: HeadLayout) -> list[AttentionCapture]:
-    """As many of the long windows as a refit needs, and all short ones."""
-    rows, chosen = 0, list[AttentionCapture]()
-    for capture in captures:
-        if capture.weight != 1 or rows < ROWS_PER_UNKNOWN * heads.num_attention_heads * heads.head_dim:
-            chosen.append(capture)
-            rows += capture.output.shape[:2].numel() if capture.weight == 1 else 0
-    return chosen
+def mean_costs(tables: Sequence[Costs]) -> Costs:
+    """The mean of several measurements of the same counts: errors have less noise, the end loss has no bias."""
+    return {
+        place: {count: sum(t[place][count] for t in tables) / len(tables) for count in row}
+        for place, row in tables[0].items()
+    }
 
 
 def with_heads(
     tensors: Mapping[str, torch.Tensor],
     streamed: StreamedModel,
-    fused: Mapping[str, tuple[HeadMaps, Groups]],
-    captures: Sequence[AttentionCapture],
+    fused: FusedHeads,
+    output: torch.Tensor | None = None,
 ) -> Mapping[str, torch.Tensor]:
     """A source layer's tensors with keys, values or both replaced by what their fused heads give back of them.
 
-    Where there are captures of the source's layer, its output projection is refitted to what is left.
+    `output [D, n_q, d]` takes the place of the output projection, where it is given.
     """
-    arch, heads = streamed.arch, streamed.heads
     for side, maps in fused.items():
         tensors = reconstructed(tensors, streamed, side, *maps)
-    if not captures:
+    if output is None:
         return tensors
-
-    def left(side: str, source: torch.Tensor) -> torch.Tensor:
-        return fused[side][0].reconstruct(source, fused[side][1]) if side in fused else source
-
-    def head_outputs(capture: AttentionCapture) -> torch.Tensor:
-        value = left("value", capture.value).repeat_interleave(heads.queries_per_head, dim=1)
-        return capture.probabilities(left("key", capture.key)) @ value
-
-    weights = AttentionWeights.of_layer(tensors, arch, heads)
-    weights.output = least_squares_output(weights.output, weights.output, captures, head_outputs).float()
-    return weights.in_layer(tensors, arch, heads)
+    weights = AttentionWeights.of_layer(tensors, streamed.arch, streamed.heads)
+    weights.output = output
+    return weights.in_layer(tensors, streamed.arch, streamed.heads)
 
 
 def reconstructed(

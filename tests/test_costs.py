@@ -12,14 +12,28 @@ from safetensors.torch import load_file, save_file
 
 import headfuse
 from headfuse import importance as importance_module
+from headfuse import planning
 from headfuse.budget import BudgetRules, parse_budget
+from headfuse.calibration import CalibrationText
 from headfuse.checkpoint import read_plan
+from headfuse.config import FuseConfig
 from headfuse.distillation import kl_divergence
 from headfuse.errors import BudgetError
+from headfuse.fuse_layer import refit_source
 from headfuse.fusion.maps import HeadMaps, plane_matrix
 from headfuse.importance import HEAD_IMPORTANCE, cost_rows
 from headfuse.plan import HeadBudget, HeadLayout
-from headfuse.probes import READ_TOKENS, EndLossProbes, Probe, costs, reconstructed, with_heads
+from headfuse.probes import (
+    EndLossProbes,
+    ErrorProbes,
+    Probe,
+    costs,
+    mean_costs,
+    output_error,
+    probe_windows,
+    reconstructed,
+    with_heads,
+)
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel
 
@@ -53,7 +67,7 @@ def test_a_probe_is_the_divergence_of_the_fused_model(tmp_path: Path, model_type
     results = {(p.layer_idx, p.side, p.count): p.divergence for p in probes.results()}
     assert set(results) == {(*place, count) for place in lowered for count in (1, 3, 4)}
     with torch.no_grad():
-        wanted = headfuse.load(model)(WINDOWS).logits[:, ::READ_TOKENS].flatten(0, 1).double()
+        wanted = headfuse.load(model)(WINDOWS).logits.flatten(0, 1).double()
         for (layer_idx, side, count), divergence in results.items():
             changed = headfuse.load(model)
             for (i, s), here in lowered.items():
@@ -62,9 +76,108 @@ def test_a_probe_is_the_divergence_of_the_fused_model(tmp_path: Path, model_type
                     module = changed.model.layers[i]
                     stored = {name: tensor.float() for name, tensor in module.state_dict().items()}
                     module.load_state_dict(reconstructed(stored, streamed, s, *fused[s, here]))
-            got = changed(WINDOWS).logits[:, ::READ_TOKENS].flatten(0, 1).double()
+            got = changed(WINDOWS).logits.flatten(0, 1).double()
             assert divergence == pytest.approx(kl_divergence(got, wanted).item() / len(wanted), rel=1e-3)
             assert divergence > 1e-6
+
+
+def random_maps(seed: int = 4) -> HeadMaps:
+    """Maps of 4 heads of 8 channels that both sides may have: read maps commute with RoPE."""
+    generator = torch.Generator().manual_seed(seed)
+    phases = torch.polar(torch.ones(4, 4).double(), torch.rand(4, 4, dtype=torch.float64, generator=generator))
+    return HeadMaps(plane_matrix(phases.conj()) / 2, plane_matrix(phases))
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_errors_are_scaled_to_the_end_loss_of_their_side(tmp_path: Path, refit: bool) -> None:
+    """Errors of equal counts add up to the divergence of the whole model with that side fused, its outputs refitted."""
+    model = tiny_model(tmp_path / "model", "llama", layers=3)
+    _, streamed = opened(model)
+    text = torch.randint(300, (16, 48), generator=torch.Generator().manual_seed(5))
+    probes = ErrorProbes(streamed, WINDOWS, HeadBudget(key_heads=(2, 2, 4), value_heads=(2, 3, 1)), refit)
+    pairs, states = ((0, 1), (2, 3)), streamed.embed(text)
+    changed = {side: headfuse.load(model) for side in ("key", "value")}
+    for layer_idx in range(3):
+        tensors, captures, hidden = streamed.layer_tensors(layer_idx), list[AttentionCapture](), states.hidden
+        with streamed.layer(layer_idx, tensors) as run:
+            states = run(states, captures)
+        maps = random_maps(layer_idx)
+        fused = {
+            (side, count): (maps, groups) for side in changed for count, groups in ((2, pairs), (1, ((0, 1, 2, 3),)))
+        }
+        probes.advance(layer_idx, tensors, fused, captures, hidden)
+        for side, other in changed.items():
+            count = 1 if (layer_idx, side) == (2, "value") else 2
+            layer = dict(reconstructed(tensors, streamed, side, *fused[side, count]))
+            if refit:
+                output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
+                seen = captures[max(1, len(captures) // 4) :] or captures
+                refitted = refit_source(output, seen, {side: fused[side, count]}, streamed.heads)
+                layer["self_attn.o_proj.weight"] = refitted.flatten(1)
+            other.model.layers[layer_idx].load_state_dict(layer)
+    table = probes.costs()
+    with torch.no_grad():
+        wanted = headfuse.load(model)(WINDOWS).logits.flatten(0, 1).double()
+        for side, other in changed.items():
+            total = sum(table[i, side][1 if (i, side) == (2, "value") else 2] for i in range(3))
+            divergence = kl_divergence(other(WINDOWS).logits.flatten(0, 1).double(), wanted).item() / len(wanted)
+            assert total == pytest.approx(divergence, rel=1e-3)
+            assert divergence > 1e-6
+    assert {tuple(sorted(row)) for row in table.values()} == {(1, 2, 4)}
+    assert all(row[4] == 0 < row[2] for row in table.values())
+
+
+def test_a_token_of_massive_energy_hides_no_error(tmp_path: Path) -> None:
+    """An error of a token counts by that token's own energy, not by the mean over all."""
+    _, streamed = opened(tiny_model(tmp_path / "model", "llama"))
+    states, captures = streamed.embed(WINDOWS), list[AttentionCapture]()
+    tensors = streamed.layer_tensors(0)
+    with streamed.layer(0, tensors) as run:
+        run(states, captures)
+    output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
+    fused = {"value": (random_maps(), ((0, 1), (2, 3)))}
+
+    def error(hidden: torch.Tensor) -> float:
+        return output_error(captures, hidden, output, output, fused, streamed.heads)
+
+    massive = states.hidden.clone()
+    massive[:, 0] *= 1e4
+    assert 0 < error(massive) < error(states.hidden) < 1.5 * error(massive)
+    assert error(torch.zeros_like(massive)) == pytest.approx(1)  # all error, no energy
+
+
+def test_probes_see_text_that_nothing_was_fitted_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watched(windows: torch.Tensor, tokens: int) -> torch.Tensor:
+        seen.append(probe_windows(windows, tokens))
+        return seen[-1]
+
+    monkeypatch.setattr(planning, "probe_windows", watched)
+    source, streamed = opened(tiny_model(tmp_path / "model"))
+    config = FuseConfig.model_validate({"preset": "balanced", "budget": {"total": "1/2"}})
+    for windows, apart in ((torch.arange(9 * 16).view(9, 16), True), (torch.arange(16).view(1, 16), False)):
+        seen.clear()
+        text = CalibrationText.split(windows, 0)
+        planning.survey(source, streamed, text, config, lambda *_: None)
+        surveyed = text.part(planning.SURVEYED).statistics
+        assert [not torch.isin(part, surveyed).any() for part in seen] == [apart, apart]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape"), [(64, (1, 64)), (200, (2, 100)), (300, (2, 150)), (5000, (3, 512)), (1, (1, 1))]
+)
+def test_probe_windows(tokens: int, shape: tuple[int, int]) -> None:
+    """Many beginnings rather than few long ones."""
+    windows = torch.arange(3 * 512).view(3, 512)
+    chosen = probe_windows(windows, tokens)
+    assert chosen.shape == shape
+    assert torch.equal(chosen, windows[: shape[0], : shape[1]])
+
+
+def test_mean_costs() -> None:
+    tables = [{(0, "key"): {1: 0.5, 2: 0.0}}, {(0, "key"): {1: 1.0, 2: 0.0}}]
+    assert mean_costs(tables) == {(0, "key"): {1: 0.75, 2: 0.0}}
 
 
 @pytest.mark.parametrize("side", ["key", "value"])
@@ -75,12 +188,11 @@ def test_probes_refit_the_output_projection(tmp_path: Path, side: str) -> None:
     tensors, captures, states = streamed.layer_tensors(0), list[AttentionCapture](), streamed.embed(windows)
     with streamed.layer(0, tensors) as run:
         wanted = run(states, captures).hidden
-    generator = torch.Generator().manual_seed(4)
-    phases = torch.polar(torch.ones(4, 4).double(), torch.rand(4, 4, dtype=torch.float64, generator=generator))
-    maps = HeadMaps(plane_matrix(phases.conj()) / 2, plane_matrix(phases))
+    fused = {side: (random_maps(), ((0, 1), (2, 3)))}
+    output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
     errors, layers = [], []
-    for seen in ((), captures):
-        layers.append(with_heads(tensors, streamed, {side: (maps, ((0, 1), (2, 3)))}, seen))
+    for refitted in (None, refit_source(output, captures, fused, streamed.heads)):
+        layers.append(with_heads(tensors, streamed, fused, refitted))
         with streamed.layer(0, layers[-1]) as run:
             errors.append((run(states, None).hidden - wanted).square().sum().item())
     assert 0 < errors[1] < 0.95 * errors[0]

@@ -23,7 +23,7 @@ ORDER = [
     ["loading", "streaming", "recipe"],
     ["calibration", "guard", "normed_keys"],
     ["source", "fuse_layer", "refine_model", "importance"],
-    ["probes"],
+    ["probes", "survey"],
     ["planning", "card", "memory", "perplexity", "speed", "verdicts"],
     ["agreement", "passkey"],
     ["evaluate"],
