@@ -17,8 +17,9 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.loading import pick_device
 from headfuse.planning import SURVEYED
 from headfuse.presets import PRESETS
-from headfuse.probes import PROBE_COST, probed_counts
+from headfuse.probes import PROBE_COST, probe_tokens, weighing_tokens
 from headfuse.source import Source
+from headfuse.survey import measured_counts
 
 LIBRARIES = 450 * 10**6
 """Bytes that the process takes with its libraries loaded."""
@@ -26,8 +27,8 @@ LIBRARIES = 450 * 10**6
 REFINED = 3.5
 """Price of a token's refinement within the layers, in forward passes: two of them, and the gradients."""
 
-EIGEN, PROBED = 4, 10
-"""Work on the groups of all head counts, over [n d, n d] products; counts whose error is measured, keys and values."""
+EIGEN = 4
+"""Work on the groups of all head counts, over [n d, n d] products."""
 
 EFFICIENCY = 0.6
 """Share of a matrix product's speed that whole layers reach: SmolLM2-135M on two cores."""
@@ -86,9 +87,8 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     sums = 2 * heads.num_attention_heads * length**2 + 2 * length * pairs + 2 * pairs**2  # of one token's values
     groups = EIGEN * pairs**3
     moments = (seen + surveyed) * sums + solve + groups  # float64
-    costs = 2 * PROBED * length * (queries * width + 2 * queries * length)
     passes = seen + 2 * held_out + surveyed
-    work = passes * once + layers * (seen * per_token + 2 * moments + costs) + 2 * 2 * held_out * head
+    work = passes * once + layers * (seen * per_token + 2 * moments) + 2 * 2 * held_out * head
 
     if FUSION_METHODS[config.method].trained:
         steps = config.dha.search_steps + config.dha.fusion_steps
@@ -97,12 +97,17 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
         return LIBRARIES + training_memory(source, config), tokens * per_token
 
     preset = PRESETS[config.preset]
-    if preset.end_loss_probes and config.budget.allocator in ("sensitivity", "dha-greedy") and config.layout != "gqa":
-        work += PROBE_COST * seen * once
-        if FUSION_METHODS[config.method].refits_output:
-            variants = 2 * probed_counts(heads.num_key_value_heads, preset.end_loss_probes == "all") + 1
-            work += layers * variants * (min(surveyed, ROWS_PER_UNKNOWN * queries) * per_token + 2 * solve)
-    if preset.model_passes and FUSION_METHODS[config.method].refits_output:
+    refits = FUSION_METHODS[config.method].refits_output
+    if config.budget.allocator in ("sensitivity", "dha-greedy") and config.layout != "gqa":
+        n = heads.num_key_value_heads
+        counts, few = len(measured_counts(n, preset.end_loss_probes == "all")), len(measured_counts(n, False))
+        rows = min(surveyed, ROWS_PER_UNKNOWN * queries)
+        refit = rows * per_token + 2 * 3 * min(rows, queries) ** 2 * queries if refits else 0
+        work += layers * 2 * few * (refit + surveyed / 4 * per_token) + 3 * weighing_tokens(seen) * (once + 2 * head)
+        if preset.end_loss_probes:
+            work += PROBE_COST * seen * once + layers * (2 * counts + 1) * refit
+            work += layers * 2 * counts * probe_tokens(seen, layers, counts) * 2 * head
+    if preset.model_passes and refits:
         trained = preset.model_passes * seen
         work += trained * (REFINED * once + 3 * 2 * head) + held_out * (once + 2 * head)
         memory += 4 * ((layers * length + seen + 16 * length) * width + 3 * length * vocabulary // 4)

@@ -117,18 +117,27 @@ def least_squares_output(
         captures: the layer on the calibration windows.
         head_outputs: of a capture, what the changed heads put out, `[B, n_q, T, d]`.
     """
-    hidden_size, size = len(start), start[0].numel()
-    rows, gram = 0, torch.zeros(size, size, dtype=torch.float64)
-    cross = torch.zeros(hidden_size, size, dtype=torch.float64)
     start, wanted = start.double(), source.double().flatten(1)
-    for capture in captures:
-        z = head_outputs(capture).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def rows(capture: AttentionCapture) -> tuple[torch.Tensor, torch.Tensor]:
+        z = head_outputs(capture).transpose(1, 2).flatten(2).flatten(0, 1)  # [B T, n_q d]
         target = capture.output.flatten(2).flatten(0, 1)
         # the residual itself, not a difference of two products: it vanishes on heads that are truly redundant
-        missing = target @ wanted.to(target).T - z @ start.flatten(1).to(z).T  # [B T, D]
-        rows += len(z)
+        return z, target @ wanted.to(target).T - z @ start.flatten(1).to(z).T  # [B T, D]
+
+    count, (width, size) = sum(capture.output.shape[:2].numel() for capture in captures), wanted.shape
+    if count < size:  # the same solution from the smaller Gram matrix
+        pairs = [[x * capture.weight**0.5 for x in rows(capture)] for capture in captures]
+        z, missing = (torch.cat(part) for part in zip(*pairs, strict=True))
+        gram = (z @ z.T).double().cpu()
+        gram.diagonal().add_((REFIT_RIDGE * gram.diagonal().mean()).clamp_min(1e-300))
+        change = torch.linalg.solve(gram, missing.double().cpu()).T @ z.double().cpu()
+        return start + change.view_as(start)
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    cross = torch.zeros(width, size, dtype=torch.float64)
+    for capture in captures:
+        z, missing = rows(capture)
         gram += capture.weight * (z.T @ z).double().cpu()
         cross += capture.weight * (missing.T @ z).double().cpu()
-    ridge = REFIT_RIDGE * size / rows * gram.diagonal().mean()
-    gram.diagonal().add_(ridge.clamp_min(1e-300))
+    gram.diagonal().add_((REFIT_RIDGE * size / count * gram.diagonal().mean()).clamp_min(1e-300))
     return start + torch.linalg.solve(gram, cross.T).T.view_as(start)

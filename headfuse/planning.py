@@ -20,15 +20,13 @@ from headfuse.presets import PRESETS
 from headfuse.probes import (
     EndLossProbes,
     ErrorProbes,
-    mean_costs,
     probe_tokens,
     probe_windows,
-    probed_counts,
     weighing_tokens,
 )
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel
-from headfuse.survey import LayerSurvey, SideCosts, survey_layer
+from headfuse.survey import LayerSurvey, SideCosts, measured_counts, survey_layer
 
 logger = logging.getLogger(__name__)
 
@@ -63,32 +61,32 @@ def survey(
     preset = PRESETS[config.preset]
     shared = config.layout in SHARED
     errors, end_losses = _probes(source, streamed, text, config) if costs else (None, None)
+    every, few = preset.end_loss_probes == "all", measured_counts(source.heads.num_key_value_heads, False)
     for layer_idx in range(streamed.num_layers):
         tensors, captures, inputs = streamed.layer_tensors(layer_idx), list[AttentionCapture](), windows.hidden
         with streamed.layer(layer_idx, tensors) as run:
             windows, starts = run(windows, captures), run(starts, captures)
         output = AttentionWeights.of_layer(tensors, streamed.arch, source.heads).output
-        every = preset.end_loss_probes == "all"
         layer = survey_layer(captures, output, source.heads, method, config.grouping, costs, slots, every, shared)
         fused = {(side, c): maps for side, row in layer.costs.items() for c, maps in row.maps.items()}
         if errors is not None:
-            errors.advance(layer_idx, tensors, fused, captures, inputs)
+            some = {(side, c): maps for (side, c), maps in fused.items() if shared or c in few}
+            errors.advance(layer_idx, tensors, some, captures, inputs)
         if end_losses is not None:
             end_losses.advance(layer_idx, tensors, fused, captures if method.refits_output else ())
         for row in layer.costs.values():
             row.maps.clear()
         surveys.append(layer)
         on_progress("survey", layer_idx + 1, streamed.num_layers)
-    if errors is not None:
-        tables = [probes.costs() for probes in (errors, end_losses) if probes is not None]
-        for (layer_idx, side), found in mean_costs(tables).items():
-            surveys[layer_idx].costs[side].measured.update(found)
+    for probes in (errors, end_losses):
+        for (layer_idx, side), found in (probes.costs() if probes is not None else {}).items():
+            surveys[layer_idx].costs[side].measured.append(found)
     if needed and allocator in HEAD_IMPORTANCE:
         seen = coalition_tokens(part.statistics, source.heads) if allocator == "shapley" else part.statistics
         rows = cost_rows(HEAD_IMPORTANCE[allocator](streamed, seen, source.heads, config.seed))
         for index, scores in enumerate(rows):
             side = ("key", "value")[index // len(surveys)]
-            surveys[index % len(surveys)].costs[side] = SideCosts(scores, dict(enumerate(scores, start=1)), {})
+            surveys[index % len(surveys)].costs[side] = SideCosts(scores, {}, [dict(enumerate(scores, start=1))])
     return surveys
 
 
@@ -103,10 +101,9 @@ def _probes(
     errors = ErrorProbes(streamed, probe_windows(unseen, weighing_tokens(tokens)), equal, refit)
     if preset.end_loss_probes is None:
         return errors, None
-    counts = probed_counts(source.heads.num_key_value_heads, preset.end_loss_probes == "all")
-    return errors, EndLossProbes(
-        streamed, probe_windows(unseen, probe_tokens(tokens, streamed.num_layers, counts)), equal
-    )
+    counts = len(measured_counts(source.heads.num_key_value_heads, preset.end_loss_probes == "all"))
+    seen = probe_windows(unseen, probe_tokens(tokens, streamed.num_layers, counts))
+    return errors, EndLossProbes(streamed, seen, equal)
 
 
 def _needs_costs(config: FuseConfig, heads: HeadLayout) -> bool:

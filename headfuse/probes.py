@@ -44,11 +44,6 @@ class Probe:
     divergence: float
 
 
-def probed_counts(heads: int, every_count: bool) -> int:
-    """How many counts below all `heads` of a side are probed: those that are powers of two, or every one."""
-    return heads - 1 if every_count else (heads - 1).bit_length()
-
-
 def probe_tokens(tokens: float, layers: int, counts: int) -> int:
     """How many tokens each of `2 layers counts` probes may see; a probe costs half a forward pass on average."""
     return max(64, int(PROBE_COST * tokens / max(1, layers * counts)))
@@ -266,14 +261,6 @@ def costs(probes: Iterable[Probe]) -> Costs:
     for probe in probes:
         rows.setdefault((probe.layer_idx, probe.side), {})[probe.count] = probe.divergence
     return {place: {count: max(0.0, d - row[max(row)]) for count, d in row.items()} for place, row in rows.items()}
-
-
-def mean_costs(tables: Sequence[Costs]) -> Costs:
-    """The mean of several measurements of the same counts: errors have less noise, the end loss has no bias."""
-    return {
-        place: {count: sum(t[place][count] for t in tables) / len(tables) for count in row}
-        for place, row in tables[0].items()
-    }
 
 
 def with_heads(

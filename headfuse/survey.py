@@ -84,17 +84,23 @@ class LayerSurvey:
 class SideCosts:
     """What keeping 1 to n key heads or value heads of a layer costs.
 
-    `lost [n]` is the closed form's lost energy; `measured` gives the cost of some counts, 0 for n; `maps` has maps and
-    groups of the counts below n that are to be measured.
+    `lost [n]` is the closed form's lost energy; `maps` has maps and groups of those counts below n that are to be
+    measured; each of `measured` gives the cost of some counts, 0 for n.
     """
 
     lost: list[float]
-    measured: dict[int, float]
     maps: dict[int, tuple[HeadMaps, Groups]]
+    measured: list[dict[int, float]]
 
     def row(self) -> list[float]:
-        """The row of the cost table, `[n]`."""
-        return _between(self.lost, self.measured)
+        """The row of the cost table `[n]`, the mean of the measurements: what has less noise, and what no bias."""
+        rows = [_between(self.lost, costs) for costs in self.measured]
+        return [sum(costs) / len(rows) for costs in zip(*rows, strict=True)]
+
+
+def measured_counts(heads: int, every: bool) -> list[int]:
+    """The counts below all `heads` of a side whose cost is measured: powers of two, or every one."""
+    return [count for count in range(1, heads) if every or count & (count - 1) == 0]
 
 
 def survey_layer(
@@ -112,8 +118,7 @@ def survey_layer(
 
     `slots` lets fused key heads choose their rotary slots; with `shared_groups` counts that divide the source's are
     those of one partition of keys and values into groups of one size, and are the ones measured. `costs` asks for the
-    lost energy of every count, and for the maps of those whose cost is to be measured (probes.py): powers of two, or
-    `every_count`.
+    lost energy of every count, and for the maps of those whose cost is to be measured (probes.py).
 
     Args:
         captures: the layer on the calibration windows.
@@ -123,7 +128,7 @@ def survey_layer(
         grouping: name of the grouping.
         costs: whether the allocator reads costs of fusing.
         slots: whether key heads choose their slots.
-        every_count: whether every count is measured.
+        every_count: whether every count is to be measured.
         shared_groups: whether keys and values have the same groups.
     """
     n = heads.num_key_value_heads
@@ -138,7 +143,8 @@ def survey_layer(
         key_groups = [shared.get(count, groups) for count, groups in enumerate(key_groups, start=1)]
         value_groups = [shared.get(count, groups) for count, groups in enumerate(value_groups, start=1)]
     key_slots = [method.rotary_slots(groups, keys) if slots else None for groups in key_groups]
-    measured = {side: SideCosts([0.0] * n, {n: 0.0}, {}) for side in ("key", "value")} if costs else {}
+    measured = {side: SideCosts([0.0] * n, {}, []) for side in ("key", "value")} if costs else {}
+    counts = set(shared) if shared_groups else measured_counts(n, every_count)
     for count in range(1, n) if costs else ():
         groups = {"key": key_groups[count - 1], "value": value_groups[count - 1]}
         maps = {
@@ -147,7 +153,7 @@ def survey_layer(
         }
         measured["key"].lost[count - 1] = lost_key_energy(maps["key"], groups["key"], keys)
         measured["value"].lost[count - 1] = lost_value_energy(maps["value"], groups["value"], values)
-        if count in shared if shared_groups else every_count or count & (count - 1) == 0:
+        if count in counts:
             for side, row in measured.items():
                 row.maps[count] = maps[side], groups[side]
     return LayerSurvey(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from headfuse.checkpoint import read_plan
 from headfuse.config import FuseConfig
 from headfuse.distillation import kl_divergence
 from headfuse.errors import BudgetError
-from headfuse.fuse_layer import refit_source
+from headfuse.fuse_layer import reconstructed_outputs, refit_source
 from headfuse.fusion.maps import HeadMaps, plane_matrix
 from headfuse.importance import HEAD_IMPORTANCE, cost_rows
 from headfuse.plan import HeadBudget, HeadLayout
@@ -28,7 +29,6 @@ from headfuse.probes import (
     ErrorProbes,
     Probe,
     costs,
-    mean_costs,
     output_error,
     probe_windows,
     reconstructed,
@@ -36,6 +36,7 @@ from headfuse.probes import (
 )
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel
+from headfuse.survey import SideCosts, measured_counts
 
 WINDOWS = torch.randint(300, (4, 24), generator=torch.Generator().manual_seed(3))
 
@@ -175,9 +176,34 @@ def test_probe_windows(tokens: int, shape: tuple[int, int]) -> None:
     assert torch.equal(chosen, windows[: shape[0], : shape[1]])
 
 
-def test_mean_costs() -> None:
-    tables = [{(0, "key"): {1: 0.5, 2: 0.0}}, {(0, "key"): {1: 1.0, 2: 0.0}}]
-    assert mean_costs(tables) == {(0, "key"): {1: 0.75, 2: 0.0}}
+def test_a_row_is_the_mean_of_its_measurements() -> None:
+    """Counts that a measurement left out lie between its neighbours, as the lost energy does."""
+    row = SideCosts([8.0, 4.0, 2.0, 0.0], {}, [{1: 4.0, 2: 2.0, 4: 0.0}, {1: 1.0, 2: 1.0, 3: 0.5, 4: 0.0}]).row()
+    assert row == pytest.approx([2.5, 1.5, 0.75, 0.0])
+
+
+@pytest.mark.parametrize(("heads", "every", "counts"), [(8, False, [1, 2, 4]), (4, True, [1, 2, 3]), (1, True, [])])
+def test_measured_counts(heads: int, every: bool, counts: list[int]) -> None:
+    assert measured_counts(heads, every) == counts
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_a_refit_on_few_rows(tmp_path: Path, weight: float) -> None:
+    """Fewer rows than unknowns are solved from another Gram matrix, with the same ridge."""
+    _, streamed = opened(tiny_model(tmp_path / "model", "llama"))
+    captures, tensors = list[AttentionCapture](), streamed.layer_tensors(0)
+    with streamed.layer(0, tensors) as run:
+        run(replace(streamed.embed(WINDOWS[:1, :20]), weight=weight), captures)
+    output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
+    (capture,), fused = captures, {"value": (random_maps(), ((0, 1), (2, 3)))}
+    few = refit_source(output, [capture], fused, streamed.heads)  # 20 rows, 32 unknowns
+    z = reconstructed_outputs(capture, fused, streamed.heads)[0].transpose(0, 1).flatten(1).double()
+    missing = (capture.output[0].flatten(1).double() - z) @ output.flatten(1).double().T
+    gram = weight * z.T @ z
+    ridge = 32 / 20 * gram.diagonal().mean()
+    change = torch.linalg.solve(gram + ridge * torch.eye(32), weight * z.T @ missing).T
+    assert torch.allclose((few - output).flatten(1).double(), change, atol=1e-5)
+    assert change.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("side", ["key", "value"])
