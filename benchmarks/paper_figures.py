@@ -59,7 +59,7 @@ def main() -> None:
         means = [
             sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("cka_redundancy", "redundancy")
         ]
-        half = sum(layer.costs[side].measured[-1][(source.heads.num_key_value_heads + 1) // 2] for layer in surveys)
+        half = sum(layer.costs[side].measured[-1][1][(source.heads.num_key_value_heads + 1) // 2] for layer in surveys)
         print(f"{side}: redundancy by CKA {means[0]:.3f}, aligned {means[1]:.3f}; KL at half, summed {half:.4f}")
     for name, budget in budgets.items():
         print(name, "keys", budget.key_heads, "values", budget.value_heads)
@@ -73,14 +73,14 @@ def redundancy(surveys: list[LayerSurvey], similar: Analysis, method: str, path:
     colours = colormaps["viridis"].resampled(len(surveys))
     for axis, side in zip(axes, SIDES, strict=False):
         for index, layer in enumerate(surveys):
-            measured = layer.costs[side].measured[-1]  # the end loss
+            _, measured = layer.costs[side].measured[-1]  # the end loss
             shares = [count / max(measured) for count in sorted(measured)]
             losses = [measured[count] for count in sorted(measured)]
             axis.plot(shares, losses, "o-", ms=3, color=colours(index), label=f"layer {index}")
         axis.set(
             title=f"{side} heads of one layer, `{method}`", xlabel="share of heads kept", ylabel="KL from the source"
         )
-        axis.set_ylim(0, 1.05 * max(max(layer.costs[s].measured[-1].values()) for s in SIDES for layer in surveys))
+        axis.set_ylim(0, 1.05 * max(max(layer.costs[s].measured[-1][1].values()) for s in SIDES for layer in surveys))
         axis.legend(fontsize=7, ncols=1 + len(surveys) // 16)
     for side, layers, style in (("key", similar.keys, "o-"), ("value", similar.values, "s--")):
         for name, attribute, colour in (("CKA", "cka_redundancy", "C0"), ("aligned", "redundancy", "C1")):

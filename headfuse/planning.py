@@ -78,15 +78,15 @@ def survey(
             row.maps.clear()
         surveys.append(layer)
         on_progress("survey", layer_idx + 1, streamed.num_layers)
-    for probes in (errors, end_losses):
-        for (layer_idx, side), found in (probes.costs() if probes is not None else {}).items():
-            surveys[layer_idx].costs[side].measured.append(found)
+    for probes in filter(None, (errors, end_losses)):
+        for (layer_idx, side), found in probes.costs().items():
+            surveys[layer_idx].costs[side].measured.append((probes.worth, found))
     if needed and allocator in HEAD_IMPORTANCE:
         seen = coalition_tokens(part.statistics, source.heads) if allocator == "shapley" else part.statistics
         rows = cost_rows(HEAD_IMPORTANCE[allocator](streamed, seen, source.heads, config.seed))
         for index, scores in enumerate(rows):
             side = ("key", "value")[index // len(surveys)]
-            surveys[index % len(surveys)].costs[side] = SideCosts(scores, {}, [dict(enumerate(scores, start=1))])
+            surveys[index % len(surveys)].costs[side] = SideCosts(scores, {}, [(1.0, dict(enumerate(scores, start=1)))])
     return surveys
 
 

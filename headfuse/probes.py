@@ -22,6 +22,9 @@ from headfuse.streaming import AttentionCapture, HiddenStates, StreamedModel
 PROBE_COST = 2.0
 """Price of all probes of the end loss together, in forward passes over the calibration text; it decides how many tokens
 they see."""
+ERRORS_WORTH = 1000.0
+"""Tokens on which the end loss tells as much of a count as the error of the attention output does: the error is biased,
+the end loss of few tokens is noise (docs/experiments.md)."""
 WEIGHED = 1 / 16
 """Tokens that weigh keys against values, over those of the calibration text."""
 PROBE_LENGTH = 128
@@ -73,6 +76,8 @@ class ErrorProbes:
         equal: their counts; lowered to the next that is measured.
         refit: whether the conversion refits output projections.
     """
+
+    worth = ERRORS_WORTH
 
     def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget, refit: bool) -> None:
         self.streamed, self.refit, self.errors = streamed, refit, Costs()
@@ -178,7 +183,7 @@ class EndLossProbes:
     """
 
     def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget) -> None:
-        self.streamed, self.windows = streamed, windows
+        self.streamed, self.worth = streamed, float(windows.numel())
         self.equal = {"key": list(equal.key_heads), "value": list(equal.value_heads)}
         self.source = self.fused = streamed.embed(windows)
         self.variants: list[tuple[int, str, int, HiddenStates]] = []

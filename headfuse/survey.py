@@ -85,17 +85,18 @@ class SideCosts:
     """What keeping 1 to n key heads or value heads of a layer costs.
 
     `lost [n]` is the closed form's lost energy; `maps` has maps and groups of those counts below n that are to be
-    measured; each of `measured` gives the cost of some counts, 0 for n.
+    measured; each of `measured` is a weight, and the cost of some counts, 0 for n.
     """
 
     lost: list[float]
     maps: dict[int, tuple[HeadMaps, Groups]]
-    measured: list[dict[int, float]]
+    measured: list[tuple[float, dict[int, float]]]
 
     def row(self) -> list[float]:
-        """The row of the cost table `[n]`, the mean of the measurements: what has less noise, and what no bias."""
-        rows = [_between(self.lost, costs) for costs in self.measured]
-        return [sum(costs) / len(rows) for costs in zip(*rows, strict=True)]
+        """The row of the cost table `[n]`, the weighted mean of the measurements."""
+        total = sum(weight for weight, _ in self.measured)
+        rows = [[weight / total * c for c in _between(self.lost, costs)] for weight, costs in self.measured]
+        return [sum(costs) for costs in zip(*rows, strict=True)]
 
 
 def measured_counts(heads: int, every: bool) -> list[int]:

@@ -178,8 +178,8 @@ def test_probe_windows(tokens: int, shape: tuple[int, int]) -> None:
 
 def test_a_row_is_the_mean_of_its_measurements() -> None:
     """Counts that a measurement left out lie between its neighbours, as the lost energy does."""
-    row = SideCosts([8.0, 4.0, 2.0, 0.0], {}, [{1: 4.0, 2: 2.0, 4: 0.0}, {1: 1.0, 2: 1.0, 3: 0.5, 4: 0.0}]).row()
-    assert row == pytest.approx([2.5, 1.5, 0.75, 0.0])
+    measured = [(1.0, {1: 4.0, 2: 2.0, 4: 0.0}), (3.0, {1: 1.0, 2: 1.0, 3: 0.5, 4: 0.0})]
+    assert SideCosts([8.0, 4.0, 2.0, 0.0], {}, measured).row() == pytest.approx([1.75, 1.25, 0.625, 0.0])
 
 
 @pytest.mark.parametrize(("heads", "every", "counts"), [(8, False, [1, 2, 4]), (4, True, [1, 2, 3]), (1, True, [])])
