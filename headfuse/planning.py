@@ -78,9 +78,10 @@ def survey(
             row.maps.clear()
         surveys.append(layer)
         on_progress("survey", layer_idx + 1, streamed.num_layers)
-    for probes in filter(None, (errors, end_losses)):
-        for (layer_idx, side), found in probes.costs().items():
-            surveys[layer_idx].costs[side].measured.append((probes.worth, found))
+    probes: list[ErrorProbes | EndLossProbes] = [each for each in (errors, end_losses) if each is not None]
+    for each in probes:
+        for (layer_idx, side), found in each.costs().items():
+            surveys[layer_idx].costs[side].measured.append((each.worth, found))
     if needed and allocator in HEAD_IMPORTANCE:
         seen = coalition_tokens(part.statistics, source.heads) if allocator == "shapley" else part.statistics
         rows = cost_rows(HEAD_IMPORTANCE[allocator](streamed, seen, source.heads, config.seed))
