@@ -102,10 +102,12 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
         n = heads.num_key_value_heads
         counts, few = len(measured_counts(n, preset.end_loss_probes == "all")), len(measured_counts(n, False))
         rows = min(surveyed, ROWS_PER_UNKNOWN * queries)
-        refit = rows * per_token + 2 * 3 * min(rows, queries) ** 2 * queries if refits else 0
-        work += layers * 2 * few * (refit + surveyed / 4 * per_token) + 3 * weighing_tokens(seen) * (once + 2 * head)
+        smaller = min(rows, queries)
+        refit = rows * (2 * queries * (smaller + 2 * width) + 4 * queries * length) + 6 * smaller**2 * queries
+        error = surveyed / 4 * (4 * queries * width + 4 * queries * length)
+        work += layers * 2 * few * (refit * refits + error) + 3 * weighing_tokens(seen) * (once + 2 * head)
         if preset.end_loss_probes:
-            work += PROBE_COST * seen * once + layers * (2 * counts + 1) * refit
+            work += PROBE_COST * seen * once + layers * (2 * counts + 1) * refit * refits
             work += layers * 2 * counts * probe_tokens(seen, layers, counts) * 2 * head
     if preset.model_passes and refits:
         trained = preset.model_passes * seen
