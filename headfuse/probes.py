@@ -209,7 +209,6 @@ class EndLossProbes:
             row[layer_idx] = max(count for count in counts[side] if count <= row[layer_idx] or count == counts[side][0])
 
         equal = {side: row[layer_idx] for side, row in self.equal.items()}
-
         output = AttentionWeights.of_layer(tensors, self.streamed.arch, self.streamed.heads).output
 
         def variant(**changed: int) -> Mapping[str, torch.Tensor]:
