@@ -105,9 +105,9 @@ def value_moments(
     rows = sum(c.query.shape[0] * c.query.shape[1] * c.query.shape[2] for c in captures)
     stride, total = max(1, rows // max(MAX_ROWS, 16 * n * d)), 0.0
     for capture in captures:
-        key = None if key_maps is None else key_maps[0].reconstruct(capture.key, key_maps[1])
+        key = capture.key if key_maps is None else key_maps[0].reconstruct(capture.key, key_maps[1])
         step = stride if capture.query.shape[2] > 8 * stride else 1  # short windows are few: keep every row
-        attention = capture.probabilities(key)[:, :, ::step]  # [B, n_q, T', T]
+        attention = capture.probabilities(key, step)  # [B, n_q, T', T]
         stacked = capture.value.transpose(1, 2).flatten(2)  # [B, T, n d]
         count = attention.shape[:3].numel()
         if n * d < capture.value.shape[2]:

@@ -12,12 +12,11 @@ from headfuse.architectures import architecture_of
 from headfuse.calibration import START_LENGTH, STARTS_PER_WINDOW
 from headfuse.config import FuseConfig
 from headfuse.dha import training_memory
-from headfuse.fuse_layer import ROWS_PER_UNKNOWN
 from headfuse.fusion import FUSION_METHODS
 from headfuse.loading import pick_device
 from headfuse.planning import SURVEYED
 from headfuse.presets import PRESETS
-from headfuse.probes import PROBE_COST, probe_tokens, weighing_tokens
+from headfuse.probes import PROBE_COST, ROWS_PER_UNKNOWN, probe_tokens, weighing_tokens
 from headfuse.source import Source
 from headfuse.survey import measured_counts
 
@@ -81,7 +80,7 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     memory = LIBRARIES + 4 * (outer + at_work + hidden + captures + attention)
 
     once = 2 * layer * layers + 4 * queries * length * layers  # of one token through all layers
-    per_token = 2 * queries * (queries + 2 * width) + 4 * queries * length  # refit of one layer
+    per_token = 2 * queries * (queries + width) + 4 * queries * length  # refit of one layer
     solve = 3 * queries**3
     surveyed = seen * SURVEYED
     sums = 2 * heads.num_attention_heads * length**2 + 2 * length * pairs + 2 * pairs**2  # of one token's values
@@ -103,7 +102,7 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
         counts, few = len(measured_counts(n, preset.end_loss_probes == "all")), len(measured_counts(n, False))
         rows = min(surveyed, ROWS_PER_UNKNOWN * queries)
         smaller = min(rows, queries)
-        refit = rows * (2 * queries * (smaller + 2 * width) + 4 * queries * length) + 6 * smaller**2 * queries
+        refit = rows * (2 * queries * (smaller + width) + 4 * queries * length) + 6 * smaller**2 * queries
         error = surveyed / 4 * (4 * queries * width + 4 * queries * length)
         work += layers * 2 * few * (refit * refits + error) + 3 * weighing_tokens(seen) * (once + 2 * head)
         if preset.end_loss_probes:

@@ -14,9 +14,9 @@ import torch
 
 from headfuse.architectures import AttentionWeights
 from headfuse.distillation import kl_divergence
-from headfuse.fuse_layer import FusedHeads, reconstructed_outputs, refit_source
+from headfuse.fuse_layer import FusedHeads, reconstructed_outputs, refit_output
 from headfuse.fusion.maps import HeadMaps
-from headfuse.plan import Groups, HeadBudget, HeadLayout
+from headfuse.plan import Groups, HeadBudget
 from headfuse.streaming import AttentionCapture, HiddenStates, StreamedModel
 
 PROBE_COST = 2.0
@@ -29,6 +29,8 @@ WEIGHED = 1 / 16
 """Tokens that weigh keys against values, over those of the calibration text."""
 PROBE_LENGTH = 128
 """Tokens of a probe's window: different texts tell more than a long one."""
+ROWS_PER_UNKNOWN = 4
+"""Rows of text behind a refit that only tells what a count costs, for each number in a row of the projection."""
 TINY = 1e-30
 
 Costs = dict[tuple[int, str], dict[int, float]]
@@ -103,8 +105,7 @@ class ErrorProbes:
             captures: the source's layer on calibration text.
             hidden: the residual stream before the layer, of the windows of weight 1, `[k, T, D]`.
         """
-        heads = self.streamed.heads
-        output = AttentionWeights.of_layer(tensors, self.streamed.arch, heads).output
+        output = AttentionWeights.of_layer(tensors, self.streamed.arch, self.streamed.heads).output
         ordinary = [capture for capture in captures if capture.weight == 1]
         seen = ordinary[: max(1, len(ordinary) // 4)]
         others = ordinary[len(seen) :] + [c for c in captures if c.weight != 1] if len(ordinary) > 1 else captures
@@ -115,8 +116,8 @@ class ErrorProbes:
             row = self.errors.setdefault((layer_idx, side), {})
             for count in measured:
                 changed = {side: fused[side, count]}
-                refitted = refit_source(output, others, changed, heads) if self.refit else output
-                row[count] = output_error(seen, hidden, output, refitted, changed, heads)
+                refitted = refit_output(output, some_of(others, output), changed) if self.refit else output
+                row[count] = output_error(seen, hidden, output, refitted, changed)
                 if count == equal:
                     self.summed[side] += row[count]
                     layer = with_heads(tensors, self.streamed, changed, refitted)
@@ -138,13 +139,22 @@ class ErrorProbes:
         }
 
 
+def some_of(captures: Sequence[AttentionCapture], output: torch.Tensor) -> Sequence[AttentionCapture]:
+    """The short windows, and of the others as many as a refit of `output [D, n_q, d]` for a cost needs."""
+    rows, enough = 0, list[AttentionCapture]()
+    for capture in captures:
+        if capture.weight != 1 or rows < ROWS_PER_UNKNOWN * output[0].numel():
+            enough.append(capture)
+            rows += capture.output.shape[:2].numel() if capture.weight == 1 else 0
+    return enough
+
+
 def output_error(
     captures: Sequence[AttentionCapture],
     hidden: torch.Tensor,
     output: torch.Tensor,
     refitted: torch.Tensor,
     fused: FusedHeads,
-    heads: HeadLayout,
 ) -> float:
     """Mean of |e|^2 / (|e|^2 + |x|^2) over tokens: e the error of the attention output, x the residual stream.
 
@@ -156,11 +166,10 @@ def output_error(
         output: output projection of the source `[D, n_q, d]`.
         refitted: the one that reads the fused heads, `[D, n_q, d]`.
         fused: maps and groups of the sides that are fused.
-        heads: the source's heads.
     """
     share, tokens, first = 0.0, 0, 0
     for capture in captures:
-        z = reconstructed_outputs(capture, fused, heads).transpose(1, 2)  # [B, T, n_q, d]
+        z = reconstructed_outputs(capture, fused).transpose(1, 2)  # [B, T, n_q, d]
         error = z.flatten(2) @ refitted.to(z).flatten(1).T - capture.output.flatten(2) @ output.to(z).flatten(1).T
         squared, energy = error.square().sum(-1), hidden[first : first + len(z)].square().sum(-1)
         share += (squared / (squared + energy).clamp_min(TINY)).sum().item()
@@ -215,7 +224,7 @@ class EndLossProbes:
             chosen = {side: fused[side, c] for side, c in {**equal, **changed}.items() if c < n}
             if not chosen:
                 return tensors
-            refitted = refit_source(output, captures, chosen, self.streamed.heads) if captures else None
+            refitted = refit_output(output, some_of(captures, output), chosen) if captures else None
             return with_heads(tensors, self.streamed, chosen, refitted)
 
         started = []

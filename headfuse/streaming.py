@@ -35,9 +35,7 @@ _CAPTURE = "headfuse_capture"
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 BATCH_TOKENS = 512
 """Tokens that go through a layer at once; one window where it is longer."""
-LARGE_BLOCK = 2**20
-"""Bytes from which on a freed block goes back to the system at once."""
-_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 
 
 @dataclass(frozen=True)
@@ -59,17 +57,29 @@ class AttentionCapture:
     weight: float = 1.0
     key_before_norm: torch.Tensor | None = None
 
-    def probabilities(self, key: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention probabilities `[B, n_q, T, T]`, with the source's keys or with others in their place."""
-        key = self.key if key is None else key
-        batch, heads, length, d = self.query.shape
-        grouped = self.query.reshape(batch, key.shape[1], -1, d)  # query heads of one KV head are adjacent
-        scores = (grouped * self.scaling @ key.mT).view(batch, heads, length, length)
+    def attend(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Head outputs `[B, n_q, T, d]` with others in the place of the source's keys and values `[B, n_s, T, d]`."""
+        return nn.functional.scaled_dot_product_attention(
+            self.query,
+            key,
+            value,
+            attn_mask=self.mask,
+            is_causal=self.mask is None,
+            scale=self.scaling,
+            enable_gqa=True,  # query heads of one KV head are adjacent
+        )
+
+    def probabilities(self, key: torch.Tensor, step: int = 1) -> torch.Tensor:
+        """Attention probabilities `[B, n_q, T', T]` of every `step`-th query, with `key [B, n_s, T, d]`."""
+        query, length = self.query[:, :, ::step], key.shape[2]
+        batch, heads, queries, d = query.shape
+        grouped = query.reshape(batch, key.shape[1], -1, d)
+        scores = (grouped * self.scaling @ key.mT).view(batch, heads, queries, length)
         if self.mask is not None and self.mask.dtype != torch.bool:
-            return scores.add_(self.mask).softmax(-1)
+            return scores.add_(self.mask[:, :, ::step]).softmax(-1)
         allowed = (
             torch.ones(length, length, dtype=torch.bool, device=key.device).tril() if self.mask is None else self.mask
-        )
+        )[..., ::step, :]
         hidden = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill_(~allowed, float("-inf"))
         return scores.add_(hidden).softmax(-1)  # ten times as fast as filling the scores of all heads
 
@@ -189,7 +199,7 @@ class StreamedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, config: PreTrainedConfig, device: torch.device) -> None:
-        map_large_blocks()
+        keep_freed_blocks()
         AttentionInterface.register(_CAPTURE, _capturing_attention)
         AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
         self.config, self.device = config, device
@@ -287,6 +297,7 @@ class StreamedModel:
 
     def layer_tensors(self, layer_idx: int) -> dict[str, torch.Tensor]:
         """The stored tensors of one layer, in their own dtype, names relative to the layer."""
+        release_freed_blocks()  # of the layer before
         prefix = self.arch.layer_prefix(layer_idx) + "."
         return {
             name.removeprefix(prefix): self.checkpoint.read(name)
@@ -390,15 +401,19 @@ def load_layer(layer: nn.Module, tensors: Mapping[str, torch.Tensor], arch: Arch
     layer.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in held.items()}, assign=True)
 
 
-def map_large_blocks() -> None:
-    """Let the C library map large blocks one by one, where it is glibc.
-
-    By default its limit rises to 32 MiB; smaller blocks then share a heap, which grows with every layer by the gaps
-    that they leave.
-    """
+def keep_freed_blocks() -> None:
+    """Let the C library use freed blocks again, where it is glibc: each mapped anew costs its page faults."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+        mallopt(_M_MMAP_THRESHOLD, 2**25)
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
+
+
+def release_freed_blocks() -> None:
+    """Give them back to the system: by the gaps between blocks that stay, the heap would grow with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def compute_buffers(model: PreTrainedModel, modules: Iterable[nn.Module], device: torch.device) -> None:

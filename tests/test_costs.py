@@ -20,7 +20,7 @@ from headfuse.checkpoint import read_plan
 from headfuse.config import FuseConfig
 from headfuse.distillation import kl_divergence
 from headfuse.errors import BudgetError
-from headfuse.fuse_layer import reconstructed_outputs, refit_source
+from headfuse.fuse_layer import reconstructed_outputs, refit_output
 from headfuse.fusion.maps import HeadMaps, plane_matrix
 from headfuse.importance import HEAD_IMPORTANCE, cost_rows
 from headfuse.plan import HeadBudget, HeadLayout
@@ -113,7 +113,7 @@ def test_errors_are_scaled_to_the_end_loss_of_their_side(tmp_path: Path, refit: 
             if refit:
                 output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
                 seen = captures[max(1, len(captures) // 4) :] or captures
-                refitted = refit_source(output, seen, {side: fused[side, count]}, streamed.heads)
+                refitted = refit_output(output, seen, {side: fused[side, count]})
                 layer["self_attn.o_proj.weight"] = refitted.flatten(1)
             other.model.layers[layer_idx].load_state_dict(layer)
     table = probes.costs()
@@ -139,7 +139,7 @@ def test_a_token_of_massive_energy_hides_no_error(tmp_path: Path) -> None:
     fused = {"value": (random_maps(), ((0, 1), (2, 3)))}
 
     def error(hidden: torch.Tensor) -> float:
-        return output_error(captures, hidden, output, output, fused, streamed.heads)
+        return output_error(captures, hidden, output, output, fused)
 
     massive = states.hidden.clone()
     massive[:, 0] *= 1e4
@@ -196,10 +196,10 @@ def test_a_refit_on_few_rows(tmp_path: Path) -> None:
             run(replace(streamed.embed(window), weight=weight), captures)
     output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
     fused = {"value": (random_maps(), ((0, 1), (2, 3)))}
-    few = refit_source(output, captures, fused, streamed.heads)  # 20 rows, 32 unknowns
+    few = refit_output(output, captures, fused)  # 20 rows, 32 unknowns
     gram, cross = torch.zeros(32, 32).double(), torch.zeros(32, 32).double()
     for capture in captures:
-        z = reconstructed_outputs(capture, fused, streamed.heads)[0].transpose(0, 1).flatten(1).double()
+        z = reconstructed_outputs(capture, fused)[0].transpose(0, 1).flatten(1).double()
         missing = (capture.output[0].flatten(1).double() - z) @ output.flatten(1).double().T
         gram, cross = gram + capture.weight * z.T @ z, cross + capture.weight * z.T @ missing
     ridge = 32 / 20 * gram.diagonal().mean()
@@ -219,7 +219,7 @@ def test_probes_refit_the_output_projection(tmp_path: Path, side: str) -> None:
     fused = {side: (random_maps(), ((0, 1), (2, 3)))}
     output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
     errors, layers = [], []
-    for refitted in (None, refit_source(output, captures, fused, streamed.heads)):
+    for refitted in (None, refit_output(output, captures, fused)):
         layers.append(with_heads(tensors, streamed, fused, refitted))
         with streamed.layer(0, layers[-1]) as run:
             errors.append((run(states, None).hidden - wanted).square().sum().item())
