@@ -26,7 +26,7 @@ LIBRARIES = 450 * 10**6
 REFINED = 3.5
 """Price of a token's refinement within the layers, in forward passes: two of them, and the gradients."""
 
-EIGEN = 4
+EIGEN = 1
 """Work on the groups of all head counts, over [n d, n d] products."""
 
 EFFICIENCY = 0.6

@@ -82,8 +82,8 @@ def refit_output(output: torch.Tensor, captures: Sequence[AttentionCapture], fus
         gram = (z @ z.T).double().cpu()
         gram.diagonal().add_((REFIT_RIDGE * gram.diagonal().mean()).clamp_min(1e-300))
         lost = (missing @ wanted.T.to(missing)).double().cpu()
-        change = torch.linalg.solve(gram, lost).T @ z.double().cpu()
-        return (wanted + change).view_as(output)
+        change = torch.linalg.solve(gram, lost).T.to(z) @ z
+        return (wanted + change.to(wanted)).view_as(output)
     gram = torch.zeros(size, size, dtype=torch.float64)
     cross = torch.zeros_like(gram)
     for capture in captures:

@@ -109,6 +109,7 @@ class ErrorProbes:
         ordinary = [capture for capture in captures if capture.weight == 1]
         seen = ordinary[: max(1, len(ordinary) // 4)]
         others = ordinary[len(seen) :] + [c for c in captures if c.weight != 1] if len(ordinary) > 1 else captures
+        targets = [capture.output.flatten(2) @ output.to(capture.output).flatten(1).T for capture in seen]
         for side, counts in self.equal.items():
             measured = sorted(count for s, count in fused if s == side)
             equal = max([count for count in measured if count <= counts[layer_idx]] or measured[:1], default=None)
@@ -117,7 +118,7 @@ class ErrorProbes:
             for count in measured:
                 changed = {side: fused[side, count]}
                 refitted = refit_output(output, some_of(others, output), changed) if self.refit else output
-                row[count] = output_error(seen, hidden, output, refitted, changed)
+                row[count] = output_error(seen, targets, hidden, refitted, changed)
                 if count == equal:
                     self.summed[side] += row[count]
                     layer = with_heads(tensors, self.streamed, changed, refitted)
@@ -151,9 +152,9 @@ def some_of(captures: Sequence[AttentionCapture], output: torch.Tensor) -> Seque
 
 def output_error(
     captures: Sequence[AttentionCapture],
+    targets: Sequence[torch.Tensor],
     hidden: torch.Tensor,
     output: torch.Tensor,
-    refitted: torch.Tensor,
     fused: FusedHeads,
 ) -> float:
     """Mean of |e|^2 / (|e|^2 + |x|^2) over tokens: e the error of the attention output, x the residual stream.
@@ -162,15 +163,15 @@ def output_error(
 
     Args:
         captures: the source's layer on the text to measure on, of all or the first of `hidden`.
+        targets: the source's attention output of each of them, `[B, T, D]`.
         hidden: the residual stream before the layer, `[k, T, D]`.
-        output: output projection of the source `[D, n_q, d]`.
-        refitted: the one that reads the fused heads, `[D, n_q, d]`.
+        output: output projection that reads the fused heads, `[D, n_q, d]`.
         fused: maps and groups of the sides that are fused.
     """
     share, tokens, first = 0.0, 0, 0
-    for capture in captures:
+    for capture, target in zip(captures, targets, strict=True):
         z = reconstructed_outputs(capture, fused).transpose(1, 2)  # [B, T, n_q, d]
-        error = z.flatten(2) @ refitted.to(z).flatten(1).T - capture.output.flatten(2) @ output.to(z).flatten(1).T
+        error = z.flatten(2) @ output.to(z).flatten(1).T - target
         squared, energy = error.square().sum(-1), hidden[first : first + len(z)].square().sum(-1)
         share += (squared / (squared + energy).clamp_min(TINY)).sum().item()
         tokens, first = tokens + energy.numel(), first + len(z)
@@ -302,17 +303,11 @@ def reconstructed(
 
     It has the source's shapes, so the source's own class computes the fused layer: read maps of keys commute with RoPE.
     """
-    arch, d = streamed.arch, maps.read.shape[1]
-    heads = streamed.heads
+    arch, heads = streamed.arch, streamed.heads
     weights = AttentionWeights.of_layer(tensors, arch, heads)
-    product = torch.zeros(len(maps.read), len(maps.read), d, d, dtype=torch.float64)  # R_j P_i
-    for group in groups:
-        index = list(group)
-        for j in index:
-            product[j, index] = maps.read[j] @ maps.write[index] if len(group) > 1 else torch.eye(d).double()
 
     def back(weight: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("jiab,ibD->jaD", product, weight.double()).float()
+        return maps.reconstruct(weight.double().mT, groups).mT.float()
 
     if side == "key":
         weights.key = back(weights.key)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from headfuse.calibration import key_moments, lost_key_energy, lost_value_energy, value_moments
-from headfuse.fusion import FusionMethod
+from headfuse.fusion import FusionMethod, Maps
 from headfuse.fusion.maps import HeadMaps, KeyMoments, ValueMoments
 from headfuse.grouping import GROUPERS
 from headfuse.plan import Groups, HeadLayout
@@ -146,14 +146,18 @@ def survey_layer(
     key_slots = [method.rotary_slots(groups, keys) if slots else None for groups in key_groups]
     measured = {side: SideCosts([0.0] * n, {}, []) for side in ("key", "value")} if costs else {}
     counts = set(shared) if shared_groups else measured_counts(n, every_count)
+    known, lost = dict[tuple[int, ...], Maps](), dict[tuple[int, ...], float]()  # most groups are those of other counts
     for count in range(1, n) if costs else ():
         groups = {"key": key_groups[count - 1], "value": value_groups[count - 1]}
         maps = {
             "key": method.key_maps(groups["key"], keys, key_slots[count - 1]),
-            "value": method.value_maps(groups["value"], values),
+            "value": method.value_maps(groups["value"], values, known),
         }
+        for group in groups["value"]:
+            if group not in lost:
+                lost[group] = lost_value_energy(maps["value"], (group,), values)
         measured["key"].lost[count - 1] = lost_key_energy(maps["key"], groups["key"], keys)
-        measured["value"].lost[count - 1] = lost_value_energy(maps["value"], groups["value"], values)
+        measured["value"].lost[count - 1] = sum(lost[group] for group in groups["value"])
         if count in counts:
             for side, row in measured.items():
                 row.maps[count] = maps[side], groups[side]

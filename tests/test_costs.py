@@ -136,10 +136,11 @@ def test_a_token_of_massive_energy_hides_no_error(tmp_path: Path) -> None:
     with streamed.layer(0, tensors) as run:
         run(states, captures)
     output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
+    targets = [capture.output.flatten(2) @ output.flatten(1).T for capture in captures]
     fused = {"value": (random_maps(), ((0, 1), (2, 3)))}
 
     def error(hidden: torch.Tensor) -> float:
-        return output_error(captures, hidden, output, output, fused)
+        return output_error(captures, targets, hidden, output, fused)
 
     massive = states.hidden.clone()
     massive[:, 0] *= 1e4

@@ -66,12 +66,19 @@ class FusionMethod:
                 maps.write[index, rest, rest], maps.read[index, rest, rest] = self.values(own.tail)
         return maps
 
-    def value_maps(self, groups: Groups, moments: ValueMoments) -> HeadMaps:
-        """Write and read maps of all value heads of a layer; single heads keep the identity."""
-        maps = _identity(*moments.output_gram.shape[:2])
+    def value_maps(
+        self, groups: Groups, moments: ValueMoments, known: dict[tuple[int, ...], Maps] | None = None
+    ) -> HeadMaps:
+        """Write and read maps of all value heads of a layer; single heads keep the identity.
+
+        `known` keeps those of every group from one call with the same moments to the next.
+        """
+        maps, known = _identity(*moments.output_gram.shape[:2]), {} if known is None else known
         for group in groups:
             if len(group) > 1:
-                maps.write[list(group)], maps.read[list(group)] = self.values(moments.of(group))
+                if group not in known:
+                    known[group] = self.values(moments.of(group))
+                maps.write[list(group)], maps.read[list(group)] = known[group]
         return maps
 
 
