@@ -19,7 +19,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "fast": Preset("closed form, no gradients, at most 5 forward passes over the text"),
-    "balanced": Preset("then refines all layers together, about 15 forward passes", "few", 2.0),
+    "fast": Preset("closed form, no gradients, at most 3 forward passes over the text"),
+    "balanced": Preset("then refines all layers together, at most 15 forward passes", "few", 2.0),
     "best": Preset("the same with every count probed, about as many", "all", 2.0),
 }

@@ -17,14 +17,12 @@ import torch
 from headfuse.checkpoint import mapped_tensor, sync
 from headfuse.distillation import kl_divergence
 from headfuse.guard import WrittenLayers
-from headfuse.streaming import HiddenStates, StreamedModel, keep_freed_blocks, release_freed_blocks
+from headfuse.streaming import HiddenStates, StreamedModel, release_freed_blocks
 
 LEARNING_RATE, FINAL_LEARNING_RATE, WARMUP_STEPS = 1e-3, 0.05, 5
 FULL_RATE_WIDTH = 256
 """Wider models learn at a rate that falls as 1 / hidden_size."""
 BETAS, EPSILON = (0.9, 0.95), 1e-8
-REUSED = 2**23
-"""Bytes of the largest blocks that are used again: larger ones have too many sizes here, and would leave gaps."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,6 @@ def refine_model(
         seed: of the order of the windows.
         on_step: called with the steps done and all steps.
     """
-    keep_freed_blocks(REUSED)
     steps, rate = round(len(text.windows) * passes), learning_rate(text.hidden.shape[-1])
     for step, index in zip(range(1, steps + 1), _shuffled(len(text.windows), seed), strict=False):
         states, inputs = streamed.embed(text.windows[index : index + 1]), list[HiddenStates]()

@@ -35,8 +35,9 @@ _CAPTURE = "headfuse_capture"
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 BATCH_TOKENS = 512
 """Tokens that go through a layer at once; one window where it is longer."""
-REUSED = 2**25
-"""Bytes of the largest blocks that are used again: what glibc allows. Page faults were a quarter of a conversion."""
+REUSED = 2**23
+"""Bytes of the largest freed blocks that are used again: mapping each anew takes a quarter of a conversion in page
+faults, and larger ones leave gaps that grow with the layers (docs/scaling.md)."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 
 
@@ -201,7 +202,7 @@ class StreamedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, config: PreTrainedConfig, device: torch.device) -> None:
-        keep_freed_blocks(REUSED)
+        keep_freed_blocks()
         AttentionInterface.register(_CAPTURE, _capturing_attention)
         AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
         self.config, self.device = config, device
@@ -403,11 +404,11 @@ def load_layer(layer: nn.Module, tensors: Mapping[str, torch.Tensor], arch: Arch
     layer.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in held.items()}, assign=True)
 
 
-def keep_freed_blocks(limit: int) -> None:
-    """Let the C library use freed blocks below `limit` bytes again, where it is glibc: mapping one anew is slow."""
+def keep_freed_blocks() -> None:
+    """Let the C library use freed blocks again, where it is glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, limit)
+        mallopt(_M_MMAP_THRESHOLD, REUSED)
         mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 

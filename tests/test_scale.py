@@ -58,8 +58,8 @@ def test_weights_are_read_twice_and_written_once(tmp_path: Path, monkeypatch: py
 
 GAPS = """
 import sys, torch
-from headfuse.streaming import REUSED, keep_freed_blocks, release_freed_blocks
-keep_freed_blocks(REUSED)
+from headfuse.streaming import keep_freed_blocks, release_freed_blocks
+keep_freed_blocks()
 def resident():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
