@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 import headfuse
 from headfuse import importance as importance_module
 from headfuse import planning
+from headfuse.architectures import AttentionWeights
 from headfuse.budget import BudgetRules, parse_budget
-from headfuse.calibration import CalibrationText
+from headfuse.calibration import CalibrationText, lost_value_energy, value_moments
 from headfuse.checkpoint import read_plan
 from headfuse.config import FuseConfig
 from headfuse.distillation import kl_divergence
 from headfuse.errors import BudgetError
 from headfuse.fuse_layer import reconstructed_outputs, refit_output
+from headfuse.fusion import FUSION_METHODS
 from headfuse.fusion.maps import HeadMaps, plane_matrix
 from headfuse.importance import HEAD_IMPORTANCE, cost_rows
 from headfuse.plan import HeadBudget, HeadLayout
@@ -36,7 +38,7 @@ from headfuse.probes import (
 )
 from headfuse.source import Source
 from headfuse.streaming import AttentionCapture, StreamedModel
-from headfuse.survey import SideCosts, measured_counts
+from headfuse.survey import SideCosts, measured_counts, survey_layer
 
 WINDOWS = torch.randint(300, (4, 24), generator=torch.Generator().manual_seed(3))
 
@@ -186,6 +188,24 @@ def test_a_row_is_the_mean_of_its_measurements() -> None:
 @pytest.mark.parametrize(("heads", "every", "counts"), [(8, False, [1, 2, 4]), (4, True, [1, 2, 3]), (1, True, [])])
 def test_measured_counts(heads: int, every: bool, counts: list[int]) -> None:
     assert measured_counts(heads, every) == counts
+
+
+def test_maps_of_groups_that_several_counts_have(tmp_path: Path) -> None:
+    """They are computed once, and give each count's maps and lost energy as if that were the only one."""
+    source, streamed = opened(tiny_model(tmp_path / "model", "llama", kv_heads=8, query_heads=8))
+    captures, tensors, method = list[AttentionCapture](), streamed.layer_tensors(0), FUSION_METHODS["subspace"]
+    with streamed.layer(0, tensors) as run:
+        run(streamed.embed(WINDOWS), captures)
+    output = AttentionWeights.of_layer(tensors, streamed.arch, source.heads).output
+    found = survey_layer(captures, output, source.heads, method, "cluster", True, False, every_count=True)
+    moments, seen = value_moments(captures, output, source.heads, None), list[tuple[int, ...]]()
+    for count, (maps, groups) in found.costs["value"].maps.items():
+        alone = method.value_maps(groups, moments)
+        assert torch.equal(alone.write, maps.write)
+        assert torch.equal(alone.read, maps.read)
+        assert found.costs["value"].lost[count - 1] == pytest.approx(lost_value_energy(alone, groups, moments))
+        seen += [group for group in groups if len(group) > 1]
+    assert len(set(seen)) < len(seen)
 
 
 def test_a_refit_on_few_rows(tmp_path: Path) -> None:

@@ -123,6 +123,30 @@ def test_value_moments_are_those_of_averaged_values(length: int) -> None:
     torch.testing.assert_close(value_moments([capture], output, heads, None).covariance, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("mask", [None, "boolean", "additive"])
+def test_both_forms_of_attention_agree(mask: str | None) -> None:
+    """The fused one, and probabilities of all or of every third query, under each kind of mask."""
+    generator = torch.Generator().manual_seed(1)
+    query, (key, value) = (
+        torch.randn(2, 4, 10, 8, generator=generator),
+        torch.randn(2, 2, 2, 10, 8, generator=generator),
+    )
+    near = torch.ones(10, 10, dtype=torch.bool).tril().triu(-6)[None, None]
+    biased = (torch.arange(1.0, 5).view(1, 4, 1, 1) * torch.arange(10.0)).masked_fill(~near, float("-inf"))
+    masks = {"boolean": near, "additive": biased}
+    capture = AttentionCapture(query, key, value, torch.empty(2, 10, 4, 8), masks.get(mask or ""), 0.3)
+    probabilities = capture.probabilities(key)
+    scores = query @ key.repeat_interleave(2, dim=1).mT * 0.3
+    if mask != "additive":
+        allowed = near if mask else torch.ones(10, 10, dtype=torch.bool).tril()
+        expected = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    else:
+        expected = (scores + biased).softmax(-1)
+    torch.testing.assert_close(probabilities, expected)
+    torch.testing.assert_close(capture.attend(key, value), expected @ value.repeat_interleave(2, dim=1))
+    assert torch.equal(capture.probabilities(key, 3), probabilities[:, :, ::3])
+
+
 @pytest.mark.parametrize(("rank", "tolerance"), [(4, 1e-12), (8, 1e-12), (60, 0.05)])
 def test_leading_eigenvalues_by_matrix_products(monkeypatch: pytest.MonkeyPatch, rank: int, tolerance: float) -> None:
     factor = torch.randn(60, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
