@@ -109,6 +109,7 @@ class ErrorProbes:
         ordinary = [capture for capture in captures if capture.weight == 1]
         seen = ordinary[: max(1, len(ordinary) // 4)]
         others = ordinary[len(seen) :] + [c for c in captures if c.weight != 1] if len(ordinary) > 1 else captures
+        fitted = some_of(others, output)
         targets = [capture.output.flatten(2) @ output.to(capture.output).flatten(1).T for capture in seen]
         for side, counts in self.equal.items():
             measured = sorted(count for s, count in fused if s == side)
@@ -117,7 +118,7 @@ class ErrorProbes:
             row = self.errors.setdefault((layer_idx, side), {})
             for count in measured:
                 changed = {side: fused[side, count]}
-                refitted = refit_output(output, some_of(others, output), changed) if self.refit else output
+                refitted = refit_output(output, fitted, changed) if self.refit else output
                 row[count] = output_error(seen, targets, hidden, refitted, changed)
                 if count == equal:
                     self.summed[side] += row[count]
@@ -220,12 +221,13 @@ class EndLossProbes:
 
         equal = {side: row[layer_idx] for side, row in self.equal.items()}
         output = AttentionWeights.of_layer(tensors, self.streamed.arch, self.streamed.heads).output
+        fitted = some_of(captures, output)
 
         def variant(**changed: int) -> Mapping[str, torch.Tensor]:
             chosen = {side: fused[side, c] for side, c in {**equal, **changed}.items() if c < n}
             if not chosen:
                 return tensors
-            refitted = refit_output(output, some_of(captures, output), chosen) if captures else None
+            refitted = refit_output(output, fitted, chosen) if fitted else None
             return with_heads(tensors, self.streamed, chosen, refitted)
 
         started = []

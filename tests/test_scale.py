@@ -127,10 +127,8 @@ def test_value_moments_are_those_of_averaged_values(length: int) -> None:
 def test_both_forms_of_attention_agree(mask: str | None) -> None:
     """The fused one, and probabilities of all or of every third query, under each kind of mask."""
     generator = torch.Generator().manual_seed(1)
-    query, (key, value) = (
-        torch.randn(2, 4, 10, 8, generator=generator),
-        torch.randn(2, 2, 2, 10, 8, generator=generator),
-    )
+    query = torch.randn(2, 4, 10, 8, generator=generator)
+    key, value = torch.randn(2, 2, 2, 10, 8, generator=generator)
     near = torch.ones(10, 10, dtype=torch.bool).tril().triu(-6)[None, None]
     biased = (torch.arange(1.0, 5).view(1, 4, 1, 1) * torch.arange(10.0)).masked_fill(~near, float("-inf"))
     masks = {"boolean": near, "additive": biased}

@@ -55,17 +55,6 @@ class HeadMaps:
     write: torch.Tensor
     read: torch.Tensor
 
-    def fuse(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """Fused heads `[..., len(groups), T, d]` of `heads [..., n, T, d]`: sum_i P_i x_i of every group."""
-        write = self.write.to(heads)
-        fused = [
-            heads[..., group[0], :, :]
-            if len(group) == 1
-            else torch.einsum("...jtc,jdc->...td", heads[..., list(group), :, :], write[list(group)])
-            for group in groups
-        ]
-        return torch.stack(fused, dim=-3)
-
     def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
         """Replace `heads [..., n, T, d]` by what the fused heads give back: R_j sum_i P_i x_i."""
         write, read = self.write.to(heads), self.read.to(heads)
