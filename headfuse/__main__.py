@@ -1,0 +1,5 @@
+"""`python -m headfuse`."""
+
+from headfuse.cli import main
+
+main()
