@@ -51,7 +51,7 @@ def start_windows(windows: torch.Tensor) -> torch.Tensor:
 
 
 def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyMoments:
-    """Moments of one layer's keys: rotary planes, and what is not rotated (math.md 2, keys)."""
+    """Moments of one layer's keys: rotary planes, and what is not rotated (mathematics.md section 3.2)."""
     n, rotated, tokens = heads.num_key_value_heads, heads.rotary_dim, 0.0
     gram = torch.zeros(rotated // 2, n, n, dtype=torch.complex128)
     energy = torch.zeros(n, rotated // 2, dtype=torch.float64)
@@ -92,7 +92,7 @@ def value_moments(
     heads: HeadLayout,
     key_maps: tuple[HeadMaps, Groups] | None,
 ) -> ValueMoments:
-    """Moments of values averaged by attention, the fused keys' attention where maps are given (math.md 2, values).
+    """Moments of values averaged by attention, the fused keys' where maps are given (mathematics.md section 3.3).
 
     Args:
         captures: the layer on the calibration windows.
@@ -124,7 +124,7 @@ def value_moments(
 
 
 def lost_key_energy(maps: HeadMaps, groups: Groups, moments: KeyMoments) -> float:
-    """Energy of what the fused keys do not give back, each head weighted by its queries' energy (math.md 2, keys)."""
+    """Energy of what the fused keys do not give back, weighted by that of the queries (mathematics.md section 8.2)."""
     frequencies, lost = moments.gram.shape[0], 0.0
     for group in groups:
         if len(group) > 1:
@@ -144,7 +144,7 @@ def lost_key_energy(maps: HeadMaps, groups: Groups, moments: KeyMoments) -> floa
 
 
 def lost_value_energy(maps: HeadMaps, groups: Groups, moments: ValueMoments) -> float:
-    """Energy of the attention output that the fused values do not give back (math.md 2, values)."""
+    """Energy of the attention output that the fused values do not give back (mathematics.md section 8.2)."""
     d, lost = moments.output_gram.shape[1], 0.0
     for group in groups:
         if len(group) > 1:

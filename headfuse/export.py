@@ -1,4 +1,4 @@
-"""Lossless re-layout of a folder: stock `gqa`, `layerwise`, or one GGUF file for llama.cpp (math.md 6)."""
+"""Lossless re-layout of a folder: stock `gqa`, `layerwise`, or one GGUF file (mathematics.md section 11)."""
 
 from __future__ import annotations
 

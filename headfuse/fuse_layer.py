@@ -55,10 +55,11 @@ def reconstructed_outputs(capture: AttentionCapture, fused: FusedHeads) -> torch
 
 
 def refit_output(output: torch.Tensor, captures: Sequence[AttentionCapture], fused: FusedHeads) -> torch.Tensor:
-    """The source's output projection refitted to what fused heads give back of keys, values or both (math.md 2).
+    """The source's output projection refitted to what fused heads give back of keys, values or both.
 
     The least squares are those of the source's head outputs on the reconstructed ones, shrunk towards the identity:
-    the map `I + M` that they give is the best one under any output projection `W`, so `W (I + M)` is the best of those.
+    the map `I + M` that they give is the best one under any output projection `W`, so `W (I + M)` is the best of those
+    (mathematics.md section 4.5).
 
     Args:
         output: output projection of the source `[D, n_q, d]`.

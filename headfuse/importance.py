@@ -1,4 +1,4 @@
-"""HEAD_IMPORTANCE: what the loss says of every single key head and value head of the source (math.md 4).
+"""HEAD_IMPORTANCE: what the loss says of every key head and value head of the source (mathematics.md section 8.7).
 
 The published scores of head pruning, so that their budgets can be compared with measured costs of fusing: keeping
 `count` heads of a row of the table costs the sum of the least important others.

@@ -13,7 +13,7 @@ class Preset:
     cost: str
     """The price, as a multiple of one forward pass over the calibration text."""
     end_loss_probes: Literal["few", "all"] | None = None
-    """Counts at which the budget's cost table is measured by the end loss; `few`: powers of two (math.md 4)."""
+    """Counts whose cost is measured by the end loss; `few`: powers of two (mathematics.md section 8.4)."""
     model_passes: float = 0.0
     """Passes over the text that refine the attention of the whole model towards the source's output distribution."""
 

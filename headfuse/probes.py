@@ -180,7 +180,7 @@ def output_error(
 
 
 class EndLossProbes:
-    """Hidden states of fused variants on their way through the layers (math.md 4).
+    """Hidden states of fused variants on their way through the layers (mathematics.md section 8.4).
 
     Costs add up near the point where they were measured, and errors of fused layers compound. So one side of one layer
     is fused more or less not in the source but in a model that is fused to the same budget with equal counts. All

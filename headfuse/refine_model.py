@@ -1,9 +1,9 @@
 """The attention of all layers refined together, towards the source's output distribution, one layer in memory.
 
 A smaller local error is not a smaller loss: errors compound, and most of a layer's error does not reach the end. This
-stage sees the end alone: KL(source || fused) over the full vocabulary on the calibration text (math.md 2 and 5). A step
-runs forward through the layers and keeps only their inputs, then backward, where each layer is computed again; weights
-and moments of the optimizer lie in mapped files, so memory does not grow with the model.
+stage sees the end alone: KL(source || fused) over the full vocabulary on the calibration text (mathematics.md section
+6.2). A step runs forward through the layers and keeps only their inputs, then backward, where each layer is computed
+again; weights and moments of the optimizer lie in mapped files, so memory does not grow with the model.
 """
 
 from __future__ import annotations

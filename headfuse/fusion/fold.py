@@ -12,7 +12,10 @@ from headfuse.plan import Groups, HeadLayout, LayerPlan
 def fold(
     weights: AttentionWeights, key_maps: HeadMaps, value_maps: HeadMaps, layer: LayerPlan, heads: HeadLayout
 ) -> AttentionWeights:
-    """Fold write maps into k and v and read maps into q and o (math.md 1); untouched heads are copied bit for bit."""
+    """Fold write maps into k and v and read maps into q and o; untouched heads are copied bit for bit.
+
+    See mathematics.md section 2.2.
+    """
     query, output = weights.query.double(), weights.output.double()
     query_bias = None if weights.query_bias is None else weights.query_bias.double()
     alone = {g[0] for g in layer.key_groups if len(g) == 1}, {g[0] for g in layer.value_groups if len(g) == 1}

@@ -1,4 +1,4 @@
-"""The one form of every method (math.md 1): fused = sum_j P_j source_j, source_j ~ R_j fused."""
+"""The one form of every method (mathematics.md section 2.1): fused = sum_j P_j source_j, source_j ~ R_j fused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`subspace`: the best shared head in the metric of the data, a reduced-rank regression (math.md 2)."""
+"""`subspace`: the best shared head in the metric of the data, a reduced-rank regression (mathematics.md section 4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXACT, PASSES = 1024, 4
 def slots(moments: KeyMoments) -> tuple[int, ...]:
     """The frequency of each of the d/2 slots of a fused head: the largest eigenvalues over all frequencies and ranks.
 
-    Strong frequencies get several slots, weak ones none (math.md 2, rotary slots).
+    Strong frequencies get several slots, weak ones none (mathematics.md section 4.3).
     """
     eigenvalues = torch.linalg.eigvalsh(_weighted(moments)).flip(1)  # [F, g], falling
     frequencies, ranks = eigenvalues.shape

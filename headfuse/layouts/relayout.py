@@ -1,4 +1,4 @@
-"""Exact re-layout (math.md 6): which stock layer computes the same as one with free maps to its heads."""
+"""Exact re-layout (mathematics.md section 11): which stock layer computes what one with free maps does."""
 
 from __future__ import annotations
 
