@@ -185,7 +185,7 @@ For = Annotated[Runtime | None, typer.Option("--for", help="Pick the layout that
 Preset = Annotated[
     PresetName | None, typer.Option(help="; ".join(f"{name}: {preset.cost}" for name, preset in PRESETS.items()) + ".")
 ]
-Data = Annotated[str | None, typer.Option(help="Text: .txt, .jsonl, .parquet, a folder, or a hub dataset id.")]
+Data = Annotated[str | None, typer.Option(help="Text or chats: .txt, .jsonl, .csv, .parquet, a folder, or a hub dataset id.")]
 Samples = Annotated[int | None, typer.Option(min=2, help="Windows of text.")]
 SequenceLength = Annotated[int | None, typer.Option(min=8, help="Tokens per window.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Output folder.")]

@@ -181,7 +181,9 @@ def evaluate(
             check_context(config, length, "--passkey")
     tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
     texts = [
-        evaluation_text(read_documents(data, seed=seed), tokenizer, sequence_length, samples, stride, data)
+        evaluation_text(
+            read_documents(data, seed=seed, tokenizer=tokenizer), tokenizer, sequence_length, samples, stride, data
+        )
         for tokenizer in tokenizers
     ]
     text = texts[0]
