@@ -35,6 +35,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except _UsageError as error:
+            error.message = error.message.replace("Input should be", "must be")  # newer typer: pydantic's words
             if self.as_json:
                 _print_failure(error.format_message(), None, "see --help")
             raise
@@ -185,7 +186,9 @@ For = Annotated[Runtime | None, typer.Option("--for", help="Pick the layout that
 Preset = Annotated[
     PresetName | None, typer.Option(help="; ".join(f"{name}: {preset.cost}" for name, preset in PRESETS.items()) + ".")
 ]
-Data = Annotated[str | None, typer.Option(help="Text or chats: .txt, .jsonl, .csv, .parquet, a folder, or a hub dataset id.")]
+Data = Annotated[
+    str | None, typer.Option(help="Text or chats: .txt, .jsonl, .csv, .parquet, a folder, or a hub dataset id.")
+]
 Samples = Annotated[int | None, typer.Option(min=2, help="Windows of text.")]
 SequenceLength = Annotated[int | None, typer.Option(min=8, help="Tokens per window.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Output folder.")]
@@ -241,18 +244,25 @@ def analyze(
     """Head similarity, redundancy, and the plan that a budget leads to."""
 
     def work() -> tuple[dict[str, Any], Any]:
-        from headfuse.commands import analyze as command
+        from headfuse.config import load_config
+        from headfuse.inputs import check_model
+        from headfuse.text import check_data
 
+        check_model(model)
         overrides = _overrides(
             budget, method, allocator, grouping, layout, runtime, preset, data, samples, sequence_length, seed
         )
+        check_data(load_config(config, overrides).calibration.data)
+        _prepare(threads, verbose)
+        from headfuse.commands import analyze as command
+
         document = command.run(
             model=model, config=config, overrides=overrides, output=output, overwrite=overwrite, device=device.value,
             trust_remote_code=trust_remote_code, log=_log(quiet or json_output),
         )  # fmt: skip
         return document, command.render
 
-    _execute(work, threads, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 @app.command()
@@ -289,11 +299,22 @@ def fuse(
     """Write a checkpoint with a smaller KV cache."""
 
     def work() -> tuple[dict[str, Any], Any]:
-        from headfuse.commands import fuse as command
+        from headfuse.config import load_config
+        from headfuse.gates import FUSE_METRICS, read_gates
+        from headfuse.inputs import check_exists, check_model
+        from headfuse.text import check_data
 
+        check_model(model)
         overrides = _overrides(
             budget, method, allocator, grouping, layout, runtime, preset, data, samples, sequence_length, seed
         )
+        check_data(load_config(config, overrides).calibration.data)
+        check_exists(plan, "`headfuse analyze --output` writes plans; so does `headfuse fuse`")
+        if gate:
+            read_gates(gate, FUSE_METRICS)
+        _prepare(threads, verbose)
+        from headfuse.commands import fuse as command
+
         document = command.run(
             model=model, config=config, overrides=overrides, output=output, plan=plan, overwrite=overwrite,
             resume=resume, device=device.value, dtype=dtype and dtype.value, trust_remote_code=trust_remote_code,
@@ -302,7 +323,7 @@ def fuse(
         )  # fmt: skip
         return document, command.render
 
-    _execute(work, threads, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 @app.command()
@@ -361,6 +382,15 @@ def uptrain(
     """Train a fused model for a few tokens, taught by its source."""
 
     def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.inputs import check_model
+        from headfuse.recipe import load_recipe
+        from headfuse.text import check_data
+
+        check_model(model, teacher)
+        recipe = load_recipe(config, {"data": data or None, "tokens": tokens, "validation_data": validation_data})
+        for text in [*recipe.data, *filter(None, [recipe.validation_data])]:
+            check_data(text)
+        _prepare(threads, verbose)
         from headfuse.commands import uptrain as command
 
         document = command.run(
@@ -377,7 +407,7 @@ def uptrain(
         )  # fmt: skip
         return document, command.render
 
-    _execute(work, threads, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 @app.command()
@@ -395,6 +425,10 @@ def export(
     """Write the same model in another layout, without loss."""
 
     def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.inputs import check_model
+
+        check_model(model)
+        _prepare(None, verbose)
         from headfuse.commands import export as command
 
         document = command.run(
@@ -403,7 +437,7 @@ def export(
         )  # fmt: skip
         return document, command.render
 
-    _execute(work, None, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 @app.command("eval")
@@ -444,19 +478,31 @@ def evaluate(
     """Perplexity, agreement, tasks, retrieval, memory, speed; gates for CI."""
 
     def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.gates import read_gates
+        from headfuse.inputs import check_exists, check_model
+        from headfuse.text import check_data
+
+        check_model(model, baseline)
+        check_data("default" if data is None else data)
+        if gate:
+            read_gates(gate)
+        for folder in tasks_path or []:
+            check_exists(Path(folder), "give the folder of the task files", folder=True)
+        lengths = _lengths(passkey)
+        _prepare(threads, verbose)
         from headfuse.commands import eval as command
 
         document = command.run(
-            model=model, data=data or "default", baseline=baseline, gate=gate, junit=junit,
+            model=model, data="default" if data is None else data, baseline=baseline, gate=gate, junit=junit,
             github_summary=github_summary, report=report, verify=verify, samples=samples or 24,
             sequence_length=sequence_length or 512, stride=stride, tasks=_names(tasks), tasks_path=tasks_path or (),
-            limit=limit, passkey=_lengths(passkey), passkey_trials=passkey_trials, memory=memory, speed=speed,
+            limit=limit, passkey=lengths, passkey_trials=passkey_trials, memory=memory, speed=speed,
             seed=seed, device=device.value, dtype=dtype and dtype.value, threads=threads,
             trust_remote_code=trust_remote_code, json_output=json_output, quiet=quiet, verbose=verbose,
         )  # fmt: skip
         return document, command.render
 
-    _execute(work, threads, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 @app.command()
@@ -472,11 +518,17 @@ def report(
     """Write what is known of a fused model as one HTML file."""
 
     def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.inputs import check_exists
+
+        check_exists(folder, "give the folder of a model", folder=True)
+        check_exists(figures, "write it with `headfuse eval ... --json > FILE`")
+        check_exists(analysis, "write it with `headfuse analyze -o FOLDER`", folder=True)
+        _prepare(None, verbose)
         from headfuse.commands import report as command
 
         return command.run(folder=folder, figures=figures, analysis=analysis, output=output), command.render
 
-    _execute(work, None, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 def _overrides(
@@ -492,7 +544,7 @@ def _overrides(
     sequence_length: int | None,
     seed: int | None,
 ) -> dict[str, Any]:
-    from headfuse.layouts import LAYOUT_FOR
+    from headfuse.plan import LAYOUT_FOR
 
     wanted = layout.value if layout else None
     if runtime is not None:
@@ -522,19 +574,12 @@ def _log(silent: bool) -> Any:
     return Console(stderr=True, quiet=silent)
 
 
-def _execute(
-    work: Callable[[], tuple[dict[str, Any], Any]], threads: int | None, as_json: bool, quiet: bool, verbose: bool
-) -> None:
+def _execute(work: Callable[[], tuple[dict[str, Any], Any]], as_json: bool, quiet: bool, verbose: bool) -> None:
     """Run a command; print its document; turn every failure into one message and an exit code."""
     first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     as_json = as_json and first
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
-        if threads:
-            import torch
-
-            torch.set_num_threads(threads)
-        _calm_libraries(verbose)
         document, render = work()
     except (KeyboardInterrupt, _Terminated) as error:
         what, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else ("terminated", 143)
@@ -596,6 +641,15 @@ class _Terminated(BaseException):
 
 def _terminated(number: int, frame: object) -> None:
     raise _Terminated
+
+
+def _prepare(threads: int | None, verbose: bool) -> None:
+    """Before the heavy imports, after what needs none of them."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    _calm_libraries(verbose)
 
 
 def _calm_libraries(verbose: bool) -> None:
