@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -26,13 +28,17 @@ class _Commands(TyperGroup):
     """The commands; a usage error is one JSON document, too, where `--json` was given."""
 
     as_json = False
+    not_utf8: str | None = None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         self.as_json = "--json" in args
+        self.not_utf8 = next((arg for arg in args if not _is_utf8(arg)), None)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            if self.not_utf8 is not None:
+                raise _UsageError(f"{os.fsencode(self.not_utf8)!r} is not UTF-8: rename the file or folder", ctx)
             return super().invoke(ctx)
         except _UsageError as error:
             error.message = error.message.replace("Input should be", "must be")  # newer typer: pydantic's words
@@ -130,6 +136,17 @@ class PackingName(str, Enum):
     separate = "separate"
 
 
+def _is_utf8(argument: str) -> bool:
+    """Whether an argument was UTF-8: Python keeps other bytes as lone surrogates."""
+    return not any("\udc80" <= character <= "\udcff" for character in argument)
+
+
+def _path(text: str) -> Path:
+    if not text:  # Path("") would be the working directory: an unset variable of a script
+        raise typer.BadParameter("the name is empty")
+    return Path(text)
+
+
 def _budget(text: str) -> str:
     from headfuse.budget import parse_budget
 
@@ -191,7 +208,7 @@ Data = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(min=2, help="Windows of text.")]
 SequenceLength = Annotated[int | None, typer.Option(min=8, help="Tokens per window.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Output folder.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="Output folder.")]
 Config = Annotated[str | None, typer.Option("--config", "-c", help="YAML file or the name of a packaged config.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
@@ -202,7 +219,9 @@ Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.
 Gates = Annotated[
     str | None, typer.Option(metavar="GATES", help="Limits to keep, or a YAML file of them; exit code 3 if not.")
 ]
-Junit = Annotated[Path | None, typer.Option(help="Write the gates' verdicts as JUnit XML.")]
+Junit = Annotated[
+    Path | None, typer.Option(parser=_path, metavar="PATH", help="Write the gates' verdicts as JUnit XML.")
+]
 Summary = Annotated[bool, typer.Option("--github-summary", help="Add them to the GitHub job's summary page.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.")]
@@ -343,7 +362,10 @@ def uptrain(
     teacher_device: Annotated[DeviceName | None, typer.Option(help="Where the teacher computes.")] = None,
     teacher_dtype: Annotated[DtypeName | None, typer.Option(help="Dtype in which the teacher computes.")] = None,
     teacher_cache: Annotated[
-        Path | None, typer.Option(help="Folder for the teacher's last states; it is not in memory then.")
+        Path | None,
+        typer.Option(
+            parser=_path, metavar="PATH", help="Folder for the teacher's last states; it is not in memory then."
+        ),
     ] = None,
     loss: Annotated[LossName | None, typer.Option(help="kl (default): from the teacher; ce: cross-entropy.")] = None,
     train: Annotated[TrainedName | None, typer.Option(help="What is trained: all weights (default) or fewer.")] = None,
@@ -373,7 +395,9 @@ def uptrain(
     tracker: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="tensorboard or wandb; may be repeated.")
     ] = None,
-    tracker_folder: Annotated[Path, typer.Option(help="Where trackers write.")] = Path("runs"),
+    tracker_folder: Annotated[Path, typer.Option(parser=_path, metavar="PATH", help="Where trackers write.")] = Path(
+        "runs"
+    ),
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -414,7 +438,9 @@ def uptrain(
 def export(
     model: Model,
     to: Annotated[TargetName, typer.Option(help="Layout of a folder, or one GGUF file for llama.cpp.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Output folder, or GGUF file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="Output folder, or GGUF file.")
+    ] = None,
     file_type: Annotated[FileType | None, typer.Option("--type", help="Numbers in a GGUF file; default f16.")] = None,
     overwrite: Overwrite = False,
     json_output: Json = False,
@@ -447,7 +473,9 @@ def evaluate(
     gate: Gates = None,
     junit: Junit = None,
     github_summary: Summary = False,
-    report: Annotated[Path | None, typer.Option(help="Write the figures as one HTML file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="Write the figures as one HTML file.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness.")] = None,
     tasks_path: Annotated[
         list[str] | None, typer.Option(metavar="FOLDER", help="Local task files; may be repeated.")
@@ -508,9 +536,15 @@ def evaluate(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Model folder.", show_default=False)],
-    figures: Annotated[Path | None, typer.Option(help="What `headfuse eval --json` printed.")] = None,
-    analysis: Annotated[Path | None, typer.Option(help="What `headfuse analyze -o` wrote, for heat maps.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Output file.")] = Path("report.html"),
+    figures: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="What `headfuse eval --json` printed.")
+    ] = None,
+    analysis: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="What `headfuse analyze -o` wrote, for heat maps.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="Output file.")] = Path(
+        "report.html"
+    ),
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -584,17 +618,19 @@ def _execute(work: Callable[[], tuple[dict[str, Any], Any]], as_json: bool, quie
     except (KeyboardInterrupt, _Terminated) as error:
         what, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else ("terminated", 143)
         fix = str(error) or "nothing was written; run it again"
+        typer.echo(f"{what}\n  {fix}", err=True)
         if as_json:
             _print_failure(what, None, fix)
-        typer.echo(f"{what}\n  {fix}", err=True)
         raise typer.Exit(code) from None
     except Exception as error:
         expected = error if isinstance(error, HeadfuseError) else _explained(error)
+        unforeseen = verbose and error is not expected
+        if not unforeseen:
+            typer.echo(f"error: {expected}", err=True)
         if as_json:
             _print_failure(expected.what, expected.where, expected.fix)
-        if verbose and error is not expected:
+        if unforeseen:
             raise
-        typer.echo(f"error: {expected}", err=True)
         raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -617,7 +653,10 @@ def _execute(work: Callable[[], tuple[dict[str, Any], Any]], as_json: bool, quie
 
 def _print_failure(what: str, where: str | None, fix: str | None) -> None:
     error = {"what": what, "where": where, "fix": fix}
-    typer.echo(json.dumps({"schema_version": 1, "output": None, "error": error}))
+    with contextlib.suppress(
+        OSError
+    ):  # a full disk behind stdout: the message on stderr tells the failure that matters
+        typer.echo(json.dumps({"schema_version": 1, "output": None, "error": error}))
 
 
 def _explained(error: Exception) -> HeadfuseError:
@@ -665,7 +704,27 @@ def _calm_libraries(verbose: bool) -> None:
 
 def main() -> None:
     """Entry point of the `headfuse` command."""
-    sys.exit(app())
+    code: Any = 0
+    try:
+        try:
+            app()
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+    except OSError as error:  # commands turn every other one into a message
+        code = code or 1
+        _forget_stdout(error)
+    sys.exit(code)
+
+
+def _forget_stdout(error: OSError) -> None:
+    """Say that stdout cannot be written, but to a reader that went away; what it still holds goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if error.errno != errno.EPIPE:
+        with contextlib.suppress(OSError):
+            typer.echo(
+                f"error: standard output cannot be written: {error.strerror}\n  free the disk behind it", err=True
+            )
 
 
 if __name__ == "__main__":
