@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from headfuse.architectures import ARCHITECTURES
 from headfuse.errors import CheckpointError, HeadfuseError, OutputError, UnsupportedModelError
+from headfuse.inputs import local_model, read_json
 from headfuse.plan import FusionPlan
 
 SINGLE = "model.safetensors"
@@ -66,7 +66,6 @@ _NEVER_COPIED = {
     "train_log.jsonl",
     "uptrain.yaml",
 }
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 # ---------------------------------------------------------------- reading
@@ -78,18 +77,9 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: when there is no such folder and no such repository can be reached.
     """
-    if not name:  # Path("") would be the working directory: an unset variable of a script
-        raise CheckpointError("the model's name is empty", where="MODEL", fix="give a model folder or a hub id")
-    folder = Path(name)
-    try:
-        if folder.is_dir():
-            return folder
-        if folder.exists():
-            raise CheckpointError("is a file", where=name, fix="give the model's folder, with config.json in it")
-    except OSError as error:  # a name that is too long, a folder that may not be searched
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=name, fix="check the path") from None
-    if not _HUB_ID.fullmatch(name):
-        raise CheckpointError("no such folder", where=name, fix="give a model folder or a hub id like org/name")
+    folder = local_model(name)
+    if folder is not None:
+        return folder
     from huggingface_hub import snapshot_download
 
     try:
@@ -113,7 +103,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         UnsupportedModelError: when transformers does not know the model type.
     """
     path = folder / "config.json"
-    raw = _read_json(path, "this is not a model folder; give the one that holds config.json and the weights")
+    raw = read_json(path, "this is not a model folder; give the one that holds config.json and the weights")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError("has no model_type", where=path, fix="use the config.json that came with the model")
@@ -150,25 +140,6 @@ def _is_known(model_type: str) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return model_type in CONFIG_MAPPING
-
-
-def _read_json(path: Path, fix: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: when there is none; `fix` is for a file that is missing.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError("no such file", where=path, fix=fix) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=path, fix="check its permissions") from None
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5000 digits
-        raise CheckpointError(f"is not valid JSON: {error}", where=path, fix="restore the original file") from None
-    if not isinstance(value, dict):
-        raise CheckpointError("must hold a JSON object", where=path, fix="restore the original file")
-    return value
 
 
 class Checkpoint:
@@ -332,7 +303,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file name by the index, whose files are plain names in this folder; empty without an index."""
     if (folder / SINGLE).is_file() or not (folder / INDEX).exists():
         return {}
-    weight_map = _read_json(folder / INDEX, "restore the original file").get("weight_map")
+    weight_map = read_json(folder / INDEX, "restore the original file").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError("has no weight_map", where=folder / INDEX, fix="restore the original file")
     for file in weight_map.values():
@@ -645,7 +616,7 @@ def read_resume(partial: Path, command: str) -> dict[str, Any] | None:
         return None
     fix = "start anew with --overwrite, without --resume"
     try:
-        state = _read_json(path, fix)
+        state = read_json(path, fix)
     except CheckpointError as error:
         raise OutputError(error.what, where=path, fix=fix) from None
     if state.get("command") != command:
@@ -870,7 +841,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
             continue
         shutil.copyfile(path, target / path.name)
         copied.append(path.name)
-    raw = _read_json(target / "config.json", "") if (target / "config.json").exists() else {}
+    raw = read_json(target / "config.json", "") if (target / "config.json").exists() else {}
     if "headfuse_format" in raw:
         from headfuse.modeling import CODE
 

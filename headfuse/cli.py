@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -26,15 +28,20 @@ class _Commands(TyperGroup):
     """The commands; a usage error is one JSON document, too, where `--json` was given."""
 
     as_json = False
+    not_utf8: str | None = None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         self.as_json = "--json" in args
+        self.not_utf8 = next((arg for arg in args if not _is_utf8(arg)), None)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            if self.not_utf8 is not None:
+                raise _UsageError(f"{os.fsencode(self.not_utf8)!r} is not UTF-8: rename the file or folder", ctx)
             return super().invoke(ctx)
         except _UsageError as error:
+            error.message = error.message.replace("Input should be", "must be")  # newer typer: pydantic's words
             if self.as_json:
                 _print_failure(error.format_message(), None, "see --help")
             raise
@@ -129,6 +136,17 @@ class PackingName(str, Enum):
     separate = "separate"
 
 
+def _is_utf8(argument: str) -> bool:
+    """Whether an argument was UTF-8: Python keeps other bytes as lone surrogates."""
+    return not any("\udc80" <= character <= "\udcff" for character in argument)
+
+
+def _path(text: str) -> Path:
+    if not text:  # Path("") would be the working directory: an unset variable of a script
+        raise typer.BadParameter("the name is empty")
+    return Path(text)
+
+
 def _budget(text: str) -> str:
     from headfuse.budget import parse_budget
 
@@ -185,10 +203,12 @@ For = Annotated[Runtime | None, typer.Option("--for", help="Pick the layout that
 Preset = Annotated[
     PresetName | None, typer.Option(help="; ".join(f"{name}: {preset.cost}" for name, preset in PRESETS.items()) + ".")
 ]
-Data = Annotated[str | None, typer.Option(help="Text: .txt, .jsonl, .parquet, a folder, or a hub dataset id.")]
+Data = Annotated[
+    str | None, typer.Option(help="Text or chats: .txt, .jsonl, .csv, .parquet, a folder, or a hub dataset id.")
+]
 Samples = Annotated[int | None, typer.Option(min=2, help="Windows of text.")]
 SequenceLength = Annotated[int | None, typer.Option(min=8, help="Tokens per window.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Output folder.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="Output folder.")]
 Config = Annotated[str | None, typer.Option("--config", "-c", help="YAML file or the name of a packaged config.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
@@ -199,7 +219,9 @@ Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.
 Gates = Annotated[
     str | None, typer.Option(metavar="GATES", help="Limits to keep, or a YAML file of them; exit code 3 if not.")
 ]
-Junit = Annotated[Path | None, typer.Option(help="Write the gates' verdicts as JUnit XML.")]
+Junit = Annotated[
+    Path | None, typer.Option(parser=_path, metavar="PATH", help="Write the gates' verdicts as JUnit XML.")
+]
 Summary = Annotated[bool, typer.Option("--github-summary", help="Add them to the GitHub job's summary page.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.")]
@@ -241,18 +263,25 @@ def analyze(
     """Head similarity, redundancy, and the plan that a budget leads to."""
 
     def work() -> tuple[dict[str, Any], Any]:
-        from headfuse.commands import analyze as command
+        from headfuse.config import load_config
+        from headfuse.inputs import check_model
+        from headfuse.text import check_data
 
+        check_model(model)
         overrides = _overrides(
             budget, method, allocator, grouping, layout, runtime, preset, data, samples, sequence_length, seed
         )
+        check_data(load_config(config, overrides).calibration.data)
+        _prepare(threads, verbose)
+        from headfuse.commands import analyze as command
+
         document = command.run(
             model=model, config=config, overrides=overrides, output=output, overwrite=overwrite, device=device.value,
             trust_remote_code=trust_remote_code, log=_log(quiet or json_output),
         )  # fmt: skip
         return document, command.render
 
-    _execute(work, threads, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 @app.command()
@@ -289,11 +318,22 @@ def fuse(
     """Write a checkpoint with a smaller KV cache."""
 
     def work() -> tuple[dict[str, Any], Any]:
-        from headfuse.commands import fuse as command
+        from headfuse.config import load_config
+        from headfuse.gates import FUSE_METRICS, read_gates
+        from headfuse.inputs import check_exists, check_model
+        from headfuse.text import check_data
 
+        check_model(model)
         overrides = _overrides(
             budget, method, allocator, grouping, layout, runtime, preset, data, samples, sequence_length, seed
         )
+        check_data(load_config(config, overrides).calibration.data)
+        check_exists(plan, "`headfuse analyze --output` writes plans; so does `headfuse fuse`")
+        if gate:
+            read_gates(gate, FUSE_METRICS)
+        _prepare(threads, verbose)
+        from headfuse.commands import fuse as command
+
         document = command.run(
             model=model, config=config, overrides=overrides, output=output, plan=plan, overwrite=overwrite,
             resume=resume, device=device.value, dtype=dtype and dtype.value, trust_remote_code=trust_remote_code,
@@ -302,7 +342,7 @@ def fuse(
         )  # fmt: skip
         return document, command.render
 
-    _execute(work, threads, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 @app.command()
@@ -322,7 +362,10 @@ def uptrain(
     teacher_device: Annotated[DeviceName | None, typer.Option(help="Where the teacher computes.")] = None,
     teacher_dtype: Annotated[DtypeName | None, typer.Option(help="Dtype in which the teacher computes.")] = None,
     teacher_cache: Annotated[
-        Path | None, typer.Option(help="Folder for the teacher's last states; it is not in memory then.")
+        Path | None,
+        typer.Option(
+            parser=_path, metavar="PATH", help="Folder for the teacher's last states; it is not in memory then."
+        ),
     ] = None,
     loss: Annotated[LossName | None, typer.Option(help="kl (default): from the teacher; ce: cross-entropy.")] = None,
     train: Annotated[TrainedName | None, typer.Option(help="What is trained: all weights (default) or fewer.")] = None,
@@ -352,7 +395,9 @@ def uptrain(
     tracker: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="tensorboard or wandb; may be repeated.")
     ] = None,
-    tracker_folder: Annotated[Path, typer.Option(help="Where trackers write.")] = Path("runs"),
+    tracker_folder: Annotated[Path, typer.Option(parser=_path, metavar="PATH", help="Where trackers write.")] = Path(
+        "runs"
+    ),
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -361,6 +406,15 @@ def uptrain(
     """Train a fused model for a few tokens, taught by its source."""
 
     def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.inputs import check_model
+        from headfuse.recipe import load_recipe
+        from headfuse.text import check_data
+
+        check_model(model, teacher)
+        recipe = load_recipe(config, {"data": data or None, "tokens": tokens, "validation_data": validation_data})
+        for text in [*recipe.data, *filter(None, [recipe.validation_data])]:
+            check_data(text)
+        _prepare(threads, verbose)
         from headfuse.commands import uptrain as command
 
         document = command.run(
@@ -377,14 +431,16 @@ def uptrain(
         )  # fmt: skip
         return document, command.render
 
-    _execute(work, threads, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 @app.command()
 def export(
     model: Model,
     to: Annotated[TargetName, typer.Option(help="Layout of a folder, or one GGUF file for llama.cpp.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Output folder, or GGUF file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="Output folder, or GGUF file.")
+    ] = None,
     file_type: Annotated[FileType | None, typer.Option("--type", help="Numbers in a GGUF file; default f16.")] = None,
     overwrite: Overwrite = False,
     json_output: Json = False,
@@ -395,6 +451,10 @@ def export(
     """Write the same model in another layout, without loss."""
 
     def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.inputs import check_model
+
+        check_model(model)
+        _prepare(None, verbose)
         from headfuse.commands import export as command
 
         document = command.run(
@@ -403,7 +463,7 @@ def export(
         )  # fmt: skip
         return document, command.render
 
-    _execute(work, None, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 @app.command("eval")
@@ -413,7 +473,9 @@ def evaluate(
     gate: Gates = None,
     junit: Junit = None,
     github_summary: Summary = False,
-    report: Annotated[Path | None, typer.Option(help="Write the figures as one HTML file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="Write the figures as one HTML file.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness.")] = None,
     tasks_path: Annotated[
         list[str] | None, typer.Option(metavar="FOLDER", help="Local task files; may be repeated.")
@@ -444,27 +506,45 @@ def evaluate(
     """Perplexity, agreement, tasks, retrieval, memory, speed; gates for CI."""
 
     def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.gates import read_gates
+        from headfuse.inputs import check_exists, check_model
+        from headfuse.text import check_data
+
+        check_model(model, baseline)
+        check_data("default" if data is None else data)
+        if gate:
+            read_gates(gate)
+        for folder in tasks_path or []:
+            check_exists(Path(folder), "give the folder of the task files", folder=True)
+        lengths = _lengths(passkey)
+        _prepare(threads, verbose)
         from headfuse.commands import eval as command
 
         document = command.run(
-            model=model, data=data or "default", baseline=baseline, gate=gate, junit=junit,
+            model=model, data="default" if data is None else data, baseline=baseline, gate=gate, junit=junit,
             github_summary=github_summary, report=report, verify=verify, samples=samples or 24,
             sequence_length=sequence_length or 512, stride=stride, tasks=_names(tasks), tasks_path=tasks_path or (),
-            limit=limit, passkey=_lengths(passkey), passkey_trials=passkey_trials, memory=memory, speed=speed,
+            limit=limit, passkey=lengths, passkey_trials=passkey_trials, memory=memory, speed=speed,
             seed=seed, device=device.value, dtype=dtype and dtype.value, threads=threads,
             trust_remote_code=trust_remote_code, json_output=json_output, quiet=quiet, verbose=verbose,
         )  # fmt: skip
         return document, command.render
 
-    _execute(work, threads, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Model folder.", show_default=False)],
-    figures: Annotated[Path | None, typer.Option(help="What `headfuse eval --json` printed.")] = None,
-    analysis: Annotated[Path | None, typer.Option(help="What `headfuse analyze -o` wrote, for heat maps.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Output file.")] = Path("report.html"),
+    figures: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="What `headfuse eval --json` printed.")
+    ] = None,
+    analysis: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="What `headfuse analyze -o` wrote, for heat maps.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="Output file.")] = Path(
+        "report.html"
+    ),
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -472,11 +552,17 @@ def report(
     """Write what is known of a fused model as one HTML file."""
 
     def work() -> tuple[dict[str, Any], Any]:
+        from headfuse.inputs import check_exists
+
+        check_exists(folder, "give the folder of a model", folder=True)
+        check_exists(figures, "write it with `headfuse eval ... --json > FILE`")
+        check_exists(analysis, "write it with `headfuse analyze -o FOLDER`", folder=True)
+        _prepare(None, verbose)
         from headfuse.commands import report as command
 
         return command.run(folder=folder, figures=figures, analysis=analysis, output=output), command.render
 
-    _execute(work, None, json_output, quiet, verbose)
+    _execute(work, json_output, quiet, verbose)
 
 
 def _overrides(
@@ -492,7 +578,7 @@ def _overrides(
     sequence_length: int | None,
     seed: int | None,
 ) -> dict[str, Any]:
-    from headfuse.layouts import LAYOUT_FOR
+    from headfuse.plan import LAYOUT_FOR
 
     wanted = layout.value if layout else None
     if runtime is not None:
@@ -522,34 +608,29 @@ def _log(silent: bool) -> Any:
     return Console(stderr=True, quiet=silent)
 
 
-def _execute(
-    work: Callable[[], tuple[dict[str, Any], Any]], threads: int | None, as_json: bool, quiet: bool, verbose: bool
-) -> None:
+def _execute(work: Callable[[], tuple[dict[str, Any], Any]], as_json: bool, quiet: bool, verbose: bool) -> None:
     """Run a command; print its document; turn every failure into one message and an exit code."""
     first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     as_json = as_json and first
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
-        if threads:
-            import torch
-
-            torch.set_num_threads(threads)
-        _calm_libraries(verbose)
         document, render = work()
     except (KeyboardInterrupt, _Terminated) as error:
         what, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else ("terminated", 143)
         fix = str(error) or "nothing was written; run it again"
+        typer.echo(f"{what}\n  {fix}", err=True)
         if as_json:
             _print_failure(what, None, fix)
-        typer.echo(f"{what}\n  {fix}", err=True)
         raise typer.Exit(code) from None
     except Exception as error:
         expected = error if isinstance(error, HeadfuseError) else _explained(error)
+        unforeseen = verbose and error is not expected
+        if not unforeseen:
+            typer.echo(f"error: {expected}", err=True)
         if as_json:
             _print_failure(expected.what, expected.where, expected.fix)
-        if verbose and error is not expected:
+        if unforeseen:
             raise
-        typer.echo(f"error: {expected}", err=True)
         raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -572,7 +653,10 @@ def _execute(
 
 def _print_failure(what: str, where: str | None, fix: str | None) -> None:
     error = {"what": what, "where": where, "fix": fix}
-    typer.echo(json.dumps({"schema_version": 1, "output": None, "error": error}))
+    with contextlib.suppress(
+        OSError
+    ):  # a full disk behind stdout: the message on stderr tells the failure that matters
+        typer.echo(json.dumps({"schema_version": 1, "output": None, "error": error}))
 
 
 def _explained(error: Exception) -> HeadfuseError:
@@ -598,6 +682,15 @@ def _terminated(number: int, frame: object) -> None:
     raise _Terminated
 
 
+def _prepare(threads: int | None, verbose: bool) -> None:
+    """Before the heavy imports, after what needs none of them."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    _calm_libraries(verbose)
+
+
 def _calm_libraries(verbose: bool) -> None:
     """Keep the libraries' own chatter and bars off stderr unless asked for."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -611,7 +704,27 @@ def _calm_libraries(verbose: bool) -> None:
 
 def main() -> None:
     """Entry point of the `headfuse` command."""
-    sys.exit(app())
+    code: Any = 0
+    try:
+        try:
+            app()
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+    except OSError as error:  # commands turn every other one into a message
+        code = code or 1
+        _forget_stdout(error)
+    sys.exit(code)
+
+
+def _forget_stdout(error: OSError) -> None:
+    """Say that stdout cannot be written, but to a reader that went away; what it still holds goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if error.errno != errno.EPIPE:
+        with contextlib.suppress(OSError):
+            typer.echo(
+                f"error: standard output cannot be written: {error.strerror}\n  free the disk behind it", err=True
+            )
 
 
 if __name__ == "__main__":

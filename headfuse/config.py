@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from headfuse.budget import ALLOCATORS, BudgetRules, parse_budget
 from headfuse.errors import ConfigError
 from headfuse.grouping import GROUPERS
-from headfuse.plan import Layout
+from headfuse.plan import Layout, problem_words
 from headfuse.presets import PRESETS
 
 METHODS = ("mean", "first", "align", "subspace", "dha")
@@ -41,6 +41,8 @@ def _budget_text(value: Any) -> Any:
         value = repr(value)
     if isinstance(value, str):
         parse_budget(value)
+    elif not isinstance(value, dict):  # {key: .., value: ..} is another way to say it
+        raise ValueError("give a share such as 0.25 or 1/4, or {key: 1/4, value: 1/8}")
     return value
 
 
@@ -253,8 +255,13 @@ def load_options(
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        problems = [_describe(dict(problem), model) for problem in error.errors()]
+        problems = [_describe(dict(problem), model) for problem in error.errors() if not _not_meant(problem)]
         raise ConfigError("; ".join(dict.fromkeys(problems)), where=name or "options", fix=fix) from None
+
+
+def _not_meant(problem: Mapping[str, Any]) -> bool:
+    """Whether a value is only said not to be of the other type: a budget is one share, or one for each side."""
+    return problem["loc"][:-1] == ("budget", "total") and problem["type"] in ("string_type", "model_type")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -277,14 +284,17 @@ def _read_yaml(name: str, folder: str) -> dict[str, Any]:
         packaged = data / f"{name}.yaml"
         if "/" in name or not packaged.is_file():
             names = sorted(p.name.removesuffix(".yaml") for p in data.iterdir() if p.name.endswith(".yaml"))
-            fix = f"give a YAML file or a packaged name: {', '.join(names)}"
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            fix = f"{hint}give a YAML file or a packaged name: {', '.join(names)}"
             raise ConfigError("no such config", where=name or "--config", fix=fix)
         text = packaged.read_text(encoding="utf-8")
     else:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot be read: {error}", where=name, fix="give a YAML file in UTF-8") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ConfigError(f"cannot be read: {reason}", where=name, fix="give a YAML file in UTF-8") from None
     try:
         raw = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
@@ -298,11 +308,13 @@ def _read_yaml(name: str, folder: str) -> dict[str, Any]:
 
 
 def _describe(problem: dict[str, Any], model: type[Strict]) -> str:
+    """A problem with its place; an unknown key with the near one."""
+    model = SideBudget if "SideBudget" in problem["loc"] else model
     path = [str(part) for part in problem["loc"] if part not in ("SideBudget", "function-before[_budget_text(), str]")]
     place = ".".join(path)
     if problem["type"] != "extra_forbidden":
-        return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
-    for part in path[:-1]:
+        return f"{place}: {problem_words(problem)}" if place else problem_words(problem)
+    for part in [] if model is SideBudget else path[:-1]:
         inner = model.model_fields[part].annotation if part in model.model_fields else None
         model = inner if isinstance(inner, type) and issubclass(inner, Strict) else model
     known = list(model.model_fields)

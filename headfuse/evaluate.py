@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,7 @@ def evaluate(
     threads: int | None = None,
     trust_remote_code: bool = False,
     seed: int | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> EvaluationResult:
     """Measure a causal LM, fused or not, and compare it with a baseline.
 
@@ -151,6 +152,7 @@ def evaluate(
         threads: CPU threads.
         trust_remote_code: run code that comes with the model.
         seed: shuffle the documents; by default they are read in the order of the file.
+        on_stage: called with the name of each stage as it begins.
 
     Raises:
         HeadfuseError: for a model, baseline, text or task that cannot be used.
@@ -181,7 +183,9 @@ def evaluate(
             check_context(config, length, "--passkey")
     tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
     texts = [
-        evaluation_text(read_documents(data, seed=seed), tokenizer, sequence_length, samples, stride, data)
+        evaluation_text(
+            read_documents(data, seed=seed, tokenizer=tokenizer), tokenizer, sequence_length, samples, stride, data
+        )
         for tokenizer in tokenizers
     ]
     text = texts[0]
@@ -199,6 +203,7 @@ def evaluate(
 
     measured = []
     for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True):
+        on_stage(f"evaluating {model_name(name)}")
         loaded = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         check_vocabulary(loaded, tokenizer, folder)
         one = _measure(model_name(name), folder, loaded, tokenizer, text, harness, passkey, passkey_trials)
@@ -212,6 +217,7 @@ def evaluate(
     mine, theirs = measured[0], measured[1] if baseline is not None else None
     measured_speed = None
     if speed:
+        on_stage("measuring decode speed")
         pair = [load_model(f, device=device, dtype=dtype, trust_remote_code=trust_remote_code) for f in folders]
         measured_speed = decode_speed(pair[0], pair[1], text.windows[:1])
     return EvaluationResult(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headfuse.distillation import model_states
 from headfuse.errors import ConfigError
 from headfuse.perplexity import Predictions
+from headfuse.text import start_token
 
 _INTRO = "There is an important fact hidden in a lot of irrelevant text. Find it and memorise it.\n"
 _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -43,7 +44,10 @@ def passkey_prompts(
         tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return tokens
 
+    start = start_token(tokenizer)
     intro, question, filler = ids(_INTRO), ids(_QUESTION), ids(_FILLER)
+    if start is not None:
+        intro = [start, *intro]
     prompts = []
     for trial in range(trials):
         key = str(generator.randrange(10_000, 100_000))

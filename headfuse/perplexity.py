@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.distillation import chunk_tokens, model_states
 from headfuse.errors import DataError
-from headfuse.text import labelled_tokens
+from headfuse.text import labelled_tokens, start_token, with_start
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class EvaluationText:
     """Windows of text, which of their predictions count, and where each predicted token comes from.
 
     `windows` is `[windows, length]`; `scored` (bool) and `domains` (index into `names`) are `[windows, length - 1]`.
+    `begun`: every window begins with BOS.
     """
 
     windows: torch.Tensor
     scored: torch.Tensor
     domains: torch.Tensor
     names: list[str]
+    begun: bool = False
 
 
 def evaluation_text(
@@ -39,27 +41,34 @@ def evaluation_text(
     """Windows that begin every `stride` tokens; each prediction counts once, in the first window that holds it.
 
     With a stride below the length, all but the first window predict their last `stride` tokens only, so that each has
-    at least `length - stride` tokens before it. With a stride of the length, windows are independent.
+    at least `length - stride` tokens before it. With a stride of the length, windows are independent. They begin with
+    BOS if `text.start_token` gives one; it takes the place of one token, and the first token of text is predicted.
 
     Raises:
         DataError: for text that does not fill one window.
     """
-    ids, places, names = labelled_tokens(documents, tokenizer, sequence_length + (samples - 1) * stride)
-    if len(ids) < sequence_length:
+    start = start_token(tokenizer)
+    room = sequence_length - (start is not None)
+    step = min(stride, room)
+    ids, places, names = labelled_tokens(documents, tokenizer, room + (samples - 1) * step)
+    if len(ids) < room:
         raise DataError(
-            f"holds {len(ids):,} tokens; {sequence_length:,} are needed for a window",
+            f"holds {len(ids):,} tokens; {room:,} are needed for a window",
             where=where,
             fix="give more text, or a smaller --sequence-length",
         )
-    windows, domains = ids.unfold(0, sequence_length, stride), places.unfold(0, sequence_length, stride)
+    windows, domains = ids.unfold(0, room, step), places.unfold(0, room, step)
     scored = torch.ones(len(windows), sequence_length - 1, dtype=torch.bool)
-    scored[1:, : max(0, sequence_length - 1 - stride)] = False
-    return EvaluationText(windows, scored, domains[:, 1:], names)
+    scored[1:, : max(0, sequence_length - 1 - step)] = False
+    return EvaluationText(
+        with_start(windows, start), scored, domains[:, 1 - sequence_length :], names, start is not None
+    )
 
 
 def nll_protocol(text: EvaluationText, stride: int, *, shuffled: bool = False) -> str:
     """The protocol of a figure, in words."""
     windows, length = text.windows.shape
+    bos = "each begins with BOS" if text.begun else "without BOS"
     order = "shuffled" if shuffled else "in file order"
     what = "independent, non-overlapping windows" if stride == length else "windows"
     how = (
@@ -69,7 +78,7 @@ def nll_protocol(text: EvaluationText, stride: int, *, shuffled: bool = False) -
     )
     return (
         f"NLL per token in nats over the first {windows} {what} of {length} tokens of the text as it is (documents"
-        f" {order}, joined by EOS), without BOS, {how}, {int(text.scored.sum())} predictions in all; perplexity is its"
+        f" {order}, joined by EOS), {bos}, {how}, {int(text.scored.sum())} predictions in all; perplexity is its"
         " exponential"
     )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Annotated, Literal
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +20,13 @@ Groups = tuple[tuple[int, ...], ...]
 Layout = Literal["decoupled", "layerwise", "gqa"]
 SHARED: tuple[Layout, ...] = ("layerwise", "gqa")
 """Layouts whose keys and values share one partition of a layer's heads, into groups of one size."""
+LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
+    "transformers": ("decoupled", "layerwise", "gqa"),
+    "vllm": ("gqa", "layerwise"),
+    "llama.cpp": ("gqa", "layerwise"),
+    "sglang": ("gqa",),
+}
+"""The layouts that a runtime loads; `--for RUNTIME` picks the first."""
 
 
 class _Frozen(BaseModel):
@@ -216,6 +226,41 @@ def validation_summary(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
+        message = problem_words(problem)
         lines.append(f"{place}: {message}" if place else message)
     return "; ".join(lines)
+
+
+_WORDS = {
+    "missing": "is missing",
+    "extra_forbidden": "unknown key",
+    "finite_number": "must be a finite number, not {found}",
+    "greater_than": "must be above {gt}, not {found}",
+    "greater_than_equal": "must be at least {ge}, not {found}",
+    "less_than": "must be below {lt}, not {found}",
+    "less_than_equal": "must be at most {le}, not {found}",
+    "json_invalid": "is not valid JSON: {error}",
+}
+"""Kinds of pydantic's problems, in words of our own."""
+_TYPES = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list",
+    "list": "a list", "dict": "a mapping", "model": "a mapping of options",
+}  # fmt: skip
+"""Wanted types, by the beginning of the kind of problem."""
+
+
+def problem_words(problem: Mapping[str, Any]) -> str:
+    """What is wrong with a value, by a problem of a pydantic error: wanted, found, and for names the near one."""
+    kind, found = problem["type"], reprlib.repr(problem["input"])
+    context = problem.get("ctx", {})
+    if kind in ("value_error", "assertion_error"):
+        return str(context["error"])
+    if kind in _WORDS:
+        return _WORDS[kind].format(**context, found=found)
+    if kind == "literal_error":
+        names = re.findall(r"'([^']*)'", context["expected"])
+        near = difflib.get_close_matches(str(problem["input"]), names, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{found} is unknown; {hint}choose from {context['expected']}"
+    wanted = _TYPES.get(kind.split("_")[0])
+    return f"must be {wanted}, not {found}" if wanted else f"cannot be {found}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Estimate:
 
 def mean(values: Sequence[float]) -> Estimate:
     """The mean of independent items."""
+    import torch  # here, so that gates can be read without it
+
     tensor = torch.tensor(values, dtype=torch.float64)
     error = (tensor.std() / math.sqrt(len(tensor))).item() if len(tensor) > 1 else None
     return Estimate(tensor.mean().item(), error, len(tensor))
@@ -41,6 +45,8 @@ def clustered_mean(values: torch.Tensor, chosen: torch.Tensor) -> Estimate | Non
         None when nothing is chosen. With as many predictions in every window the error is the standard deviation of the
         windows' means over the square root of their number.
     """
+    import torch
+
     count, windows = int(chosen.sum()), int(chosen.any(dim=1).sum())
     if not count:
         return None

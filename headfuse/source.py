@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from headfuse.config import FuseConfig
 from headfuse.errors import CheckpointError, ConfigError
 from headfuse.loading import load_tokenizer
 from headfuse.plan import HeadLayout, SourceModel
-from headfuse.text import read_documents, varied_windows
+from headfuse.text import read_documents, start_token, varied_windows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,16 @@ class Source:
                 where="--sequence-length",
                 fix=f"choose {limit} or less",
             )
-        documents = read_documents(calibration.data, seed=config.seed)
+        documents = read_documents(calibration.data, seed=config.seed, tokenizer=tokenizer)
         length, samples = calibration.sequence_length, calibration.samples
         windows = varied_windows(documents, tokenizer, length, samples, config.seed, required=2, where=calibration.data)
         if int(windows.max()) >= self.config.vocab_size:  # as integers: a damaged size may be beyond int64
             raise CheckpointError(
                 "the tokenizer has more tokens than the model", where=self.folder, fix="use the model's own tokenizer"
             )
-        return CalibrationText.split(windows, calibration.held_out_windows(len(windows)))
+        held_out, bos = calibration.held_out_windows(len(windows)), start_token(tokenizer)
+        logger.info("calibration windows %s", "have no BOS" if bos is None else "begin with BOS")
+        return CalibrationText.split(windows, held_out, bos)
 
 
 def _check_heads(checkpoint: Checkpoint, heads: HeadLayout) -> None:

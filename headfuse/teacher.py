@@ -219,7 +219,12 @@ def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str]:
         ConfigError: when there is none.
     """
     if teacher is not None:
-        return resolve_model(teacher), model_name(teacher)
+        chosen, name = resolve_model(teacher), model_name(teacher)
+        if (folder / "plan.json").exists():
+            source = read_plan(folder).source
+            if fingerprint(chosen) != source.fingerprint:
+                logger.warning("the teacher %s is not the source that plan.json names, %s", name, source.name)
+        return chosen, name
     if not (folder / "plan.json").exists():
         fix = "give the source model with --teacher, or train without one with --loss ce"
         raise ConfigError("has no plan.json that names its source", where=folder, fix=fix)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import math
 import random
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import IO, TYPE_CHECKING, Any
 
 from headfuse.errors import DataError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -26,9 +29,21 @@ logger = logging.getLogger(__name__)
 DEFAULT_DATA = "default"
 """The text that ships inside the package: generic prose."""
 
-_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+"""Suffix after those above, and the name of the compression in fsspec."""
+_METADATA = re.compile(
+    r"(dataset_infos?|dataset_dict|state|croissant)\.json|(readme|license|notice|checksums|.*sha256.*|.*md5.*)\.txt",
+    re.I,
+)
+"""Files that lie beside data and hold none."""
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
-_FIELD = 'each record needs its text in a field "text", like {"text": "..."}'
+_FIELD = 'each record needs its text in a field "text", like {"text": "..."}, or a chat in "messages"'
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_HUB_TIMEOUT = 10
+"""Seconds."""
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
+"""Speakers in the ShareGPT form that chat templates call otherwise."""
 
 _SHUFFLED_DOCUMENTS = 10_000
 _SHUFFLED_CHARACTERS = 2**26
@@ -51,20 +66,33 @@ class Document(str):
     source: str
 
 
-def read_documents(data: str, *, seed: int | None = None) -> Iterator[str]:
+def read_documents(
+    data: str, *, seed: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[str]:
     """Read documents one by one; empty ones are left out.
 
+    A record holds its text in the field `text`, or a chat in `messages` (`role`, `content`) or `conversations` (also
+    with ShareGPT's `from`, `value`), which the tokenizer's chat template renders.
+
     Args:
-        data: `default` (the packaged text), a .txt file (one document, nothing stripped), a .jsonl, .json or .parquet
-            file whose records have a field `text` (JSON: one record a line), a folder of such files, or a dataset of
-            the Hugging Face hub as `org/name`, `org/name:split` or `org/name/config:split` (split `train` by default).
+        data: `default` (the packaged text); a .txt file (one document, nothing stripped); a file of records: .jsonl,
+            .ndjson, .json (one record a line, or one array of them), .csv, .tsv (with a header line) or .parquet; a
+            folder of such files, in which hidden files and metadata are skipped; a folder of
+            `datasets.Dataset.save_to_disk`; or a dataset of the Hugging Face hub as `org/name`, `org/name:split` or
+            `org/name/config:split` (split `train` by default). All but Parquet may be compressed: .gz, .bz2, .xz, .zst.
         seed: shuffle the documents (through a buffer, see `shuffled`); None keeps their order.
+        tokenizer: has the chat template.
 
     Raises:
         DataError: at once when there is no such data, while reading when it cannot be understood or holds no text.
     """
-    documents = _not_empty(_open(data), data)
+    documents = _not_empty(_open(data, tokenizer), data)
     return documents if seed is None else shuffled(documents, seed)
+
+
+def check_data(data: str) -> None:
+    """Raise DataError when there is no such text; its content is not read, and a hub is not asked."""
+    _open(data, None)
 
 
 def data_name(data: str) -> str:
@@ -131,30 +159,38 @@ def cut(text: str, limit: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _open(data: str, piece: int | None = None) -> Iterator[str]:
+def _open(data: str, tokenizer: PreTrainedTokenizerBase | None, piece: int | None = None) -> Iterator[str]:
     """Documents; with `piece`, a .txt file comes in pieces of so many characters, never whole."""
-    path = Path(data)
     if not data:  # Path("") would be the working directory: an unset variable of a script
         raise DataError("the name of the text is empty", where="--data", fix="give a text file, or leave it out")
     if data == DEFAULT_DATA:
         return _packaged()
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.suffix in _SUFFIXES and file.is_file()]
-        if not files:
-            raise DataError(
-                f"the folder holds no {_listed(_SUFFIXES)} file", where=data, fix="give a folder with text in it"
-            )
-        return (document for file in files for document in _read_file(file, piece))
-    if path.exists():
-        if path.suffix not in _SUFFIXES:
+    path = Path(data)
+    try:
+        if path.is_dir():
+            return _read_folder(data, path, tokenizer, piece)
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds NUL; a folder that may not be searched
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot be read: {reason}", where=data, fix="check the path") from None
+    if exists:
+        if _kind(path) is None:
             raise DataError(f"is not a {_listed(_SUFFIXES)} file", where=data, fix="rename or convert it")
-        return _read_file(path, piece)
+        return _read_file(path, tokenizer, piece)
     match = _HUB_ID.fullmatch(data)
-    if match is None or path.suffix in _SUFFIXES:
+    if match is None or _kind(path) is not None:
         raise DataError(
             "no such file", where=data, fix="give a text file, a folder, a hub dataset like org/name, or `default`"
         )
-    return _read_hub(data, match["name"], match["config"], match["split"] or "train")
+    return _read_hub(data, match["name"], match["config"], match["split"] or "train", tokenizer)
+
+
+def _kind(path: Path) -> str | None:
+    """What a file holds by its name: one of `_SUFFIXES`; None for other files."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _COMPRESSIONS else suffixes[-1] if suffixes else ""
+    packed_parquet = kind == ".parquet" and suffixes[-1] != kind
+    return kind if kind in _SUFFIXES and not packed_parquet else None
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -163,12 +199,17 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def _not_empty(documents: Iterable[str], data: str) -> Iterator[str]:
-    empty = True
+    blank: list[str] | None = []
+    """What came before the first word; None after it."""
     for document in documents:
+        if blank is not None and (not document or document.isspace()):
+            blank.append(document)
+            continue
+        yield from filter(None, blank or [])
+        blank = None
         if document:
-            empty = False
             yield document
-    if empty:
+    if blank is not None:
         raise DataError("holds no text", where=data, fix="give data with text in it")
 
 
@@ -177,35 +218,146 @@ def _packaged() -> Iterator[str]:
     yield from text.split("\f")
 
 
-def _read_file(path: Path, piece: int | None) -> Iterator[str]:
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
+def _read_folder(
+    data: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None, piece: int | None
+) -> Iterator[str]:
+    parts = list(_parts(folder))
+    if not parts:
+        raise DataError(
+            f"the folder holds no {_listed(_SUFFIXES)} file", where=data, fix="give a folder with text in it"
+        )
+    return (
+        document
+        for part in parts
+        for document in (_read_saved(part, tokenizer) if part.is_dir() else _read_file(part, tokenizer, piece))
+    )
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    """The data files of a folder and of those in it, and the folders of `save_to_disk`, in the order of their names."""
+    saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    if saved or (folder / "dataset_dict.json").is_file():
+        yield folder
         return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith((".", "__")):  # .git, .cache, ._name and __MACOSX of macOS
+            continue
+        if path.is_dir():
+            if not path.is_symlink():  # it may lead back here
+                yield from _parts(path)
+        elif _kind(path) is not None and not _METADATA.fullmatch(path.name) and path.is_file():
+            yield path
+
+
+def _read_file(path: Path, tokenizer: PreTrainedTokenizerBase | None, piece: int | None) -> Iterator[str]:
+    kind = _kind(path)
     try:
-        if path.suffix == ".txt" and piece is not None:
-            yield from _read_pieces(path, piece)
-            return
-        with path.open("rb") as stream:
-            if path.suffix == ".txt":
-                yield _decoded(stream.read(), str(path))
-                return
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield _json_text(line, f"{path}, line {number}")
+        if kind == ".txt":
+            yield from _read_text(path, piece)
+        elif kind == ".parquet":
+            with _opened(path):  # a pointer of Git LFS is named as one
+                pass
+            yield from _read_parquet(path, tokenizer)
+        else:
+            for record, where in _records(path, kind):
+                yield _text_of(record, where, tokenizer)
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=path, fix="check its permissions") from None
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot be read: {reason}", where=path, fix="check the file and its permissions") from None
 
 
-def _read_pieces(path: Path, limit: int) -> Iterator[str]:
-    rest = ""
+def _records(path: Path, kind: str | None) -> Iterator[tuple[Any, str]]:
+    """Each record of a file, and how an error names its place."""
+    with _opened(path) as stream:
+        if kind in (".csv", ".tsv"):
+            yield from _table_rows(stream, path, "\t" if kind == ".tsv" else ",")
+            return
+        for number, line in enumerate(stream, 1):
+            if kind == ".json" and line.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+                where = f"{path}, line {number}"
+                for item, record in enumerate(_json(line + stream.read(), where, "check the array"), 1):
+                    yield record, f"{path}, item {item}"
+                return
+            if line.strip():
+                where, fix = f"{path}, line {number}", "write one JSON object a line, or one array of them in a .json"
+                yield _json(line, where, fix), where
+
+
+def _table_rows(stream: IO[bytes], path: Path, delimiter: str) -> Iterator[tuple[dict[str, Any], str]]:
+    csv.field_size_limit(sys.maxsize)  # documents are longer than the module expects
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    rows = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            while block := stream.read(64 * limit):
-                *pieces, rest = cut(rest + block, limit)
-                yield from pieces
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            if None in row or None in row.values():
+                raise DataError("has another number of fields than the first line", where=where, fix="quote the fields")
+            yield row, where
+    except csv.Error as error:
+        raise DataError(
+            f"is not valid: {error}", where=f"{path}, line {rows.line_num}", fix="write the file again"
+        ) from None
     except UnicodeDecodeError:
-        _decoded(path.read_bytes(), str(path))  # the message tells the place in the file
-    yield rest
+        where = f"{path}, after line {rows.line_num}"
+        raise DataError("is not UTF-8 text", where=where, fix="convert the file to UTF-8") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed by its suffix."""
+    import zlib
+    from lzma import LZMAError
+
+    name = _COMPRESSIONS.get(path.suffix.lower())
+    with path.open("rb") as stored:
+        if stored.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise DataError(
+                "is a pointer of Git LFS, not the data itself", where=path, fix="fetch it with git lfs pull"
+            )
+        stored.seek(0)
+        if name is None:
+            yield stored
+            return
+        from fsspec.compression import compr
+
+        if name not in compr:
+            raise DataError(f"is compressed by {name}", where=path, fix="pip install zstandard, or decompress it")
+        try:
+            with compr[name](stored, mode="rb") as stream:
+                yield stream
+        except DataError:
+            raise
+        except Exception as error:
+            known = isinstance(error, (EOFError, zlib.error, LZMAError)) or type(error).__name__ == "ZstdError"
+            if not known and not (isinstance(error, OSError) and error.errno is None):
+                raise
+            raise DataError(
+                f"is not a complete {name} file ({_reason(error)})", where=path, fix="copy or download it again"
+            ) from None
+
+
+def _read_text(path: Path, limit: int | None) -> Iterator[str]:
+    """One document; with a limit, in pieces of so many characters."""
+    with _opened(path) as stream:
+        if limit is None:
+            yield _without_nul(_decoded(stream.read(), str(path)).removeprefix("\ufeff"), path)
+            return
+        text, rest = io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), ""
+        try:
+            while block := text.read(64 * limit):
+                *pieces, rest = cut(rest + _without_nul(block, path), limit)
+                yield from pieces
+        except UnicodeDecodeError:
+            with _opened(path) as again:
+                _decoded(again.read(), str(path))  # the message tells the place in the file
+        yield rest
+
+
+def _without_nul(text: str, path: Path) -> str:
+    if "\0" in text:  # UTF-16 without its mark is valid UTF-8
+        fix = "convert the file to UTF-8, or give a file of text"
+        raise DataError("holds NUL: UTF-16, or no text at all", where=path, fix=fix)
+    return text
 
 
 def _decoded(data: bytes, where: str) -> str:
@@ -217,18 +369,28 @@ def _decoded(data: bytes, where: str) -> str:
         ) from None
 
 
-def _json_text(line: bytes, where: str) -> str:
+def _json(text: bytes, where: str, fix: str) -> Any:
     try:
-        record = json.loads(_decoded(line, where).removeprefix("\ufeff"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        fix = "write one JSON object a line, not an array or an object over several lines"
+        return json.loads(_decoded(text, where).removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of 5000 digits
         raise DataError(f"is not valid JSON: {error}", where=where, fix=fix) from None
-    return _text_field(record, where)
 
 
-def _text_field(record: Any, where: str) -> str:
+def _text_of(record: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The document of a record, with its source."""
     if not isinstance(record, dict):
         raise DataError("is not a JSON object", where=where, fix=_FIELD)
+    chats = [field for field in ("messages", "conversations") if field in record]
+    if "text" in record or not chats:
+        text = _text_field(record, where)
+    else:
+        text = _rendered(record, chats[0], where, tokenizer)
+    document = Document(text.encode("utf-8", "replace").decode("utf-8"))  # a lone surrogate becomes "?"
+    document.source = record["source"] if isinstance(record.get("source"), str) else ""
+    return document
+
+
+def _text_field(record: dict[str, Any], where: str) -> str:
     if "text" not in record:
         found = ", ".join(sorted(record)) or "none"
         raise DataError(f'has no field "text"; its fields are: {found}', where=where, fix=_FIELD)
@@ -236,9 +398,41 @@ def _text_field(record: Any, where: str) -> str:
         raise DataError(
             f'the field "text" holds {type(record["text"]).__name__}, not a string', where=where, fix=_FIELD
         )
-    document = Document(record["text"].encode("utf-8", "replace").decode("utf-8"))  # a lone surrogate becomes "?"
-    document.source = record["source"] if isinstance(record.get("source"), str) else ""
-    return document
+    return record["text"]
+
+
+def _rendered(record: dict[str, Any], field: str, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A chat as the model's own template writes it; without the BOS token, which windows get where it belongs."""
+    messages = [_message(message, field, where) for message in record[field]] if _is_list(record[field]) else []
+    if not messages:
+        raise DataError(f"{field!r} is not a list of messages", where=where, fix=_FIELD)
+    if not getattr(tokenizer, "chat_template", None):
+        fix = 'give a model whose tokenizer has one, or records with "text"'
+        raise DataError("is a chat, and the tokenizer has no chat template to render it", where=where, fix=fix)
+    assert tokenizer is not None
+    tools = record.get("tools")
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tools=tools if _is_list(tools) else None, tokenize=False)
+    except Exception as error:  # what templates refuse, they raise in many kinds
+        fix = "change the record, such as the order of its roles"
+        raise DataError(f"the chat template refuses it ({_reason(error)})", where=where, fix=fix) from None
+    return str(rendered).removeprefix(tokenizer.bos_token if start_token(tokenizer) is not None else "")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value)
+
+
+def _message(message: Any, field: str, where: str) -> dict[str, Any]:
+    """A message of a chat as templates read it: `role` and `content`."""
+    if isinstance(message, dict):
+        if isinstance(message.get("role"), str):
+            return {name: value for name, value in message.items() if value is not None or name == "content"}
+        if isinstance(message.get("from"), str) and isinstance(message.get("value"), str):
+            role = message["from"]
+            return {"role": _ROLES.get(role, role), "content": message["value"]}
+    fix = 'write messages as {"role": "user", "content": "..."}'
+    raise DataError(f"{field!r} holds something that is no message", where=where, fix=fix)
 
 
 def _load_dataset(*args: Any, **kwargs: Any) -> Iterable[Any]:
@@ -250,11 +444,11 @@ def _load_dataset(*args: Any, **kwargs: Any) -> Iterable[Any]:
     return rows
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
     try:
         rows = _load_dataset("parquet", data_files=str(path), split="train")
         for number, row in enumerate(rows, 1):
-            yield _text_field(row, f"{path}, row {number}")
+            yield _text_of(row, f"{path}, row {number}", tokenizer)
     except DataError:
         raise
     except Exception as error:  # pyarrow and datasets raise many kinds
@@ -263,11 +457,36 @@ def _read_parquet(path: Path) -> Iterator[str]:
         ) from None
 
 
-def _read_hub(data: str, name: str, config: str | None, split: str) -> Iterator[str]:
+def _read_saved(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    """A folder that `save_to_disk` wrote; of a DatasetDict the split `train`, or the only one."""
+    import datasets
+
     try:
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, datasets.DatasetDict):
+            split = "train" if "train" in saved else min(saved) if len(saved) == 1 else None
+            if split is None:
+                fix = f"give the folder of one of them: {', '.join(sorted(saved))}"
+                raise DataError("holds several splits, none of them train", where=folder, fix=fix)
+            saved = saved[split]
+        for number, row in enumerate(saved, 1):
+            yield _text_of(row, f"{folder}, row {number}", tokenizer)
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise many kinds
+        raise DataError(
+            f"is not a readable folder of save_to_disk ({_reason(error)})", where=folder, fix="write it again"
+        ) from None
+
+
+def _read_hub(
+    data: str, name: str, config: str | None, split: str, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[str]:
+    try:
+        _ask_hub(name)
         rows = _load_dataset(name, config, split=split)
         for number, row in enumerate(rows, 1):
-            yield _text_field(row, f"{data}, row {number}")
+            yield _text_of(row, f"{data}, row {number}", tokenizer)
     except DataError:
         raise
     except Exception as error:  # the hub, the network, and datasets raise many kinds
@@ -278,6 +497,15 @@ def _read_hub(data: str, name: str, config: str | None, split: str) -> Iterator[
         ) from None
 
 
+def _ask_hub(name: str) -> None:
+    """Raise what the hub says of a dataset that it does not give: `datasets` tries again for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    with suppress(OfflineModeIsEnabled):  # `datasets` looks into its cache, and does not wait
+        HfApi().dataset_info(name, timeout=_HUB_TIMEOUT)
+
+
 def _reason(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
@@ -285,18 +513,37 @@ def _reason(error: Exception) -> str:
 # ---------------------------------------------------------------- token windows
 
 
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS token where the tokenizer puts it before every text by default, as the model was trained; else None."""
+    bos = tokenizer.bos_token_id
+    ids = tokenizer("text", verbose=False).input_ids
+    plain = tokenizer("text", add_special_tokens=False, verbose=False).input_ids
+    return bos if bos is not None and ids[:1] == [bos] and plain[:1] != [bos] else None
+
+
+def with_start(windows: torch.Tensor, start: int | None) -> torch.Tensor:
+    """Windows `[n, T]` with the start token before each, `[n, T + 1]`; unchanged without one."""
+    from torch.nn.functional import pad
+
+    return windows if start is None else pad(windows, (1, 0), value=start)
+
+
 def iter_windows(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
 ) -> Iterator[torch.Tensor]:
     """Pack documents, joined by EOS, into windows `[sequence_length]`, in order.
 
-    An incomplete last window is dropped. No BOS and no other special token is added. A single document needs no EOS.
+    An incomplete last window is dropped. Each window begins with BOS if `start_token` gives one; no other special token
+    is added. A single document needs no EOS.
     """
-    rest: list[int] = []
+    import torch
+
+    start, rest = start_token(tokenizer), list[int]()
+    room = sequence_length - (start is not None)
     for ids in _token_lists(documents, tokenizer):
         rest += ids
-        full = len(rest) // sequence_length * sequence_length
-        yield from torch.tensor(rest[:full], dtype=torch.long).view(-1, sequence_length)
+        full = len(rest) // room * room
+        yield from with_start(torch.tensor(rest[:full], dtype=torch.long).view(-1, room), start)
         del rest[:full]
 
 
@@ -322,28 +569,36 @@ def token_windows(
     Raises:
         DataError: for too little text, naming how many tokens there are and how many it takes.
     """
-    return _first_windows(_token_lists(documents, tokenizer), sequence_length, num_windows, required, where)
+    tokens, start = _token_lists(documents, tokenizer), start_token(tokenizer)
+    return _first_windows(tokens, start, sequence_length, num_windows, required, where)
 
 
 def _first_windows(
-    tokens: Iterable[list[int]], sequence_length: int, num_windows: int | None, required: int, where: str | None
+    tokens: Iterable[list[int]],
+    start: int | None,
+    sequence_length: int,
+    num_windows: int | None,
+    required: int,
+    where: str | None,
 ) -> torch.Tensor:
-    """Token ids in a row, cut into windows."""
-    ids: list[int] = []
-    wanted = None if num_windows is None else num_windows * sequence_length
+    """Token ids in a row, cut into windows that begin with the start token, if there is one."""
+    import torch
+
+    ids, room = list[int](), sequence_length - (start is not None)
+    wanted = None if num_windows is None else num_windows * room
     for more in tokens:
         ids += more
         if wanted is not None and len(ids) >= wanted:
             break
-    found = len(ids) // sequence_length if num_windows is None else min(len(ids) // sequence_length, num_windows)
+    found = len(ids) // room if num_windows is None else min(len(ids) // room, num_windows)
     if found < required:
         raise DataError(
-            f"holds {len(ids):,} tokens; {required * sequence_length:,} are needed"
+            f"holds {len(ids):,} tokens; {required * room:,} are needed"
             f" for {required} window{'s' * (required > 1)} of {sequence_length} tokens",
             where=where,
             fix="give more text, or a smaller --sequence-length",
         )
-    return torch.tensor(ids[: found * sequence_length], dtype=torch.long).view(found, sequence_length)
+    return with_start(torch.tensor(ids[: found * room], dtype=torch.long).view(found, room), start)
 
 
 def varied_windows(
@@ -363,8 +618,9 @@ def varied_windows(
     to other text (docs/experiments.md). The other arguments, the result `[windows, sequence_length]` and the errors are
     those of `token_windows`.
     """
-    tokens = _pieces(documents, tokenizer, sequence_length, random.Random(seed))
-    return _first_windows(tokens, sequence_length, num_windows, required, where)
+    start = start_token(tokenizer)
+    tokens = _pieces(documents, tokenizer, sequence_length - (start is not None), random.Random(seed))
+    return _first_windows(tokens, start, sequence_length, num_windows, required, where)
 
 
 def _pieces(
@@ -386,11 +642,13 @@ def _pieces(
 def labelled_tokens(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """The first `limit` tokens of documents joined by EOS, as in `token_windows`, and where each comes from.
+    """The first `limit` tokens of documents joined by EOS, without BOS, and where each comes from.
 
     Returns:
         Token ids `[tokens]`, the index of each token's `Document.source` `[tokens]`, and these sources.
     """
+    import torch
+
     ids, places, names = list[int](), list[int](), dict[str, int]()
     current = ""
 
@@ -447,8 +705,9 @@ class TrainingText:
     """Training windows without end, and the validation windows of the sections that are held out from them.
 
     A section is a document, or a piece of a long one (some four windows), so that a step sees several texts and a
-    single book can be divided. Sections are joined by EOS; windows go across their ends. Each text is read again,
-    shuffled anew, where it ends. No more of it is in memory than the shuffling buffer holds.
+    single book can be divided. Sections are joined by EOS; windows go across their ends, and begin with BOS if
+    `start_token` gives one. Each text is read again, shuffled anew, where it ends. No more of it is in memory than the
+    shuffling buffer holds.
 
     Args:
         data: texts, each as `read_documents` takes it, with their shares of the tokens in any unit.
@@ -470,22 +729,26 @@ class TrainingText:
     ) -> None:
         self.data, self.tokenizer, self.sequence_length, self.seed = parse_data(data), tokenizer, sequence_length, seed
         self.held_out: set[str] = set()
-        documents = self._hold_out() if validation is None else read_documents(validation)
+        self._start = start_token(tokenizer)
+        self._room = sequence_length - (self._start is not None)
+        documents = self._hold_out() if validation is None else read_documents(validation, tokenizer=tokenizer)
         self.validation = token_windows(documents, tokenizer, sequence_length, validation_windows, required=0)
         if not len(self.validation):
             logger.warning("%s is too short to hold some of it out: no figures", validation or mixture_name(self.data))
 
     def batches(self, size: int, state: Mapping[str, Any] | None = None) -> Iterator[Batch]:
         """Batches of `size` windows, from the start or from where the batch with this state ended."""
+        import torch
+
         places = [Place(**place) for place in state["places"]] if state else [Place() for _ in self.data]
         rest: list[int] = list(state["rest"]) if state else []
         streams = [self._tokens(name, place) for name, place in zip(self.data, places, strict=True)]
-        needed = size * self.sequence_length
+        needed = size * self._room
         while True:
             while len(rest) < needed:  # the text that is furthest behind its share
                 shares = [place.tokens / weight for place, weight in zip(places, self.data.values(), strict=True)]
                 rest += next(streams[shares.index(min(shares))])
-            windows = torch.tensor(rest[:needed], dtype=torch.long).view(size, self.sequence_length)
+            windows = with_start(torch.tensor(rest[:needed], dtype=torch.long).view(size, self._room), self._start)
             del rest[:needed]
             yield Batch(windows, {"places": [asdict(place) for place in places], "rest": list(rest)})
 
@@ -504,7 +767,7 @@ class TrainingText:
                     ids = [*self.tokenizer(section, add_special_tokens=False, verbose=False).input_ids, eos]
                     place.tokens += len(ids)
                     yield ids
-            if before is not None and place.tokens - before < self.sequence_length:
+            if before is not None and place.tokens - before < self._room:
                 fix = "give more text, or a smaller --sequence-length"
                 raise DataError(f"does not fill one window of {self.sequence_length} tokens", where=name, fix=fix)
             place.epoch, place.sections = place.epoch + 1, 0
@@ -518,7 +781,7 @@ class TrainingText:
 
     def _sections(self, name: str, epoch: int | str) -> Iterator[str]:
         limit = _SECTION_CHARACTERS * self.sequence_length
-        documents = _not_empty(_open(name, limit), name)
+        documents = _not_empty(_open(name, self.tokenizer, limit), name)
         return shuffled((section for document in documents for section in cut(document, limit)), f"{self.seed} {epoch}")
 
 

@@ -16,7 +16,7 @@ PACKAGE = Path(headfuse.__file__).parent
 # A module imports only from lines above its own; a folder counts as one module here.
 ORDER = [
     ["errors", "sampling", "figures"],
-    ["plan", "text", "modeling", "presets"],
+    ["plan", "text", "modeling", "presets", "inputs", "progress"],
     ["architectures", "similarity"],
     ["budget", "grouping", "fusion", "layouts", "distillation"],
     ["config", "checkpoint", "gates", "tasks"],

@@ -1,4 +1,8 @@
+import bz2
+import copy
+import gzip
 import json
+import lzma
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice, takewhile
@@ -11,7 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from headfuse import text
+from headfuse.calibration import CalibrationText
 from headfuse.errors import DataError
+from headfuse.passkey import passkey_prompts
+from headfuse.perplexity import evaluation_text, nll_protocol
 from headfuse.text import (
     TrainingText,
     cut,
@@ -34,7 +41,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     bpe.train_from_iterator(SENTENCES, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
@@ -144,8 +150,8 @@ def empty_folder(folder: Path) -> str:
 
 
 def unknown_suffix(folder: Path) -> str:
-    (folder / "a.csv").write_text("text\nhello\n")
-    return str(folder / "a.csv")
+    (folder / "a.docx").write_text("text\nhello\n")
+    return str(folder / "a.docx")
 
 
 def latin1(folder: Path) -> str:
@@ -195,12 +201,12 @@ def parquet_fields(folder: Path) -> str:
         (not_a_name, "what is this?: no such file"),
         (empty, "a.txt: holds no text"),
         (empty_json, "a.jsonl: holds no text"),
-        (empty_folder, "the folder holds no .txt, .jsonl, .json or .parquet file"),
-        (unknown_suffix, "a.csv: is not a .txt"),
+        (empty_folder, "the folder holds no .txt, .jsonl, .ndjson, .json, .csv, .tsv or .parquet file"),
+        (unknown_suffix, "a.docx: is not a .txt"),
         (latin1, "a.txt: is not UTF-8 text (byte 3)"),
         (latin1_line, "a.jsonl, line 2: is not UTF-8"),
         (bad_json, "a.jsonl, line 3: is not valid JSON"),
-        (array, "a.json, line 1: is not a JSON object"),
+        (array, "a.json, item 1: is not a JSON object"),
         (other_fields, 'a.jsonl, line 2: has no field "text"; its fields are: content, id'),
         (number_as_text, 'a.jsonl, line 1: the field "text" holds int'),
         (bad_parquet, "a.parquet: is not a readable parquet file"),
@@ -231,6 +237,7 @@ def test_unreachable_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
         return [{"text": "from the hub"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(text, "_ask_hub", lambda name: None)
     assert list(read_documents("org/name/config-1:test")) == ["from the hub"]
     assert list(read_documents("org/name")) == ["from the hub"]
     assert calls == [(("org/name", "config-1"), "test"), (("org/name", None), "train")]
@@ -382,7 +389,7 @@ def test_long_text_files_are_read_in_pieces(
 ) -> None:
     content = "\r\n".join(f"Line {i} é" for i in range(30_000))
     (tmp_path / "a.txt").write_bytes(content.encode())
-    assert "".join(text._open(str(tmp_path / "a.txt"), 100)) == content
+    assert "".join(text._open(str(tmp_path / "a.txt"), None, 100)) == content
     monkeypatch.setattr(text, "_decoded", lambda *_: pytest.fail("read whole"))
     assert TrainingText(str(tmp_path / "a.txt"), tokenizer, 16, seed=0).validation.shape == (16, 16)
     monkeypatch.undo()
@@ -412,3 +419,229 @@ def test_too_little_training_text(tmp_path: Path, tokenizer: PreTrainedTokenizer
     assert not len(training.validation)
     with pytest.raises(DataError, match="does not fill one window of 512 tokens"):
         next(training.batches(1))
+
+
+# ---------------------------------------------------------------- folders and files as they come
+
+
+def record(text: str) -> str:
+    return json.dumps({"text": text}) + "\n"
+
+
+def test_hidden_files_and_metadata_beside_data_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(record("kept"))
+    (tmp_path / "notes.txt").write_text("kept, too")
+    for name in ("dataset_infos.json", "dataset_dict.old/._x.jsonl", "._train.jsonl", ".cache/x.txt", "__MACOSX/a.txt",
+                 "README.txt", "LICENSE.txt", "SHA256SUMS.txt", "checksums.txt", ".gitattributes"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b'\0\5{"default": {}}\xff')
+    assert list(read_documents(str(tmp_path))) == ["kept, too", "kept"]
+    assert list(read_documents(write_jsonl(tmp_path / "state.json", ["asked for"]))) == ["asked for"]
+
+
+def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"test": saved.select([0]), "train": saved}).save_to_disk(str(tmp_path / "splits"))
+    datasets.DatasetDict({"a": saved, "b": saved}).save_to_disk(str(tmp_path / "others"))
+    assert list(read_documents(str(tmp_path / "saved"))) == ["one", "two"]
+    assert list(read_documents(str(tmp_path / "splits"))) == ["one", "two"]
+    assert list(read_documents(str(tmp_path / "splits" / "test"))) == ["one"]
+    with pytest.raises(DataError, match="several splits") as caught:
+        list(read_documents(str(tmp_path / "others")))
+    assert "a, b" in str(caught.value.fix)
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"damaged")
+    with pytest.raises(DataError, match="save_to_disk"):
+        list(read_documents(str(tmp_path / "saved")))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+    compressions: dict[str, Callable[[bytes], bytes]] = {
+        "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress,
+    }  # fmt: skip
+    compress = compressions[suffix]
+    lines = "".join(record(str(i) * 99) for i in range(400)).encode()
+    (tmp_path / f"a.JSONL.{suffix}").write_bytes(compress(lines + b"{"))
+    (tmp_path / f"b.txt.{suffix}").write_bytes(compress(b"as it is\r\n"))
+    assert list(read_documents(str(tmp_path / f"b.txt.{suffix}"))) == ["as it is\r\n"]
+    assert "".join(text._open(str(tmp_path / f"b.txt.{suffix}"), None, 3)) == "as it is\r\n"
+    with pytest.raises(DataError, match="line 401: is not valid JSON"):
+        list(read_documents(str(tmp_path / f"a.JSONL.{suffix}")))
+    for content in (compress(lines)[:-20], b"not compressed"):
+        (tmp_path / f"a.JSONL.{suffix}").write_bytes(content)
+        with pytest.raises(DataError, match="is not a complete"):
+            list(read_documents(str(tmp_path / f"a.JSONL.{suffix}")))
+
+
+def test_a_compression_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.compression import compr
+
+    monkeypatch.delitem(compr, "zstd", raising=False)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(DataError, match="compressed by zstd") as caught:
+        list(read_documents(str(tmp_path / "a.jsonl.zst")))
+    assert "pip install zstandard" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.JSONL", record("one") + record("two, 2")),
+        ("a.ndjson", record("one") + record("two, 2")),
+        ("a.json", '\ufeff [{"text": "one"},\n {"text": "two, 2"}]\n'),
+        ("a.csv", '\ufeffid,text\r\n1,one\r\n2,"two, 2"\r\n'),
+        ("a.TSV", "id\ttext\n1\tone\n2\ttwo, 2\n"),
+    ],
+)
+def test_spellings_and_forms_of_records(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    assert list(read_documents(str(tmp_path / name))) == ["one", "two, 2"]
+
+
+def test_text_in_tables_stays_text(tmp_path: Path) -> None:
+    rows = ["12", "NA", "x" * 200_000, "line\nbreak", "1.50"]
+    (tmp_path / "a.csv").write_text("text\n" + "".join(f'"{row}"\n' for row in rows))
+    assert list(read_documents(str(tmp_path / "a.csv"))) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"id,text\n1,a\n2\n", "line 3: has another number of fields"),
+        ("a.csv", b"text\ncaf\xe9\n", "is not UTF-8"),
+        ("a.csv", b'text\n"a', "is not valid"),
+        ("a.csv", b"body\na\n", 'line 2: has no field "text"'),
+        ("a.json", b'[{"text": "a"},', "line 1: is not valid JSON"),
+        ("a.json", b'{"text":\n "a"}', "line 1: is not valid JSON"),
+        ("a.jsonl", b"9" * 5000, "line 1: is not valid JSON"),
+        ("a.txt", b" \r\n\n\t" * 9000, "holds no text"),
+        ("a.txt", "the head".encode("utf-16-le"), "holds NUL"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
+    ],
+)
+def test_files_that_are_no_text(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(islice(read_documents(str(tmp_path / name)), 1000))
+    assert name in str(caught.value.where)
+    assert caught.value.fix
+
+
+def test_blank_text_before_the_first_word_is_kept(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", [" \n", "", "word", " "])
+    assert list(read_documents(data)) == [" \n", "word", " "]
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfthe head\r\n")
+    assert list(read_documents(str(tmp_path / "a.txt"))) == ["the head\r\n"]
+    assert list(text._open(str(tmp_path / "a.txt"), None, 100)) == ["the head\r\n"]
+
+
+def test_a_name_that_is_too_long_is_one_error() -> None:
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        read_documents("x" * 300 + ".txt")
+
+
+# ---------------------------------------------------------------- chats
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The cat."}]
+SHARE = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "The cat."}]
+
+
+@pytest.mark.parametrize("row", [{"messages": CHAT}, {"conversations": SHARE}, {"conversations": CHAT}])
+def test_chats_are_rendered_by_the_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, row: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({**row, "source": "chat"}) + "\n" + record("plain"))
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = TEMPLATE
+    documents = list(read_documents(str(tmp_path / "a.jsonl"), tokenizer=chatting))
+    assert documents == ["<s>[user]Who?[assistant]The cat.", "plain"]
+    assert isinstance(documents[0], text.Document)
+    assert documents[0].source == "chat"
+    with pytest.raises(DataError, match="line 1: is a chat, and the tokenizer has no chat template"):
+        list(read_documents(str(tmp_path / "a.jsonl"), tokenizer=tokenizer))
+    chatting.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"the chat template refuses it .*roles must alternate"):
+        list(read_documents(str(tmp_path / "a.jsonl"), tokenizer=chatting))
+
+
+@pytest.mark.parametrize("messages", ["text", [], ["text"], [{"content": "no role"}], [{"from": "human"}]])
+def test_chats_of_another_form(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, messages: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(DataError, match="line 1: 'messages'"):
+        list(read_documents(str(tmp_path / "a.jsonl"), tokenizer=tokenizer))
+
+
+# ---------------------------------------------------------------- BOS
+
+
+@pytest.fixture(scope="module")
+def beginning(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer, but it puts BOS before every text, as those of llama and gemma do."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_does(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, beginning: PreTrainedTokenizerFast
+) -> None:
+    assert text.start_token(tokenizer) is None
+    assert text.start_token(beginning) == 0
+    plain, windows = token_windows(SENTENCES, tokenizer, 15), token_windows(SENTENCES, beginning, 16)
+    assert (windows[:, 0] == 0).all()
+    assert torch.equal(windows[:, 1:], plain)
+    assert torch.equal(torch.stack(list(iter_windows(SENTENCES, beginning, 16))), windows)
+    varied = text.varied_windows(SENTENCES, beginning, 16, 9, seed=0)
+    assert torch.equal(varied[:, 1:], text.varied_windows(SENTENCES, tokenizer, 15, 9, seed=0))
+    assert (varied[:, 0] == 0).all()
+    assert not (varied[:, 1:] == 0).any()
+
+
+def test_training_windows_begin_with_bos(tmp_path: Path, beginning: PreTrainedTokenizerFast) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", [f"{i} " + SENTENCES[i % 40] for i in range(60)])
+    training = TrainingText(data, beginning, 16, seed=0)
+    first, second = islice(training.batches(3), 2)
+    for windows in (training.validation, first.windows, second.windows):
+        assert windows.shape[1] == 16
+        assert (windows[:, 0] == 0).all()
+        assert not (windows[:, 1:] == 0).any()
+    assert torch.equal(next(training.batches(3, first.state)).windows, second.windows)
+
+
+@pytest.mark.parametrize("stride", [16, 15, 4])
+def test_evaluation_predicts_every_token_once_after_bos(
+    tokenizer: PreTrainedTokenizerFast, beginning: PreTrainedTokenizerFast, stride: int
+) -> None:
+    found = evaluation_text(SENTENCES, beginning, 16, 5, stride)
+    assert (found.windows[:, 0] == 0).all()
+    assert found.windows.shape == (5, 16)
+    assert found.domains.shape == found.scored.shape == (5, 15)
+    predicted = found.windows[:, 1:][found.scored].tolist()
+    assert predicted == packed(SENTENCES, tokenizer)[: len(predicted)]
+    assert len(predicted) == 15 + 4 * min(stride, 15)
+    assert "each begins with BOS" in nll_protocol(found, stride)
+
+
+def test_start_windows_begin_with_bos(beginning: PreTrainedTokenizerFast) -> None:
+    windows = token_windows(SENTENCES, beginning, 64, 4)
+    for calibration in (CalibrationText.split(windows, 1, 0), CalibrationText.split(windows, 1, 0).part(0.7)):
+        assert (calibration.starts[:, 0] == 0).all()
+        assert not (calibration.starts[:, 1:] == 0).any()
+        assert calibration.starts.shape[1] == 4
+
+
+def test_chats_and_passkeys_have_one_bos(tmp_path: Path, beginning: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    (document,) = read_documents(str(tmp_path / "a.jsonl"), tokenizer=beginning)
+    assert document == "[user]Who?[assistant]The cat."
+    ((prompt, _),) = passkey_prompts(beginning, 400, 1)
+    assert len(prompt) == 400
+    assert prompt[0] == 0
+    assert 0 not in prompt[1:]

@@ -12,6 +12,7 @@ from rich.table import Table
 from headfuse.analysis import analyze, plot
 from headfuse.checkpoint import check_output, output_folder, resolve_model
 from headfuse.config import load_config
+from headfuse.progress import stages
 
 
 def run(
@@ -29,10 +30,10 @@ def run(
     settings, reads = load_config(config, overrides), [resolve_model(model)]
     if output is not None:
         check_output(output, overwrite=overwrite, reads=reads)
-    with log.status("reading") as status:
+    with stages(log, "reading") as report:
         result = analyze(
             model, settings, device=device, trust_remote_code=trust_remote_code,
-            on_progress=lambda phase, done, total: status.update(f"{phase}: layer {done} of {total}"),
+            on_progress=lambda phase, done, total: report(phase, f"layer {done} of {total}"),
         )  # fmt: skip
     if output is not None:
         with output_folder(output, overwrite=overwrite, reads=reads) as partial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ from rich.table import Table
 
 from headfuse.figures import figure_rows, shown_estimate
 from headfuse.gates import GateResult, judge, read_gates
+from headfuse.progress import is_live, stages
 from headfuse.verdicts import check_summary, write_verdicts
+
+_NAME_WIDTH = 18
+"""Characters of a model's name in a line of the table's head: as many as a figure with its error has."""
 
 
 def run(
@@ -43,7 +48,7 @@ def run(
     quiet: bool = False,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate, with a spinner where stderr is a terminal; returns the document that `--json` prints."""
+    """Evaluate, and show the stages on stderr; returns the document that `--json` prints."""
     from headfuse import checkpoint
     from headfuse.evaluate import evaluate
 
@@ -51,8 +56,11 @@ def run(
     check_summary(github_summary)
     if verify:
         checkpoint.verify(checkpoint.resolve_model(model))
-    console = Console(stderr=True, quiet=quiet or json_output or verbose)
-    with console.status("evaluating"):
+    console = Console(stderr=True)
+    console.quiet = (
+        quiet or json_output or (verbose and is_live(console))
+    )  # a live line and log lines do not go together
+    with stages(console, "reading") as show:
         result = evaluate(
             model,
             data=data,
@@ -72,6 +80,7 @@ def run(
             threads=threads,
             trust_remote_code=trust_remote_code,
             seed=seed,
+            on_stage=lambda stage: show(stage, ""),
         )
     kv_ratio = result.comparison.kv_ratio if result.comparison else None
     document = {"schema_version": 1, "command": "eval", "kv_ratio": kv_ratio, "verified": verify, **result.to_dict()}
@@ -90,8 +99,9 @@ def render(document: dict[str, Any], console: Console) -> None:
     shown = [model] if baseline is None else [model, baseline]
     table = Table()
     table.add_column("")
-    for figures in shown:
-        table.add_column(figures["name"], justify="right")
+    for role, figures in zip(("model", "baseline"), shown, strict=False):
+        name = textwrap.fill(figures["name"], _NAME_WIDTH)  # a name gives way, a figure does not
+        table.add_column(f"{role}\n{name}", justify="right", overflow="fold")
     if comparison is not None:
         table.add_column("model to baseline", justify="right")
     for name, cells, ratio in figure_rows(document):

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headfuse.export import Target, check_export, export, plan_export
+from headfuse.progress import stages
 
 
 def run(
@@ -31,10 +32,10 @@ def run(
     log.print(f"KV bytes per token: {before} -> {after}", highlight=False)
     if after > before:
         log.print("more than before: heads are repeated, as this layout has equal groups that keys and values share")
-    with log.status("writing") as status:
+    with stages(log, "writing") as report:
         written = export(
             plan, file_type=file_type or "f16", overwrite=overwrite,
-            on_progress=lambda done, total: status.update(f"tensor {done} of {total}"),
+            on_progress=lambda done, total: report("writing", f"tensor {done} of {total}"),
         )  # fmt: skip
     return {
         "schema_version": 1,

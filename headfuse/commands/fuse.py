@@ -17,6 +17,7 @@ from headfuse.estimate import estimate
 from headfuse.gates import FUSE_METRICS, GateResult, judge, read_gates
 from headfuse.layouts import LAYOUTS
 from headfuse.planning import check_budget, reviewed_plan
+from headfuse.progress import stages
 from headfuse.sampling import mean
 from headfuse.source import Source
 from headfuse.verdicts import check_summary, write_verdicts
@@ -48,13 +49,14 @@ def run(
         return _dry_run(model, settings, output, plan, device, dtype, trust_remote_code)
     if settings.calibration.data == "default":
         log.print(
-            "calibrating on the packaged text, generic prose: --data with text like the model's own use is better"
+            "calibrating on the packaged text, generic prose: --data with text like the model's own use is better",
+            soft_wrap=True,
         )
-    with log.status("reading") as status:
+    with stages(log, "reading") as report:
         result = fuse(
             model, settings, output=output, plan=plan, overwrite=overwrite, resume=resume, device=device, dtype=dtype,
             trust_remote_code=trust_remote_code,
-            on_progress=lambda phase, done, total: status.update(f"{phase}: {done} of {total}"),
+            on_progress=lambda phase, done, total: report(phase, f"{done} of {total}"),
         )  # fmt: skip
     budget = result.plan.head_budget
     document: dict[str, Any] = {

@@ -8,13 +8,18 @@ from typing import Any
 
 from rich.console import Console
 
+from headfuse.checkpoint import read_plan
 from headfuse.report import read_document, write_report
 
 
 def run(*, folder: Path, figures: Path | None, analysis: Path | None, output: Path) -> dict[str, Any]:
     """Run the command; the result document."""
-    write_report(output, folder, None if figures is None else read_document(figures), analysis)
-    return {"schema_version": 1, "command": "report", "output": str(output), "kv_ratio": None}
+    document = None if figures is None else read_document(figures)
+    write_report(output, folder, document, analysis)
+    kv_ratio = None if document is None else document["kv_ratio"]
+    if (folder / "plan.json").is_file():
+        kv_ratio = read_plan(folder).kv_ratio
+    return {"schema_version": 1, "command": "report", "output": str(output), "kv_ratio": kv_ratio}
 
 
 def render(document: Mapping[str, Any], console: Console) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from headfuse.progress import is_live, stages
+
 if TYPE_CHECKING:
     from headfuse.training import Progress
 
@@ -24,7 +26,7 @@ def run(
     verbose: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train, with a live line where stderr is a terminal; returns the document that `--json` prints.
+    """Train, and show the steps on stderr; returns the document that `--json` prints.
 
     `options` are those of `headfuse.uptrain`.
     """
@@ -32,7 +34,9 @@ def run(
     from headfuse.uptrain import uptrain
 
     other = os.environ.get("RANK", "0") != "0"
-    with _live(hidden=quiet or json_output or verbose or other) as on_progress:
+    console = Console(stderr=True)
+    console.quiet = quiet or json_output or other or (verbose and is_live(console))
+    with _shown(console) as on_progress:
         result = uptrain(model, overwrite=overwrite, resume=resume, on_progress=on_progress, **options)
     kv_ratio = read_plan(result.output).kv_ratio if (result.output / "plan.json").exists() else None
     return {"schema_version": 1, "command": "uptrain", "kv_ratio": kv_ratio, **result.to_dict()}
@@ -62,11 +66,28 @@ def render(document: dict[str, Any], console: Console) -> None:
 
 
 @contextmanager
-def _live(hidden: bool) -> Iterator[Callable[[Progress], None]]:
+def _shown(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """What shows the steps: a live line on a terminal, else plain lines."""
+    if is_live(console):
+        with _live(console) as on_progress:
+            yield on_progress
+        return
+    with stages(console, "preparing") as report:
+
+        def on_step(now: Progress) -> None:
+            state = f"step {now.step} of {now.steps}, loss {now.loss:.3f}, {now.tokens_per_second:,.0f} tokens/s"
+            if now.validation is not None:
+                state += f", validation NLL {now.validation:.3f}"
+            report("training", state)
+
+        yield on_step
+
+
+@contextmanager
+def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
     columns = (
         TextColumn("uptrain"),
         BarColumn(),
@@ -75,7 +96,7 @@ def _live(hidden: bool) -> Iterator[Callable[[Progress], None]]:
         TextColumn("{task.fields[speed]:,.0f} tokens/s, left"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Bar(*columns, console=console, disable=hidden or not console.is_terminal, transient=True) as bar:
+    with Bar(*columns, console=console, disable=console.quiet, transient=True) as bar:
         task = bar.add_task("uptrain", total=None, loss=float("nan"), validation="-", speed=0.0)
 
         def on_progress(now: Progress) -> None:

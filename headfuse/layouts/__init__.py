@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from headfuse.architectures import Architecture, AttentionWeights
 from headfuse.layouts import decoupled, gqa, layerwise
-from headfuse.plan import FusionPlan, LayerPlan
+from headfuse.plan import LAYOUT_FOR, FusionPlan, LayerPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+__all__ = ["LAYOUTS", "LAYOUT_FOR", "LayoutFormat"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,3 @@ LAYOUTS: dict[str, LayoutFormat] = {
         gqa.check,
     ),
 }
-LAYOUT_FOR = {
-    "transformers": ("decoupled", "layerwise", "gqa"),
-    "vllm": ("gqa", "layerwise"),
-    "llama.cpp": ("gqa", "layerwise"),
-    "sglang": ("gqa",),
-}
-"""The layouts that a runtime loads; `--for RUNTIME` picks the first."""
