@@ -33,6 +33,7 @@ from headfuse.sampling import Estimate, clustered_mean, mean
 from headfuse.speed import DecodeSpeed, decode_speed
 from headfuse.tasks import Harness, Scores, TaskResult
 from headfuse.text import DEFAULT_DATA, data_name, read_documents
+from headfuse.weights import report_weights
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +189,8 @@ def evaluate(
         check_context(config, sequence_length)
         for length in passkey:
             check_context(config, length, "--passkey")
+    for folder, config in zip(folders, configs, strict=True):
+        report_weights(folder, config)
     tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
     texts = [
         evaluation_text(read_documents(data, seed=seed), tokenizer, sequence_length, samples, stride, data)

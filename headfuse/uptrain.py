@@ -180,7 +180,11 @@ def uptrain(
         raise ConfigError("adapters cannot be merged into sharded weights", where="train: lora", fix=fix)
     if main:
         check_output(output, overwrite=overwrite, resume=resume, reads=reads)
-    check_context(read_config(folder, trust_remote_code), recipe.sequence_length)
+    student_config = read_config(folder, trust_remote_code)
+    check_context(student_config, recipe.sequence_length)
+    stored = ModelWeights.open(folder, student_config)
+    if main:
+        stored.report()
     if DEFAULT_DATA in recipe.data:
         logger.warning("the packaged text is short, generic prose; give --data of the kind that the model is used on")
     if threads is not None:
@@ -201,13 +205,11 @@ def uptrain(
             recipe.data, tokenizer, recipe.sequence_length, recipe.seed, recipe.validation_data,
             recipe.validation_windows,
         )  # fmt: skip
-        stored = ModelWeights.open(folder, read_config(folder, trust_remote_code))
         student = _load_student(folder, accelerator, trust_remote_code)
         beyond = unembedded_tokens(tokenizer, student.get_input_embeddings().weight.shape[0])
         guard_embeddings(student, beyond, folder)
         if main:
             warn_of_unembedded(beyond, folder)
-            stored.report()
         if run.recipe.learning_rate is None:
             rate = default_learning_rate(student.num_parameters(), recipe.train)
             run.recipe = run.recipe.model_copy(update={"learning_rate": rate})

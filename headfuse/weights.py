@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from headfuse.architectures import Architecture, architecture_of, module_tensors
+from headfuse.architectures import ARCHITECTURES, Architecture, architecture_of, module_tensors
 from headfuse.checkpoint import Checkpoint
 from headfuse.errors import CheckpointError
 from headfuse.streaming import model_without_weights
@@ -87,10 +87,20 @@ class ModelWeights:
             )  # fmt: skip
         if self.untied:
             logger.warning(
-                "%s: config.json ties the embeddings of output and input, and the file holds two different ones: they are"
-                " used, as by transformers, and what is written has tie_word_embeddings: false",
+                "%s: config.json ties the embeddings of output and input, but the file holds two different ones: both"
+                " are used, as by transformers",
                 self.checkpoint.folder.resolve().name,
             )
+
+
+def report_weights(folder: Path, config: PreTrainedConfig) -> None:
+    """Check and report the weights of a folder; those of a family that is not in the table, only loading checks.
+
+    Raises:
+        HeadfuseError: as `ModelWeights.open`.
+    """
+    if config.model_type in {*ARCHITECTURES, "headfuse"} or hasattr(config, "source_model_type"):
+        ModelWeights.open(folder, config).report()
 
 
 def shown_names(names: tuple[str, ...] | list[str]) -> str:
