@@ -28,6 +28,7 @@ from headfuse.architectures import ARCHITECTURES
 from headfuse.errors import CheckpointError, HeadfuseError, OutputError, UnsupportedModelError
 from headfuse.inputs import local_model, read_json
 from headfuse.plan import FusionPlan
+from headfuse.quantised import refuse_gguf, refuse_quantised, refuse_quantised_config
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -103,14 +104,14 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         UnsupportedModelError: when transformers does not know the model type.
     """
     path = folder / "config.json"
+    if not os.path.exists(path):  # false, too, where the folder is closed
+        refuse_gguf(folder)
     raw = read_json(path, "this is not a model folder; give the one that holds config.json and the weights")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError("has no model_type", where=path, fix="use the config.json that came with the model")
-    if raw.get("quantization_config"):
-        raise UnsupportedModelError(
-            "the weights are quantised", where=path, fix="convert the full-precision model, then quantise the result"
-        )
+    refuse_quantised_config(raw, path)
+    _check_class(raw, path)
     fused = "headfuse_format" in raw
     if "auto_map" in raw and not fused and not trust_remote_code and not _is_known(model_type):
         raise UnsupportedModelError(
@@ -136,6 +137,18 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         raise CheckpointError(reason, where=path, fix="use the config.json that came with the model") from None
 
 
+def _check_class(raw: Mapping[str, Any], path: Path) -> None:
+    """Refuse a model with another head than that of a language model; a base model has none, and may do without."""
+    names = raw.get("architectures")
+    for name in names if isinstance(names, list) else ():
+        if isinstance(name, str) and re.search(r"For(?!CausalLM)[A-Z]\w*$|RewardModel$", name):
+            raise UnsupportedModelError(
+                f"{name} is not a causal language model: it has another head",
+                where=path,
+                fix="give a causal language model, such as the one that this model was trained from",
+            )
+
+
 def _is_known(model_type: str) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -156,13 +169,14 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = _weight_files(folder)
-        self._stored: dict[str, str] = {}
         self._place: dict[str, tuple[str, int]] = {}
         self._digests: dict[str, bytes] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        for file in self.files:
-            start, header = _read_header(folder / file)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        headers = {file: _read_header(folder / file) for file in self.files}
+        tensors = [tensor for _, header in headers.values() for tensor in header.items()]
+        refuse_quantised(folder, {name: entry["dtype"] for name, entry in tensors})
+        for file, (start, header) in headers.items():
             for name, entry in header.items():
                 if name in self._place:
                     raise CheckpointError(
@@ -177,7 +191,7 @@ class Checkpoint:
                         fix="convert a full-precision checkpoint",
                     )
                 self._place[name] = (file, start + entry["data_offsets"][0])
-                self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+                self._shapes[name], self._dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
         if not self._place:
             raise CheckpointError("holds no tensors", where=folder / self.files[0], fix="restore the original file")
         for name, file in _weight_map(folder).items():
@@ -187,6 +201,7 @@ class Checkpoint:
                     where=folder / INDEX,
                     fix="index and shards do not belong together: copy or download both again",
                 )
+        self.show({name: name for name in self._place})
 
     @property
     def nbytes(self) -> int:
@@ -198,19 +213,19 @@ class Checkpoint:
 
         Read, not mapped: a mapped file counts as memory, and one that is cut off meanwhile ends the process.
         """
-        data = self._bytes(name)
+        data = self._bytes(self.stored_names[name])
         tensor = data.view(self.dtypes[name]).reshape(self.shapes[name])
         if not is_finite(tensor):
             raise CheckpointError(
                 f"tensor {name} holds NaN or infinity",
-                where=self.folder / self._place[name][0],
+                where=self.folder / self._place[self.stored_names[name]][0],
                 fix="the weights are damaged: take a checkpoint from before they diverged",
             )
         return tensor
 
     def _bytes(self, name: str) -> torch.Tensor:
         file, offset = self._place[name]
-        data = torch.empty(_nbytes(self.dtypes[name], self.shapes[name]), dtype=torch.uint8)
+        data = torch.empty(_nbytes(self._dtypes[name], self._shapes[name]), dtype=torch.uint8)
         try:
             with (self.folder / file).open("rb") as stream:
                 stream.seek(offset)
@@ -229,12 +244,11 @@ class Checkpoint:
             self._digests[name] = hashlib.sha256(data.numpy().data).digest()
         return data
 
-    def rename(self, names: Mapping[str, str]) -> None:
-        """Show the tensors under other names, `names[stored]`; the fingerprint goes by the stored ones."""
-        self._stored = {names[name]: name for name in self.shapes}
-        self.shapes = {names[name]: shape for name, shape in self.shapes.items()}
-        self.dtypes = {names[name]: dtype for name, dtype in self.dtypes.items()}
-        self._place = {names[name]: place for name, place in self._place.items()}
+    def show(self, names: Mapping[str, str]) -> None:
+        """Show some tensors, under other names: `names[stored]`. The fingerprint goes by all, as they are stored."""
+        self.stored_names = {shown: stored for stored, shown in names.items()}
+        self.shapes = {shown: self._shapes[stored] for stored, shown in names.items()}
+        self.dtypes = {shown: self._dtypes[stored] for stored, shown in names.items()}
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and every tensor by name: the same however the tensors are spread over files.
@@ -242,16 +256,15 @@ class Checkpoint:
         What was read before is not read again.
         """
         digest = hashlib.sha256(file_sha256(self.folder / "config.json").encode())
-        stored = {self._stored.get(name, name): name for name in self.shapes}
-        for stored_name, name in sorted(stored.items()):
+        for name in sorted(self._place):
             if name not in self._digests:
                 self._bytes(name)
-            digest.update(f"{stored_name} {DTYPE_CODES[self.dtypes[name]]} {list(self.shapes[name])} ".encode())
+            digest.update(f"{name} {DTYPE_CODES[self._dtypes[name]]} {list(self._shapes[name])} ".encode())
             digest.update(self._digests[name])
         return digest.hexdigest()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._place
+        return name in self.shapes
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
@@ -287,6 +300,7 @@ def _weight_files(folder: Path) -> list[str]:
                     "this shard is missing", where=folder / missing[0], fix="copy or download it again"
                 )
             return files
+        refuse_gguf(folder)
         pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=folder, fix="check its permissions") from None
@@ -652,6 +666,7 @@ def check_output(path: Path, *, overwrite: bool = False, resume: bool = False, r
                     fix="move it away yourself, or choose another --output",
                 )
         if not os.path.lexists(partial):
+            _check_writable(path, partial)
             return
         resumable = (partial / RESUME).exists()
         ours = resumable or (partial / _LOCK).exists() or (partial.is_dir() and not any(partial.iterdir()))
@@ -669,8 +684,36 @@ def check_output(path: Path, *, overwrite: bool = False, resume: bool = False, r
                 where=partial,
                 fix="pass --resume to go on, or --overwrite to start anew",
             )
+        _check_writable(path, partial)
     except OSError as error:
         raise _output_error(path, error) from None
+
+
+def _check_writable(path: Path, partial: Path) -> None:
+    """Raise OutputError where `partial` could not be made, without making it."""
+    existing = next(folder for folder in (partial, *partial.parents) if os.path.lexists(folder))
+    effective = os.access in os.supports_effective_ids
+    code = None
+    if not existing.is_dir():
+        code = errno.ENOTDIR
+    elif os.statvfs(existing).f_flag & os.ST_RDONLY:
+        code = errno.EROFS
+    elif not os.access(existing, os.W_OK | os.X_OK, effective_ids=effective):
+        code = errno.EACCES
+    elif len(os.fsencode(partial.name)) > os.pathconf(existing, "PC_NAME_MAX"):
+        code = errno.ENAMETOOLONG
+    if code is not None:
+        raise _output_error(path, OSError(code, os.strerror(code)))
+
+
+def check_space(path: Path, nbytes: int) -> None:
+    """Raise OutputError where a new output of so many bytes would not fit, as far as the file system says."""
+    partial = partial_folder(path)
+    if os.path.lexists(partial):  # what is there already counts
+        return
+    disk = shutil.disk_usage(next(folder for folder in partial.parents if folder.is_dir()))
+    if disk.total and disk.free < nbytes:
+        raise _output_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 def _check_apart(path: Path, partial: Path, source: Path) -> None:

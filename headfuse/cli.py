@@ -309,7 +309,9 @@ def fuse(
     gate: Gates = None,
     junit: Junit = None,
     github_summary: Summary = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only; print sizes and estimates.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all that a run checks first; print sizes and estimates.")
+    ] = False,
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -24,8 +24,10 @@ from headfuse.checkpoint import (
     Checkpoint,
     SafetensorsWriter,
     check_output,
+    check_space,
     copy_companions,
     output_folder,
+    partial_folder,
     read_plan,
     read_resume,
     write_plan,
@@ -39,13 +41,13 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.guard import WrittenLayers
 from headfuse.layouts import LAYOUTS
 from headfuse.loading import keep_tokenizer_class, pick_device
-from headfuse.plan import FusionPlan, LayerPlan
+from headfuse.plan import FusionPlan, HeadBudget, LayerPlan
 from headfuse.planning import Progress, adopt, check_budget, make_plan, reviewed_plan, survey
 from headfuse.presets import PRESETS
 from headfuse.refine_model import Adam, Targets, refine_model
 from headfuse.sampling import average
 from headfuse.source import Source
-from headfuse.streaming import AttentionCapture, CanonicalCheckpoint, HiddenStates, StreamedModel, ignorable
+from headfuse.streaming import AttentionCapture, CanonicalCheckpoint, HiddenStates, StreamedModel
 
 logger = logging.getLogger(__name__)
 
@@ -127,30 +129,18 @@ def fuse(
     Raises:
         HeadfuseError: for every kind of bad input; nothing appears under the output name.
     """
-    config = config or FuseConfig()
-    source = Source.open(model, trust_remote_code)
-    ready = None
-    if plan is not None:
-        ready, config = reviewed_plan(plan, source, config)
-    output = output or default_output(model, source, config, ready)
-    place: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "reads": [source.folder]}
-    check_output(output, **place)
-    ready = ready and adopt(ready, source)
-    if ready is None:
-        check_budget(config, source)
-    text = source.calibration_text(config, trust_remote_code)
-    options = {
-        "headfuse": headfuse.__version__,
-        "config": config.to_yaml(),
-        "text": _digest(text),
-        "dtype": dtype,
-        "plan": None if ready is None else ready.to_json(),
-    }
+    prepared = prepare(
+        model, config, output=output, plan=plan, overwrite=overwrite, resume=resume, device=device, dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    source, config, output, text = prepared.source, prepared.config, prepared.output, prepared.text
+    ready = prepared.plan and adopt(prepared.plan, source)
+    options = {**prepared.options, "plan": None if ready is None else ready.to_json()}
     trained = FUSION_METHODS[config.method].trained
     if trained:
         options["source"] = source.identity().fingerprint
-    streamed = StreamedModel(source.checkpoint, source.config, pick_device(device))
-    with output_folder(output, **place) as partial:
+    streamed = StreamedModel(source.checkpoint, source.config, prepared.device)
+    with output_folder(output, overwrite=overwrite, resume=resume, reads=[source.folder]) as partial:
         found = _resumed_plan(partial, source, options)
         if trained:
             training = _train(partial, source, streamed, text, config, ready, options, on_progress, trust_remote_code)
@@ -172,6 +162,76 @@ def fuse(
         _write_beside_weights(partial, source, result, config, writer)
         Checkpoint(partial)  # what was written opens again: headers and index agree
     return result
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a conversion starts from, every part of it checked; `--dry-run` ends here."""
+
+    source: Source
+    config: FuseConfig
+    plan: FusionPlan | None
+    """As it was reviewed, not yet adopted."""
+    budget: HeadBudget
+    """The plan's, else the one of equal layers, of the same total."""
+    output: Path
+    text: CalibrationText
+    device: torch.device
+    options: dict[str, Any]
+    """What an interrupted run must have in common with this one, as far as no weight is read for it."""
+
+
+def prepare(
+    model: str,
+    config: FuseConfig | None = None,
+    *,
+    output: Path | None = None,
+    plan: Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    device: str = "auto",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """Every check before the work, the same for a conversion and its dry run; reads headers and text, writes nothing.
+
+    Args: as of `fuse`.
+
+    Raises:
+        HeadfuseError: for a model, plan, budget, text, device or output that cannot be used.
+    """
+    config = config or FuseConfig()
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise ConfigError(f"{dtype!r} is not written", where="--dtype", fix=f"give one of {', '.join(DTYPE_NAMES)}")
+    source = Source.open(model, trust_remote_code)
+    ready = None
+    if plan is not None:
+        ready, config = reviewed_plan(plan, source, config)
+    output = output or default_output(model, source, config, ready)
+    check_output(output, overwrite=overwrite, resume=resume, reads=[source.folder])
+    budget = check_budget(config, source) if ready is None else ready.head_budget
+    if FUSION_METHODS[config.method].trained:
+        dha.check_family(source)
+    check_space(output, _written_bytes(source, budget, dtype))
+    text = source.calibration_text(config, trust_remote_code)
+    options = {
+        "headfuse": headfuse.__version__,
+        "config": config.to_yaml(),
+        "text": _digest(text),
+        "dtype": dtype,
+    }
+    if resume:
+        _check_resumed(partial_folder(output), options)
+    return Prepared(source, config, ready, budget, output, text, pick_device(device), options)
+
+
+def _written_bytes(source: Source, budget: HeadBudget, dtype: str | None) -> int:
+    """At least so many bytes are written: those of the source without the heads that go, biases aside."""
+    heads, checkpoint = source.heads, source.checkpoint
+    fixed = None if dtype is None else DTYPE_NAMES[dtype].itemsize
+    whole = sum(math.prod(s) * (fixed or checkpoint.dtypes[name].itemsize) for name, s in checkpoint.shapes.items())
+    gone = (heads.total_heads - budget.total) * heads.head_dim * (heads.hidden_size + 1)
+    return whole - gone * (fixed or max(kind.itemsize for kind in checkpoint.dtypes.values()))
 
 
 def default_output(model: str, source: Source, config: FuseConfig, plan: FusionPlan | None = None) -> Path:
@@ -360,23 +420,31 @@ def _resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> Fus
     Raises:
         ConfigError: when that run had another source or other options.
     """
-    state = read_resume(partial, "fuse")
-    if state is None:
+    if read_resume(partial, "fuse") is None:
         return None
-    before = state.get("options")
+    _check_resumed(partial, options)
+    plan = None if "source" in options else _plan_of(partial)  # that of a training is in its state
+    if plan is not None and plan.source != source.identity():
+        raise _other_run(partial, ["source"])
+    return plan
+
+
+def _check_resumed(partial: Path, options: dict[str, Any]) -> None:
+    """Raise ConfigError when the interrupted run in this folder, if there is one, had other options."""
+    state = read_resume(partial, "fuse")
+    before = {} if state is None else state.get("options")
     before = before if isinstance(before, dict) else {}
     changed = [name for name in options if options[name] != before.get(name)]
-    trained = "source" in options  # the plan is in the state of the training
-    plan = None if changed or trained else _plan_of(partial)
-    if plan is not None and plan.source != source.identity():
-        changed = ["source"]
-    if changed:
-        raise ConfigError(
-            f"the interrupted run here was another one: it differs in {', '.join(changed)}",
-            where=partial,
-            fix="give --resume the source and the options of that run, or start anew with --overwrite alone",
-        )
-    return plan
+    if state is not None and changed:
+        raise _other_run(partial, changed)
+
+
+def _other_run(partial: Path, changed: list[str]) -> ConfigError:
+    return ConfigError(
+        f"the interrupted run here was another one: it differs in {', '.join(changed)}",
+        where=partial,
+        fix="give --resume the source and the options of that run, or start anew with --overwrite alone",
+    )
 
 
 def _plan_of(partial: Path) -> FusionPlan:
@@ -423,7 +491,7 @@ def _written_tensors(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Name, dtype and shape of every tensor of the fused model, at the source's precision."""
     layout, heads = LAYOUTS[plan.layout], plan.heads
-    spec = {n: (checkpoint.dtypes[n], shape) for n, shape in checkpoint.shapes.items() if not ignorable(n)}
+    spec = {n: (checkpoint.dtypes[n], shape) for n, shape in checkpoint.shapes.items()}
     for layer in plan.layers:
         prefix = arch.layer_prefix(layer.layer_idx) + "."
         own = [name for name in spec if name.startswith(prefix)]

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import headfuse
-from headfuse.architectures import AttentionWeights
+from headfuse.architectures import AttentionWeights, architecture_of
 from headfuse.calibration import START_WEIGHT, CalibrationText, key_moments, value_moments
 from headfuse.checkpoint import STATE, sync
 from headfuse.config import DhaConfig, FuseConfig
@@ -30,7 +30,7 @@ from headfuse.distillation import LossWeights, Objective, model_states, window_n
 from headfuse.errors import CheckpointError, HeadfuseError, OutputError, UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS, dha
 from headfuse.grouping import GROUPERS, anneal, canonical
-from headfuse.loading import load_model, load_tokenizer
+from headfuse.loading import guard_embeddings, load_model, load_tokenizer, unembedded_tokens
 from headfuse.plan import FusionPlan, Groups, HeadLayout, LayerPlan, head_of_source
 from headfuse.planning import Progress, survey
 from headfuse.sampling import average
@@ -82,20 +82,24 @@ def train(
         trust_remote_code: allow the source's own code.
 
     Raises:
-        UnsupportedModelError: for a family whose keys and values are not two plain projections.
+        UnsupportedModelError: as `check_family`.
         HeadfuseError: when the loss is not finite, or a state cannot be written.
     """
+    check_family(source)
     options, heads = config.dha, source.heads
     logger.warning("method dha trains the whole model in memory: about %.1f GB", training_memory(source, config) / 1e9)
     windows = max(1, config.calibration.held_out_windows(config.calibration.samples))
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
     stream = TrainingText(
         config.calibration.data,
-        load_tokenizer(source.folder, trust_remote_code),
+        tokenizer,
         config.calibration.sequence_length,
         config.seed,
         validation_windows=windows,
     )
+    beyond = unembedded_tokens(tokenizer, source.config.vocab_size)
     model = _load(source, streamed, trust_remote_code)
+    guard_embeddings(model, beyond, source.folder)
     before = nll(model, stream.validation)
     if plan is not None and all(layer.untouched for layer in plan.layers):
         return Trained(plan, {}, before, before)
@@ -199,9 +203,9 @@ class MixedProjection(nn.Module):
         self.readers = [owner[head] for head in self.readers]
 
 
-def _load(source: Source, streamed: StreamedModel, trust_remote_code: bool) -> PreTrainedModel:
-    """The source in float32, checked to be of a family that can be trained so."""
-    arch = streamed.arch
+def check_family(source: Source) -> None:
+    """Raise UnsupportedModelError for a family whose keys and values are not two plain projections."""
+    arch = architecture_of(source.heads.model_type)
     plain = arch.packed is None and arch.key_norm is None and not arch.stacked and arch.rotary == "half"
     if not plain or arch.transposed or arch.legacy:
         raise UnsupportedModelError(
@@ -209,6 +213,9 @@ def _load(source: Source, streamed: StreamedModel, trust_remote_code: bool) -> P
             where=source.folder / "config.json",
             fix="use another method, such as subspace, or a model like llama, mistral or qwen2",
         )
+
+
+def _load(source: Source, streamed: StreamedModel, trust_remote_code: bool) -> PreTrainedModel:
     return load_model(source.folder, device=str(streamed.device), dtype="float32", trust_remote_code=trust_remote_code)
 
 

@@ -16,7 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headfuse.agreement import Agreement, agreement
 from headfuse.checkpoint import Checkpoint, read_config, resolve_model
 from headfuse.errors import CheckpointError, ConfigError
-from headfuse.loading import check_context, check_vocabulary, load_model, load_tokenizer, model_name
+from headfuse.loading import (
+    check_context,
+    check_tokens,
+    guard_embeddings,
+    load_model,
+    load_tokenizer,
+    model_name,
+    unembedded_tokens,
+    warn_of_unembedded,
+)
 from headfuse.memory import FORMULA, Fit, fit, kv_bytes_per_token, stored_dtype
 from headfuse.passkey import Retrieval, passkey_prompts, retrieve
 from headfuse.perplexity import EvaluationText, Predictions, evaluation_text, nll_protocol, predict, token_nll
@@ -24,6 +33,7 @@ from headfuse.sampling import Estimate, clustered_mean, mean
 from headfuse.speed import DecodeSpeed, decode_speed
 from headfuse.tasks import Harness, Scores, TaskResult
 from headfuse.text import DEFAULT_DATA, data_name, read_documents
+from headfuse.weights import report_weights
 
 logger = logging.getLogger(__name__)
 
@@ -176,11 +186,13 @@ def evaluate(
         torch.set_num_threads(threads)
     names = [name for name in (model, baseline) if name is not None]
     folders = [resolve_model(name) for name in names]
-    for folder in folders:
-        config = read_config(folder, trust_remote_code)
+    configs = [read_config(folder, trust_remote_code) for folder in folders]
+    for config in configs:
         check_context(config, sequence_length)
         for length in passkey:
             check_context(config, length, "--passkey")
+    for folder, config in zip(folders, configs, strict=True):
+        report_weights(folder, config)
     tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
     texts = [
         evaluation_text(
@@ -189,6 +201,13 @@ def evaluate(
         for tokenizer in tokenizers
     ]
     text = texts[0]
+    beyond = [
+        unembedded_tokens(tokenizer, config.get_text_config().vocab_size)
+        for tokenizer, config in zip(tokenizers, configs, strict=True)
+    ]
+    for tokens, folder in zip(beyond, folders, strict=True):
+        warn_of_unembedded(tokens, folder)
+        check_tokens(text.windows, tokens, folder)
     if not torch.equal(text.windows, texts[-1].windows):
         raise ConfigError(
             "tokenises the text differently, so the figures per token cannot be compared",
@@ -202,10 +221,10 @@ def evaluate(
     harness = Harness(tasks, tasks_path, limit) if tasks else None
 
     measured = []
-    for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True):
+    for name, folder, tokenizer, tokens in zip(names, folders, tokenizers, beyond, strict=True):
         on_stage(f"evaluating {model_name(name)}")
         loaded = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        check_vocabulary(loaded, tokenizer, folder)
+        guard_embeddings(loaded, tokens, folder)
         one = _measure(model_name(name), folder, loaded, tokenizer, text, harness, passkey, passkey_trials)
         if memory is not None:
             context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)

@@ -31,9 +31,9 @@ from headfuse.checkpoint import (
 from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headfuse.layouts import LAYOUTS, decoupled, gguf, layerwise
 from headfuse.layouts.relayout import HeadMaps, StockHeads, common_group
-from headfuse.loading import load_tokenizer
+from headfuse.loading import load_tokenizer, unembedded_tokens, warn_of_unembedded
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, query_order
-from headfuse.streaming import model_without_weights
+from headfuse.weights import ModelWeights, untie
 
 logger = logging.getLogger(__name__)
 
@@ -108,30 +108,11 @@ class Folder:
                 "plan.json is of a model of another shape than config.json", where=path,
                 fix="restore both as headfuse wrote them",
             )  # fmt: skip
-        opened = cls(path, layout, family, config, heads, maps, Checkpoint(path), plan)
-        opened.check_shapes()
-        return opened
-
-    def check_shapes(self) -> None:
-        """Compare the tensors with the config, but for keys and values, whose heads are the layout's.
-
-        Raises:
-            CheckpointError: for the first that differs.
-        """
-        own = tuple(
-            f"{self.arch.attention_prefix(i)}.{name}."
-            for i in range(self.heads.num_hidden_layers)
-            for name in (self.arch.key, self.arch.value, *self.arch.norms[1:])
-        )
-        stock = model_without_weights(self.config, self.path, "eager")  # which every family has
-        for name, tensor in stock.state_dict().items():
-            shape = self.checkpoint.shapes.get(name, tuple(tensor.shape))
-            if shape != tuple(tensor.shape) and not name.startswith(own):
-                raise CheckpointError(
-                    f"tensor {name} has shape {list(shape)}, config.json makes it {list(tensor.shape)}",
-                    where=self.path,
-                    fix="config.json and the weights do not belong together: restore both from one source",
-                )
+        weights = ModelWeights.open(path, loaded)
+        weights.report()
+        if weights.untied:
+            family, config.tie_word_embeddings = untie(family), False
+        return cls(path, layout, family, config, heads, maps, weights.checkpoint, plan)
 
     @property
     def name(self) -> str:
@@ -264,6 +245,7 @@ def export(
     folder, place = plan.folder, {"overwrite": overwrite, "reads": [plan.folder.path]}
     if plan.target == "gguf":
         tokenizer = load_tokenizer(folder.path)
+        warn_of_unembedded(unembedded_tokens(tokenizer, folder.config.vocab_size), folder.path)  # they are cut
         with output_file(plan.output, **place) as partial:  # type: ignore[arg-type]
             gguf.write(
                 partial, folder.name, folder.config, plan.num_key_value_heads, tokenizer,

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from headfuse.architectures import Architecture
 from headfuse.checkpoint import Checkpoint, SafetensorsWriter
 from headfuse.modeling.modeling_headfuse import HeadfuseAttention
-from headfuse.streaming import CanonicalCheckpoint, HiddenStates, compute_buffers, ignorable, load_layer
+from headfuse.streaming import CanonicalCheckpoint, HiddenStates, compute_buffers, load_layer
 
 
 class WrittenLayers:
@@ -46,13 +46,13 @@ class WrittenLayers:
     def attention_weights(self, layers: Iterable[int]) -> list[str]:
         """Names of the attention weights of some layers."""
         prefixes = tuple(f"{self.arch.attention_prefix(i)}." for i in layers)
-        return [name for name in self.weights.shapes if name.startswith(prefixes) and not ignorable(name)]
+        return [name for name in self.weights.shapes if name.startswith(prefixes)]
 
     @contextlib.contextmanager
     def layer(self, layer_idx: int, weights: Mapping[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
         """One layer on the device while the block runs; `weights`, by full name, replace the written ones."""
         layer, prefix = self.layers[layer_idx], f"{self.arch.layer_prefix(layer_idx)}."
-        names = [name for name in self.weights.shapes if name.startswith(prefix) and not ignorable(name)]
+        names = [name for name in self.weights.shapes if name.startswith(prefix)]
         tensors = {name: weights[name] if name in weights else self.weights.read(name) for name in names}
         load_layer(layer, {name.removeprefix(prefix): t for name, t in tensors.items()}, self.arch, self.device)
         compute_buffers(self.model, layer.modules(), self.device)

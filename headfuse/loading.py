@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.core_model_loading import revert_weight_conversion
 
 from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, read_config, resolve_model
-from headfuse.errors import CheckpointError, ConfigError
+from headfuse.errors import CheckpointError, ConfigError, DataError
 
-_LAYER = re.compile(r".*\b(layers|h)\.\d+\.")
+logger = logging.getLogger(__name__)
+
+_LAYER = re.compile(r".*\b(?:layers|h)\.(\d+)\.(?!.*\b(?:layers|h)\.\d+\.)")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -52,7 +55,7 @@ def load_model(
 
     path = resolve_model(str(folder))
     config = read_config(path, trust_remote_code)
-    Checkpoint(path)
+    Checkpoint(path)  # an error of ours for what is damaged
     target = pick_device(device)
     wanted: Any = DTYPE_NAMES[dtype] if dtype else torch.float32 if target.type == "cpu" else "auto"
     try:
@@ -73,7 +76,8 @@ def load_model(
             where=folder,
             fix="the weights do not match config.json",
         )
-    beyond = sorted(name for name in report["unexpected_keys"] if _LAYER.match(name))
+    unexpected, layers = sorted(report["unexpected_keys"]), model.config.get_text_config().num_hidden_layers
+    beyond = [name for name in unexpected if (match := _LAYER.match(name)) and int(match[1]) >= layers]
     if beyond:  # transformers would leave these layers out with a warning
         raise CheckpointError(
             f"tensor {beyond[0]} is not in the model of config.json ({len(beyond)} in all)",
@@ -117,15 +121,40 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
         ) from None
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise CheckpointError when the tokenizer has tokens that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise CheckpointError(
-            f"the tokenizer has {len(tokenizer):,} tokens, the model embeds {rows:,}",
-            where=folder,
-            fix="restore the tokenizer files that came with the model",
-        )
+def unembedded_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[int, str]:
+    """The tokens, by id, that a model with so many rows of embeddings does not embed."""
+    return {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
+
+
+def warn_of_unembedded(beyond: Mapping[int, str], folder: str | Path) -> None:
+    """Warn of such tokens: many fine-tunes add a padding token without a row for it, and work on text without it."""
+    if beyond:
+        logger.warning(
+            "%s: the model does not embed %d of the tokenizer's tokens, such as %r; text without them works",
+            Path(folder).resolve().name, len(beyond), beyond[min(beyond)],
+        )  # fmt: skip
+
+
+def check_tokens(tokens: torch.Tensor, beyond: Mapping[int, str], where: object) -> None:
+    """Raise DataError, naming it, for the first of `tokens`, of any shape, that is not embedded."""
+    if not beyond or int(tokens.max()) < min(beyond):
+        return
+    index = next(index for index in tokens.flatten().tolist() if index >= min(beyond))
+    raise DataError(
+        f"the text has the token {beyond.get(index, '?')!r} (id {index:,}), which the model does not embed",
+        where=where,
+        fix="leave this token out of the text, or restore the tokenizer files that came with the model",
+    )
+
+
+def guard_embeddings(model: PreTrainedModel, beyond: Mapping[int, str], folder: str | Path) -> None:
+    """Let a model refuse the tokens `beyond` its embeddings by name, whoever calls it."""
+
+    def check(module: Any, args: tuple[Any, ...]) -> None:
+        check_tokens(args[0], beyond, folder)
+
+    if beyond:
+        model.get_input_embeddings().register_forward_pre_hook(check)
 
 
 def check_context(config: PreTrainedConfig, sequence_length: int, where: str = "--sequence-length") -> None:

@@ -13,9 +13,10 @@ from headfuse.calibration import CalibrationText
 from headfuse.checkpoint import Checkpoint, read_config, resolve_model
 from headfuse.config import FuseConfig
 from headfuse.errors import CheckpointError, ConfigError
-from headfuse.loading import load_tokenizer
+from headfuse.loading import check_tokens, load_tokenizer, unembedded_tokens, warn_of_unembedded
 from headfuse.plan import HeadLayout, SourceModel
 from headfuse.text import read_documents, start_token, varied_windows
+from headfuse.weights import ModelWeights, untie
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ class Source:
     checkpoint: Checkpoint
     config: Any
     heads: HeadLayout
+    untied: bool = False
+    """As in `weights.ModelWeights`; `config` and `raw_config` say it, too."""
 
     @classmethod
     def open(cls, model: str, trust_remote_code: bool = False) -> Source:
@@ -36,28 +39,31 @@ class Source:
         folder = resolve_model(model)
         config = read_config(folder, trust_remote_code)
         heads, checkpoint = head_layout(config, folder / "config.json"), Checkpoint(folder)
-        checkpoint.rename(architecture_of(config.model_type).model_names(checkpoint.shapes))
         _check_heads(checkpoint, heads)
+        weights = ModelWeights.choose(checkpoint, config)
+        weights.report()
+        if weights.untied:
+            config.tie_word_embeddings = False
         name = model if not Path(model).exists() else folder.resolve().name
-        return cls(name, folder, checkpoint, config, heads)
+        return cls(name, folder, checkpoint, config, heads, weights.untied)
 
     def identity(self) -> SourceModel:
         """Name and content hash, as plan.json knows the source (reads every weight that was not read before)."""
         return SourceModel(name=self.name, fingerprint=self.checkpoint.fingerprint())
 
     def raw_config(self) -> dict[str, Any]:
-        """config.json as it is, but for the path that transformers may have left in it."""
+        """config.json as it is, but for the path that transformers may have left in it, and ties that are none."""
         raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         raw.pop("_name_or_path", None)
-        return raw
+        return untie(raw) if self.untied else raw
 
     def calibration_text(self, config: FuseConfig, trust_remote_code: bool = False) -> CalibrationText:
         """The calibration text of a config as token windows.
 
         Raises:
-            DataError: for text that is missing or too short.
+            DataError: for text that is missing or too short, or has tokens that the model does not embed.
             ConfigError: for windows longer than the model's positions.
-            CheckpointError: for a tokenizer of another model.
+            CheckpointError: for a tokenizer that does not load.
         """
         calibration = config.calibration
         tokenizer = load_tokenizer(self.folder, trust_remote_code)
@@ -71,10 +77,9 @@ class Source:
         documents = read_documents(calibration.data, seed=config.seed, tokenizer=tokenizer)
         length, samples = calibration.sequence_length, calibration.samples
         windows = varied_windows(documents, tokenizer, length, samples, config.seed, required=2, where=calibration.data)
-        if int(windows.max()) >= self.config.vocab_size:  # as integers: a damaged size may be beyond int64
-            raise CheckpointError(
-                "the tokenizer has more tokens than the model", where=self.folder, fix="use the model's own tokenizer"
-            )
+        beyond = unembedded_tokens(tokenizer, self.config.vocab_size)
+        warn_of_unembedded(beyond, self.folder)
+        check_tokens(windows, beyond, self.folder)
         held_out, bos = calibration.held_out_windows(len(windows)), start_token(tokenizer)
         logger.info("calibration windows %s", "have no BOS" if bos is None else "begin with BOS")
         return CalibrationText.split(windows, held_out, bos)
@@ -86,7 +91,8 @@ def _check_heads(checkpoint: Checkpoint, heads: HeadLayout) -> None:
     A wrong count may mean millions of layers, and a budget for them would fill the memory.
     """
     arch, stored, problem = architecture_of(heads.model_type), 0, None
-    while any(name.startswith(arch.layer_prefix(stored) + ".") for name in checkpoint.shapes):
+    shapes = {name: checkpoint.shapes[own] for own, name in arch.model_names(checkpoint.shapes).items()}
+    while any(name.startswith(arch.layer_prefix(stored) + ".") for name in shapes):
         stored += 1
     if stored != heads.num_hidden_layers:
         problem = f"the weights have {stored} layers, config.json says {heads.num_hidden_layers}"
@@ -94,7 +100,7 @@ def _check_heads(checkpoint: Checkpoint, heads: HeadLayout) -> None:
     separate = {arch.query: queries, arch.key: pairs}
     for projection, count in separate.items() if arch.packed is None else [(arch.packed, queries + 2 * pairs)]:
         name = f"{arch.attention_prefix(0)}.{projection}.weight"
-        shape = list(checkpoint.shapes.get(name, []))
+        shape = list(shapes.get(name, []))
         if problem is None and shape and shape[-1 if arch.transposed else 0] != count * heads.head_dim:
             problem = f"tensor {name} has shape {shape}, config.json makes it {count} heads of {heads.head_dim}"
     if problem:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,6 @@ from headfuse.modeling.configuration_headfuse import HeadfuseConfig
 from headfuse.plan import HeadLayout
 
 _CAPTURE = "headfuse_capture"
-_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 BATCH_TOKENS = 512
 """Tokens that go through a layer at once; one window where it is longer."""
 REUSED = 2**23
@@ -165,13 +163,6 @@ class CanonicalCheckpoint:
             return tensor
         return tensor.unflatten(0, (-1, self.heads.head_dim))[:, self.order].flatten(0, 1)
 
-    def stored_name(self, name: str) -> str:
-        """What the checkpoint calls the tensor that holds `name`."""
-        module, _, kind = name.rpartition(".")
-        prefix, _, projection = module.rpartition(".")
-        own = self.arch.packed is not None and projection in (self.arch.query, self.arch.key, self.arch.value)
-        return f"{prefix}.{self.arch.packed}.{kind}" if own else name
-
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
@@ -193,12 +184,9 @@ class StreamedModel:
     """A causal language model whose decoder layers are loaded one after another, computed in float32.
 
     Args:
-        checkpoint: the weights.
+        checkpoint: the weights, as `weights.ModelWeights` shows them.
         config: the model's transformers config.
         device: where layers are computed.
-
-    Raises:
-        CheckpointError: when the tensors do not match the config.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: PreTrainedConfig, device: torch.device) -> None:
@@ -218,50 +206,7 @@ class StreamedModel:
         self.layers: list[nn.Module] = [
             self.model.get_submodule(self.arch.layer_prefix(i)) for i in range(self.num_layers)
         ]
-        self._check_tensors()
         self._load_outer()
-
-    def _check_tensors(self) -> None:
-        expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        tied = set(self.model.all_tied_weights_keys) if self.model.config.tie_word_embeddings else set()
-        stored = self._stored_shapes()
-        missing = [name for name in expected if name not in stored and name not in tied]
-        if isinstance(self.checkpoint, CanonicalCheckpoint):
-            missing = list(dict.fromkeys(map(self.checkpoint.stored_name, missing)))
-        problems = [f"{name} is missing" for name in missing]
-        problems += [
-            f"{name} has shape {list(shape)}, config.json makes it {list(expected[name])}"
-            for name, shape in stored.items()
-            if name in expected and shape != expected[name]
-        ]
-        problems += [
-            f"{name} holds {str(dtype).removeprefix('torch.')} numbers, not weights"
-            for name, dtype in self.checkpoint.dtypes.items()
-            if name in expected and not dtype.is_floating_point
-        ]
-        problems += [
-            f"{name} is not in the model of config.json"
-            for name in stored
-            if name not in expected and not ignorable(name)
-        ]
-        if problems:
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise CheckpointError(
-                f"tensor {problems[0]}{more}",
-                where=self.checkpoint.folder,
-                fix="config.json and the weights do not belong together: restore both from one source",
-            )
-
-    def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The checkpoint's tensors by the names of the model's parameters."""
-        shapes = dict(self.checkpoint.shapes)
-        for layer_idx in range(self.num_layers) if self.arch.stacked else ():
-            prefix = self.arch.layer_prefix(layer_idx) + "."
-            names = [name for name in shapes if name.startswith(prefix)]
-            layer = {name.removeprefix(prefix): torch.empty(shapes.pop(name), device="meta") for name in names}
-            held = module_tensors(layer, self.arch)
-            shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in held.items()})
-        return shapes
 
     def _load_outer(self) -> None:
         """Materialise everything outside the layers: embeddings, final norm, head, rotary tables."""
@@ -305,7 +250,7 @@ class StreamedModel:
         return {
             name.removeprefix(prefix): self.checkpoint.read(name)
             for name in self.checkpoint.shapes
-            if name.startswith(prefix) and not ignorable(name)
+            if name.startswith(prefix)
         }
 
     @contextlib.contextmanager
@@ -429,11 +374,6 @@ def compute_buffers(model: PreTrainedModel, modules: Iterable[nn.Module], device
             for parameter in module.parameters(recurse=False):
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else it would be drawn anew
             model._init_weights(module)
-
-
-def ignorable(name: str) -> bool:
-    """Stored tensors that transformers computes instead of loading."""
-    return _COMPUTED.search(name) is not None
 
 
 class _forwards:

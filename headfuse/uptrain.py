@@ -19,10 +19,9 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from headfuse.architectures import Architecture, architecture_of, head_layout, packed_keys_and_values
+from headfuse.architectures import head_layout, packed_keys_and_values
 from headfuse.checkpoint import (
     DTYPE_NAMES,
-    Checkpoint,
     SafetensorsWriter,
     check_output,
     copy_companions,
@@ -35,12 +34,20 @@ from headfuse.checkpoint import (
     write_plan,
 )
 from headfuse.distillation import LossWeights, Objective
-from headfuse.errors import CheckpointError, ConfigError, HeadfuseError, MissingExtraError
-from headfuse.loading import check_context, check_vocabulary, load_model, load_tokenizer, stored_names
+from headfuse.errors import ConfigError, HeadfuseError, MissingExtraError
+from headfuse.loading import (
+    check_context,
+    guard_embeddings,
+    load_model,
+    load_tokenizer,
+    unembedded_tokens,
+    warn_of_unembedded,
+)
 from headfuse.recipe import Recipe, default_batch_size, default_learning_rate, load_recipe, num_steps
 from headfuse.teacher import CachedTeacher, LiveTeacher, check_head, check_teacher, computing_dtype, find_teacher
 from headfuse.text import DEFAULT_DATA, TrainingText
 from headfuse.training import Progress, Run, make_accelerator, student_nll, train, weights_of
+from headfuse.weights import ModelWeights, stored_architecture, untie
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +180,11 @@ def uptrain(
         raise ConfigError("adapters cannot be merged into sharded weights", where="train: lora", fix=fix)
     if main:
         check_output(output, overwrite=overwrite, resume=resume, reads=reads)
-    check_context(read_config(folder, trust_remote_code), recipe.sequence_length)
+    student_config = read_config(folder, trust_remote_code)
+    check_context(student_config, recipe.sequence_length)
+    stored = ModelWeights.open(folder, student_config)
+    if main:
+        stored.report()
     if DEFAULT_DATA in recipe.data:
         logger.warning("the packaged text is short, generic prose; give --data of the kind that the model is used on")
     if threads is not None:
@@ -194,7 +205,11 @@ def uptrain(
             recipe.data, tokenizer, recipe.sequence_length, recipe.seed, recipe.validation_data,
             recipe.validation_windows,
         )  # fmt: skip
-        student = _load_student(folder, tokenizer, accelerator, trust_remote_code)
+        student = _load_student(folder, accelerator, trust_remote_code)
+        beyond = unembedded_tokens(tokenizer, student.get_input_embeddings().weight.shape[0])
+        guard_embeddings(student, beyond, folder)
+        if main:
+            warn_of_unembedded(beyond, folder)
         if run.recipe.learning_rate is None:
             rate = default_learning_rate(student.num_parameters(), recipe.train)
             run.recipe = run.recipe.model_copy(update={"learning_rate": rate})
@@ -205,7 +220,7 @@ def uptrain(
             layers = recipe.hidden > 0 or recipe.layerwise > 0
             check_teacher(teacher_folder, student, tokenizer, layers, trust_remote_code)
             load = partial(
-                _load_teacher, teacher_folder, teacher_device or str(accelerator.device), teacher_dtype,
+                _load_teacher, teacher_folder, teacher_device or str(accelerator.device), teacher_dtype, beyond,
                 trust_remote_code,
             )  # fmt: skip
             if teacher_cache is None:
@@ -261,7 +276,7 @@ def uptrain(
         run.log("end", nll_after=result.nll_after, best_step=result.best_step, epochs=result.epochs)
         trained_weights = weights_of(accelerator, wrapped)
         if main:
-            _write(making, folder, trained_weights, dtype, result)
+            _write(making, stored, trained_weights, dtype, result)
     accelerator.wait_for_everyone()
     return result
 
@@ -297,19 +312,20 @@ def _shared_folder(accelerator: Accelerator, output: Path, **options: Any) -> It
         yield partial_folder(output)
 
 
-def _load_student(folder: Path, tokenizer: Any, accelerator: Accelerator, trust_remote_code: bool) -> PreTrainedModel:
+def _load_student(folder: Path, accelerator: Accelerator, trust_remote_code: bool) -> PreTrainedModel:
     # one that is to be sharded must not be whole on a device
     sharded = accelerator.distributed_type == DistributedType.FSDP
     device = "cpu" if sharded else str(accelerator.device)
     student = load_model(folder, device=device, dtype="float32", trust_remote_code=trust_remote_code)
-    check_vocabulary(student, tokenizer, folder)
-    _check_tensors(student, folder)
     check_head(student, folder)
     return student
 
 
-def _load_teacher(folder: Path, device: str, dtype: str | None, trust_remote_code: bool) -> PreTrainedModel:
+def _load_teacher(
+    folder: Path, device: str, dtype: str | None, beyond: Mapping[int, str], trust_remote_code: bool
+) -> PreTrainedModel:
     teacher = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    guard_embeddings(teacher, beyond, folder)
     check_head(teacher, folder)
     return teacher
 
@@ -327,7 +343,7 @@ def _prepare_training(student: PreTrainedModel, recipe: Recipe) -> Callable[[], 
         student.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.train == "all":
         return lambda: None
-    config, arch = student.config, _stored(student.config)
+    config, arch = student.config, stored_architecture(student.config)
     prefixes = tuple(f"{arch.attention_prefix(i)}." for i in range(config.get_text_config().num_hidden_layers))
     if recipe.train == "attention":
         for name, parameter in student.named_parameters():
@@ -352,20 +368,13 @@ def _prepare_training(student: PreTrainedModel, recipe: Recipe) -> Callable[[], 
     return merge
 
 
-def _stored(config: Any) -> Architecture:
-    """How a model of any layout stores its attention."""
-    if config.model_type == "headfuse":
-        return architecture_of(config.source_config.model_type).decoupled()
-    return architecture_of(getattr(config, "source_model_type", None) or config.model_type)
-
-
 def _optimizer(model: PreTrainedModel, recipe: Recipe, sharded: bool = False) -> torch.optim.Optimizer:
     """AdamW over all trained weights; keys and values have a rate of their own, in packed projections by rows.
 
     Raises:
         ConfigError: for packed projections that are sharded.
     """
-    arch, rate = _stored(model.config), recipe.fused_learning_rate
+    arch, rate = stored_architecture(model.config), recipe.fused_learning_rate
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     parts = () if arch.packed else (f".{arch.key}.", f".{arch.value}.")
     fused = [parameter for name, parameter in named if any(part in name for part in parts)]
@@ -428,24 +437,14 @@ def _check(**dtypes: str | None) -> None:
             raise ConfigError(f"{name} is {dtype!r}", fix=f"give one of {', '.join(DTYPE_NAMES)}")
 
 
-def _check_tensors(model: PreTrainedModel, folder: Path) -> None:
-    """Every stored tensor must be one that is trained, or the output could not hold it."""
-    missing = sorted(set(Checkpoint(folder).shapes) - set(stored_names(model, model.state_dict())))
-    if missing:
-        raise CheckpointError(
-            f"holds a tensor that the model does not have: {missing[0]}",
-            where=folder,
-            fix="restore the weights of that model",
-        )
-
-
 def _write(
-    partial: Path, source: Path, weights: Mapping[str, torch.Tensor], dtype: str | None, result: UptrainResult
+    partial: Path, stored: ModelWeights, weights: Mapping[str, torch.Tensor], dtype: str | None, result: UptrainResult
 ) -> None:
-    """Write the trained weights with names and files as in `source`, and what belongs beside them."""
-    layout = Checkpoint(source)
-    forced = DTYPE_NAMES[dtype] if dtype else None
-    tensors = {name: (forced or layout.dtypes[name], shape) for name, shape in layout.shapes.items()}
+    """Write the trained weights by the names and in the dtypes of the source, and what belongs beside them."""
+    layout, forced = stored.checkpoint, DTYPE_NAMES[dtype] if dtype else None
+    source = layout.folder
+    names = {name if name in weights else layout.stored_names[name]: name for name in layout.shapes}
+    tensors = {written: (forced or layout.dtypes[name], layout.shapes[name]) for written, name in names.items()}
     writer = SafetensorsWriter(partial, tensors)
     for name, (kind, _) in tensors.items():
         tensor = weights[name].to("cpu", kind)
@@ -453,6 +452,7 @@ def _write(
             raise HeadfuseError(f"{name} is beyond the range of {kind}", fix="write another --dtype, such as bfloat16")
         writer.write(name, tensor)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = untie(config) if stored.untied else config
     if dtype is not None:
         config["dtype"] = dtype
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

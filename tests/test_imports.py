@@ -16,11 +16,12 @@ PACKAGE = Path(headfuse.__file__).parent
 # A module imports only from lines above its own; a folder counts as one module here.
 ORDER = [
     ["errors", "sampling", "figures"],
-    ["plan", "text", "modeling", "presets", "inputs", "progress"],
+    ["plan", "text", "modeling", "presets", "inputs", "progress", "quantised"],
     ["architectures", "similarity"],
     ["budget", "grouping", "fusion", "layouts", "distillation"],
     ["config", "checkpoint", "gates", "tasks"],
     ["loading", "streaming", "recipe"],
+    ["weights"],
     ["calibration", "guard", "normed_keys"],
     ["source", "fuse_layer", "refine_model", "importance"],
     ["probes", "survey"],

@@ -11,15 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from headfuse.checkpoint import DTYPE_NAMES
-from headfuse.config import FuseConfig, load_config
-from headfuse.convert import FuseResult, default_output, fuse
+from headfuse.config import load_config
+from headfuse.convert import FuseResult, Prepared, fuse, prepare
 from headfuse.estimate import estimate
 from headfuse.gates import FUSE_METRICS, GateResult, judge, read_gates
 from headfuse.layouts import LAYOUTS
-from headfuse.planning import check_budget, reviewed_plan
 from headfuse.progress import stages
 from headfuse.sampling import mean
-from headfuse.source import Source
 from headfuse.verdicts import check_summary, write_verdicts
 
 
@@ -46,7 +44,11 @@ def run(
     gates = read_gates(gate, FUSE_METRICS) if gate else []
     check_summary(github_summary)
     if dry_run:
-        return _dry_run(model, settings, output, plan, device, dtype, trust_remote_code)
+        prepared = prepare(
+            model, settings, output=output, plan=plan, overwrite=overwrite, resume=resume, device=device, dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return _dry_run(prepared, device, dtype)
     if settings.calibration.data == "default":
         log.print(
             "calibrating on the packaged text, generic prose: --data with text like the model's own use is better",
@@ -98,20 +100,8 @@ def _gated(result: FuseResult) -> dict[str, Any]:
     }
 
 
-def _dry_run(
-    model: str,
-    settings: FuseConfig,
-    output: Path | None,
-    plan: Path | None,
-    device: str,
-    dtype: str | None,
-    trust_remote_code: bool,
-) -> dict[str, Any]:
-    source = Source.open(model, trust_remote_code)
-    ready = None
-    if plan is not None:
-        ready, settings = reviewed_plan(plan, source, settings)
-    budget = check_budget(settings, source) if ready is None else ready.head_budget
+def _dry_run(prepared: Prepared, device: str, dtype: str | None) -> dict[str, Any]:
+    source, settings, budget = prepared.source, prepared.config, prepared.budget
     cost = estimate(source, settings, device)
     itemsize = next(iter(source.checkpoint.dtypes.values())).itemsize if dtype is None else DTYPE_NAMES[dtype].itemsize
     per_head = source.heads.head_dim * itemsize
@@ -119,7 +109,7 @@ def _dry_run(
         "schema_version": 1,
         "command": "fuse",
         "dry_run": True,
-        "output": str(output or default_output(model, source, settings, ready)),
+        "output": str(prepared.output),
         "layout": settings.layout,
         "kv_ratio": budget.total / source.heads.total_heads,
         "kv_bytes_per_token": {"before": source.heads.total_heads * per_head, "after": budget.total * per_head},

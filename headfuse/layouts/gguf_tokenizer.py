@@ -31,7 +31,7 @@ Keys = list[tuple[str, Any]]
 
 
 def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: object) -> Keys:
-    """The keys of a tokenizer; tokens are padded to the rows of the model's embeddings.
+    """The keys of a tokenizer; tokens are padded, or cut, to the rows of the model's embeddings.
 
     Raises:
         UnsupportedModelError: for a tokenizer that llama.cpp does not have, saying what it has in its stead.
@@ -48,18 +48,18 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: o
     added = {token["content"]: token for token in spec["added_tokens"]}
     texts, types = [f"[PAD{index}]" for index in range(vocab_size)], [UNUSED] * vocab_size
     for text, index in pieces.items():
-        if index >= vocab_size:
-            raise _refusal(f"its token {index} is beyond the model's {vocab_size} embeddings", where)
-        texts[index], types[index] = text, _type(text, added.get(text), model)
+        if index < vocab_size:
+            texts[index], types[index] = text, _type(text, added.get(text), model)
+    cut = {text for text, index in pieces.items() if index >= vocab_size}
     keys: Keys = [*own, ("tokens", texts), ("token_type", types)]
     if model.get("byte_fallback"):
         ranks = {left + right: -rank for rank, (left, right) in reversed(list(enumerate(_merges(model))))}
         keys.append(("scores", [float(ranks.get(text, 0)) for text in texts]))
     else:
-        keys.append(("merges", [f"{left} {right}" for left, right in _merges(model)]))
+        keys.append(("merges", [f"{left} {right}" for left, right in _merges(model) if left + right not in cut]))
     for name in ("bos", "eos", "pad", "unk"):
         index = getattr(tokenizer, f"{name}_token_id")
-        if index is not None:
+        if index is not None and index < vocab_size:
             keys.append(({"unk": "unknown", "pad": "padding"}.get(name, name) + "_token_id", index))
     empty = tokenizer("").input_ids
     keys += [
