@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from headfuse import __version__
 from headfuse.errors import HeadfuseError
+from headfuse.hub import at_revision
 from headfuse.presets import PRESETS
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -170,7 +171,8 @@ def _lengths(text: str | None) -> list[int]:
     return [int(part) for part in parts]
 
 
-Model = Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="Model folder or hub id: org/name, org/name@revision.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Budget = Annotated[
     str | None,
     typer.Option(
@@ -236,6 +238,7 @@ def analyze(
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Head similarity, redundancy, and the plan that a budget leads to."""
@@ -247,7 +250,8 @@ def analyze(
             budget, method, allocator, grouping, layout, runtime, preset, data, samples, sequence_length, seed
         )
         document = command.run(
-            model=model, config=config, overrides=overrides, output=output, overwrite=overwrite, device=device.value,
+            model=at_revision(model, revision),
+            config=config, overrides=overrides, output=output, overwrite=overwrite, device=device.value,
             trust_remote_code=trust_remote_code, log=_log(quiet or json_output),
         )  # fmt: skip
         return document, command.render
@@ -284,6 +288,7 @@ def fuse(
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a checkpoint with a smaller KV cache."""
@@ -295,7 +300,8 @@ def fuse(
             budget, method, allocator, grouping, layout, runtime, preset, data, samples, sequence_length, seed
         )
         document = command.run(
-            model=model, config=config, overrides=overrides, output=output, plan=plan, overwrite=overwrite,
+            model=at_revision(model, revision),
+            config=config, overrides=overrides, output=output, plan=plan, overwrite=overwrite,
             resume=resume, device=device.value, dtype=dtype and dtype.value, trust_remote_code=trust_remote_code,
             dry_run=dry_run, gate=gate, junit=junit, github_summary=github_summary,
             log=_log(quiet or json_output),
@@ -356,6 +362,7 @@ def uptrain(
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Train a fused model for a few tokens, taught by its source."""
@@ -364,7 +371,8 @@ def uptrain(
         from headfuse.commands import uptrain as command
 
         document = command.run(
-            model=model, data=data or None, tokens=tokens, config=config, teacher=teacher,
+            model=at_revision(model, revision),
+            data=data or None, tokens=tokens, config=config, teacher=teacher,
             teacher_device=teacher_device and teacher_device.value, teacher_dtype=teacher_dtype and teacher_dtype.value,
             teacher_cache=teacher_cache, loss=loss and loss.value, train=train and train.value,
             learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
@@ -390,6 +398,7 @@ def export(
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the same model in another layout, without loss."""
@@ -398,7 +407,8 @@ def export(
         from headfuse.commands import export as command
 
         document = command.run(
-            model=model, to=to.value, output=output, file_type=file_type and file_type.value, overwrite=overwrite,
+            model=at_revision(model, revision),
+            to=to.value, output=output, file_type=file_type and file_type.value, overwrite=overwrite,
             trust_remote_code=trust_remote_code, log=_log(quiet or json_output),
         )  # fmt: skip
         return document, command.render
@@ -439,6 +449,7 @@ def evaluate(
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity, agreement, tasks, retrieval, memory, speed; gates for CI."""
@@ -447,7 +458,8 @@ def evaluate(
         from headfuse.commands import eval as command
 
         document = command.run(
-            model=model, data=data or "default", baseline=baseline, gate=gate, junit=junit,
+            model=at_revision(model, revision),
+            data=data or "default", baseline=baseline, gate=gate, junit=junit,
             github_summary=github_summary, report=report, verify=verify, samples=samples or 24,
             sequence_length=sequence_length or 512, stride=stride, tasks=_names(tasks), tasks_path=tasks_path or (),
             limit=limit, passkey=_lengths(passkey), passkey_trials=passkey_trials, memory=memory, speed=speed,

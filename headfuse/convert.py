@@ -37,6 +37,7 @@ from headfuse.errors import ConfigError, HeadfuseError
 from headfuse.fuse_layer import fuse_layer
 from headfuse.fusion import FUSION_METHODS
 from headfuse.guard import WrittenLayers
+from headfuse.hub import default_parent
 from headfuse.layouts import LAYOUTS
 from headfuse.loading import keep_tokenizer_class, pick_device
 from headfuse.plan import FusionPlan, LayerPlan
@@ -115,7 +116,7 @@ def fuse(
     Args:
         model: folder or hub id of a model of a supported family (docs/architectures.md).
         config: every option; the defaults keep a quarter of the KV cache.
-        output: default `<model>-headfuse-<budget>` beside the model.
+        output: default `<model>-headfuse-<budget>` beside the model; in the working directory for one of the hub.
         plan: a reviewed plan.json that replaces budget and grouping.
         overwrite: replace an existing output.
         resume: go on with an interrupted conversion.
@@ -132,7 +133,7 @@ def fuse(
     ready = None
     if plan is not None:
         ready, config = reviewed_plan(plan, source, config)
-    output = output or default_output(model, source, config, ready)
+    output = output or default_output(source, config, ready)
     place: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "reads": [source.folder]}
     check_output(output, **place)
     ready = ready and adopt(ready, source)
@@ -174,11 +175,10 @@ def fuse(
     return result
 
 
-def default_output(model: str, source: Source, config: FuseConfig, plan: FusionPlan | None = None) -> Path:
-    """`<model>-headfuse-<budget>` beside the model; in the working directory for a hub id."""
+def default_output(source: Source, config: FuseConfig, plan: FusionPlan | None = None) -> Path:
+    """`<model>-headfuse-<budget>` beside the model; in the working directory for one of the hub."""
     label = config.budget.label if plan is None else f"{plan.kv_ratio:.4g}"
-    parent = Path(model).resolve().parent if Path(model).exists() else Path.cwd()
-    return parent / f"{source.name.rsplit('/')[-1]}-headfuse-{label}"
+    return default_parent(source.folder) / f"{source.name.rsplit('/')[-1]}-headfuse-{label}"
 
 
 def _train(
@@ -368,7 +368,7 @@ def _resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> Fus
     changed = [name for name in options if options[name] != before.get(name)]
     trained = "source" in options  # the plan is in the state of the training
     plan = None if changed or trained else _plan_of(partial)
-    if plan is not None and plan.source != source.identity():
+    if plan is not None and plan.source.fingerprint != source.checkpoint.fingerprint():
         changed = ["source"]
     if changed:
         raise ConfigError(
@@ -376,7 +376,7 @@ def _resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> Fus
             where=partial,
             fix="give --resume the source and the options of that run, or start anew with --overwrite alone",
         )
-    return plan
+    return plan and plan.model_copy(update={"source": source.identity()})
 
 
 def _plan_of(partial: Path) -> FusionPlan:
@@ -460,10 +460,10 @@ def _write_beside_weights(
 ) -> None:
     """Everything but weights and config: tokenizer and licence, headfuse.yaml, card, plan.json with checksums."""
     plan = result.plan
-    copy_companions(source.folder, partial)
+    copy_companions(source.folder, partial, source.trust_remote_code)
     if plan.layout != "gqa":
         keep_tokenizer_class(source.folder, partial)
-    head = f"# headfuse fuse --config headfuse.yaml {plan.source.name}\n"
+    head = f"# headfuse fuse --config headfuse.yaml {plan.source.model}\n"
     (partial / "headfuse.yaml").write_text(head + config.to_yaml(), encoding="utf-8")
     (partial / "README.md").write_text(fused_card(source, result), encoding="utf-8")
     write_plan(partial, plan, writer.checksums())

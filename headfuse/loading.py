@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, read_config, resolve_model
 from headfuse.errors import CheckpointError, ConfigError
+from headfuse.hub import folder_name
 
 _LAYER = re.compile(r".*\b(layers|h)\.\d+\.")
 
@@ -112,9 +113,18 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
         return tokenizer
     except Exception as error:  # tokenizer backends raise many kinds
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"the tokenizer cannot be loaded: {reason}", where=folder, fix="copy the tokenizer files of the model"
-        ) from None
+        fix = "copy the tokenizer files of the model"
+        if not trust_remote_code and names_code(path):
+            fix = "it has code of its own: pass --trust-remote-code if you trust that"
+        raise CheckpointError(f"the tokenizer cannot be loaded: {reason}", where=folder, fix=fix) from None
+
+
+def names_code(folder: Path) -> bool:
+    """Whether the tokenizer of a folder has code of its own, beside stock classes or without one."""
+    try:
+        return "auto_map" in json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -140,5 +150,5 @@ def check_context(config: PreTrainedConfig, sequence_length: int, where: str = "
 
 
 def model_name(model: str) -> str:
-    """How an output may name a model: a hub id, or a folder's name without its path."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    """How an output may name a model: a hub id, as it was given, or a folder's name without its path."""
+    return folder_name(Path(model)) if Path(model).is_dir() else model

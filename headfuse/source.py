@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headfuse.architectures import architecture_of, head_layout
 from headfuse.calibration import CalibrationText
-from headfuse.checkpoint import Checkpoint, read_config, resolve_model
+from headfuse.checkpoint import Checkpoint, raw_config, read_config, resolve_model
 from headfuse.config import FuseConfig
 from headfuse.errors import CheckpointError, ConfigError
+from headfuse.hub import folder_name, repository_of
 from headfuse.loading import load_tokenizer
 from headfuse.plan import HeadLayout, SourceModel
 from headfuse.text import read_documents, varied_windows
@@ -26,6 +26,7 @@ class Source:
     checkpoint: Checkpoint
     config: Any
     heads: HeadLayout
+    trust_remote_code: bool = False
 
     @classmethod
     def open(cls, model: str, trust_remote_code: bool = False) -> Source:
@@ -35,18 +36,17 @@ class Source:
         heads, checkpoint = head_layout(config, folder / "config.json"), Checkpoint(folder)
         checkpoint.rename(architecture_of(config.model_type).model_names(checkpoint.shapes))
         _check_heads(checkpoint, heads)
-        name = model if not Path(model).exists() else folder.resolve().name
-        return cls(name, folder, checkpoint, config, heads)
+        return cls(folder_name(folder), folder, checkpoint, config, heads, trust_remote_code)
 
     def identity(self) -> SourceModel:
-        """Name and content hash, as plan.json knows the source (reads every weight that was not read before)."""
-        return SourceModel(name=self.name, fingerprint=self.checkpoint.fingerprint())
+        """Name, revision and content hash, as plan.json knows the source (reads every weight that was not read)."""
+        repository = repository_of(self.folder)
+        revision = None if repository is None else repository.revision
+        return SourceModel(name=self.name, revision=revision, fingerprint=self.checkpoint.fingerprint())
 
     def raw_config(self) -> dict[str, Any]:
-        """config.json as it is, but for the path that transformers may have left in it."""
-        raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        raw.pop("_name_or_path", None)
-        return raw
+        """config.json for the output: see `checkpoint.raw_config`."""
+        return raw_config(self.folder)
 
     def calibration_text(self, config: FuseConfig, trust_remote_code: bool = False) -> CalibrationText:
         """The calibration text of a config as token windows.

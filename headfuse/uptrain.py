@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from headfuse.architectures import Architecture, architecture_of, head_layout, packed_keys_and_values
+from headfuse.card import extended_card
 from headfuse.checkpoint import (
     DTYPE_NAMES,
     Checkpoint,
@@ -29,6 +30,7 @@ from headfuse.checkpoint import (
     fingerprint,
     output_folder,
     partial_folder,
+    raw_config,
     read_config,
     read_plan,
     resolve_model,
@@ -36,6 +38,7 @@ from headfuse.checkpoint import (
 )
 from headfuse.distillation import LossWeights, Objective
 from headfuse.errors import CheckpointError, ConfigError, HeadfuseError, MissingExtraError
+from headfuse.hub import folder_name, in_cache
 from headfuse.loading import check_context, check_vocabulary, load_model, load_tokenizer, stored_names
 from headfuse.recipe import Recipe, default_batch_size, default_learning_rate, load_recipe, num_steps
 from headfuse.teacher import CachedTeacher, LiveTeacher, check_head, check_teacher, computing_dtype, find_teacher
@@ -161,7 +164,8 @@ def uptrain(
         raise ConfigError(
             "holds the teacher's last states alone, not those of its layers", where="--teacher-cache", fix=fix
         )
-    folder, output = resolve_model(model), output or default_output(model)
+    folder = resolve_model(model)
+    output = output or default_output(folder)
     teacher_folder, teacher_name = find_teacher(folder, teacher) if recipe.distilled else (None, None)
     reads = [folder] if teacher_folder is None else [folder, teacher_folder]
     accelerator = make_accelerator(
@@ -261,7 +265,7 @@ def uptrain(
         run.log("end", nll_after=result.nll_after, best_step=result.best_step, epochs=result.epochs)
         trained_weights = weights_of(accelerator, wrapped)
         if main:
-            _write(making, folder, trained_weights, dtype, result)
+            _write(making, folder, trained_weights, dtype, result, trust_remote_code)
     accelerator.wait_for_everyone()
     return result
 
@@ -413,12 +417,11 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 # ---------------------------------------------------------------- inputs and output
 
 
-def default_output(model: str) -> Path:
-    """`<model>-uptrained`: beside a local folder, in the working directory for a hub id."""
-    path = Path(model)
-    if not path.is_dir():
-        return Path(f"{path.name}-uptrained")
-    path = path if path.name not in ("", "..") else path.resolve()
+def default_output(folder: Path) -> Path:
+    """`<model>-uptrained`: beside a local folder, in the working directory for one of the hub's cache."""
+    if in_cache(folder):
+        return Path.cwd() / f"{folder_name(folder).rsplit('/')[-1]}-uptrained"
+    path = folder if folder.name not in ("", "..") else folder.resolve()
     return path.with_name(f"{path.name}-uptrained")
 
 
@@ -440,7 +443,12 @@ def _check_tensors(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _write(
-    partial: Path, source: Path, weights: Mapping[str, torch.Tensor], dtype: str | None, result: UptrainResult
+    partial: Path,
+    source: Path,
+    weights: Mapping[str, torch.Tensor],
+    dtype: str | None,
+    result: UptrainResult,
+    trust_remote_code: bool,
 ) -> None:
     """Write the trained weights with names and files as in `source`, and what belongs beside them."""
     layout = Checkpoint(source)
@@ -452,19 +460,18 @@ def _write(
         if not torch.isfinite(tensor).all():
             raise HeadfuseError(f"{name} is beyond the range of {kind}", fix="write another --dtype, such as bfloat16")
         writer.write(name, tensor)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = raw_config(source)
     if dtype is not None:
         config["dtype"] = dtype
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_companions(source, partial)
+    copy_companions(source, partial, trust_remote_code)
     if (source / "headfuse.yaml").exists():
         shutil.copyfile(source / "headfuse.yaml", partial / "headfuse.yaml")
     (partial / CONFIG).write_text(
         f"# headfuse uptrain --config {CONFIG} MODEL\n{result.recipe.to_yaml()}", encoding="utf-8"
     )
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else f"# {result.output.name}\n"
-    (partial / "README.md").write_text(f"{text.rstrip()}\n\n{card_section(result)}", encoding="utf-8")
+    card = extended_card(source, result.output.name, card_section(result))
+    (partial / "README.md").write_text(card, encoding="utf-8")
     if (source / "plan.json").exists():
         write_plan(partial, read_plan(source))
 

@@ -117,7 +117,7 @@ def _dry_run(
         "schema_version": 1,
         "command": "fuse",
         "dry_run": True,
-        "output": str(output or default_output(model, source, settings, ready)),
+        "output": str(output or default_output(source, settings, ready)),
         "layout": settings.layout,
         "kv_ratio": budget.total / source.heads.total_heads,
         "kv_bytes_per_token": {"before": source.heads.total_heads * per_head, "after": budget.total * per_head},
