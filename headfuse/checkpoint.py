@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -122,8 +121,9 @@ def _refuse_adapter(names: Iterable[str], where: object) -> None:
         raise CheckpointError(
             f"holds an adapter ({', '.join(adapter)}), and headfuse reads whole weights alone",
             where=where,
-            fix="merge it first, with peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
-            ".save_pretrained(MERGED), and the tokenizer's files beside it; or move the adapter's files away",
+            fix="merge it into its base model with peft: PeftModel.from_pretrained(base, ADAPTER_FOLDER)"
+            ".merge_and_unload().save_pretrained(MERGED), copy the tokenizer's files, and give MERGED; to leave it "
+            "out, give a folder without its files",
         )
 
 
@@ -156,7 +156,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     if fused:
         import headfuse.modeling  # noqa: F401  registers the layouts that have code of their own
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=needs_code(model_type, trust_remote_code))
     except Exception as error:  # the strict configs of transformers raise many kinds
         if not _is_known(model_type):
             raise UnsupportedModelError(
@@ -180,6 +180,14 @@ def raw_config(folder: Path) -> dict[str, Any]:
             if "headfuse_format" not in part:
                 part.pop("auto_map", None)
     return raw
+
+
+def needs_code(model_type: str, trust_remote_code: bool) -> bool:
+    """Whether a model runs by code of its own: where that is trusted and transformers has no class for the type.
+
+    The fused model has transformers' class, so the source is measured by the same.
+    """
+    return trust_remote_code and not _is_known(model_type)
 
 
 def _is_known(model_type: str) -> bool:
@@ -360,7 +368,8 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _no_weights(names: Iterable[str], where: object) -> CheckpointError:
     """The error for a model folder or repository without safetensors."""
-    pickles = [name for name in sorted(names) if Path(name).suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+    pickles = [name for name in names if "/" not in name and Path(name).suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+    pickles.sort(key=lambda name: (not name.startswith("pytorch_model"), name))  # a training leaves others as well
     if pickles:
         return CheckpointError(
             f"the weights are pickled ({pickles[0]}), and unpickling runs code",

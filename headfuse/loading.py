@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, read_config, resolve_model
+from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, needs_code, read_config, resolve_model
 from headfuse.errors import CheckpointError, ConfigError
 from headfuse.hub import folder_name
 
@@ -58,8 +58,9 @@ def load_model(
     wanted: Any = DTYPE_NAMES[dtype] if dtype else torch.float32 if target.type == "cpu" else "auto"
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=wanted, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+            path, config=config, dtype=wanted, output_loading_info=True,
+            trust_remote_code=needs_code(config.model_type, trust_remote_code),
+        )  # fmt: skip
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # configs and weights that do not fit raise many kinds
