@@ -1,26 +1,40 @@
-"""The model card of a fused checkpoint."""
+"""The model card of an output: README.md, whose front matter the hub reads."""
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import yaml
+from huggingface_hub import ModelCardData, metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from headfuse.hub import repository_of
 from headfuse.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from headfuse.convert import FuseResult
     from headfuse.source import Source
 
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+INHERITED = ("language", "pipeline_tag", "library_name", "datasets")
+"""What is as true of the fused model as of its source, besides licence, gate and tags; figures are not."""
+TAGS = ("headfuse", "kv-cache")
+
 
 def fused_card(source: Source, result: FuseResult) -> str:
     """README.md of the output: what was fused, figures before and after, and how to load it."""
     plan, budget = result.plan, result.plan.head_budget
     rows = [f"| {i} | {k} | {v} |" for i, (k, v) in enumerate(zip(budget.key_heads, budget.value_heads, strict=True))]
+    revision = f" at revision `{plan.source.revision}`" if plan.source.revision else ""
     lines = [
-        "---", f"base_model: {source.name}", *_licence(source), "tags: [headfuse, kv-cache]", "---", "",
         f"# {source.name}, {plan.kv_ratio:.4g} of its KV cache", "",
-        f"Made from `{source.name}` with headfuse {plan.headfuse_version}: its key heads and value heads were fused "
-        f"(method `{plan.method}`, allocator `{plan.allocator}`, layout `{plan.layout}`); "
+        f"Made from `{source.name}`{revision} with headfuse {plan.headfuse_version}: its key heads and value heads "
+        f"were fused (method `{plan.method}`, allocator `{plan.allocator}`, layout `{plan.layout}`); "
         + ("all weights were trained." if plan.method == "dha" else "only the attention projections changed."),
         "", "| | source | fused |", "|---|---|---|",
         f"| KV bytes per token | {result.kv_bytes_before} | {result.kv_bytes_after} |",
@@ -40,20 +54,64 @@ def fused_card(source: Source, result: FuseResult) -> str:
         "|---|---|---|",
         *rows,
     ]
-    return "\n".join(lines) + "\n"
+    repository = repository_of(source.folder)
+    data = _inherited(source.folder)
+    return _front_matter(data, None if repository is None else repository.name) + "\n".join(lines) + "\n"
+
+
+def extended_card(folder: Path, name: str, section: str) -> str:
+    """The card of a folder with one more section; with a front matter and a title where it has none.
+
+    Args:
+        folder: the model that was read.
+        name: of the output, for the title of a new card.
+        section: Markdown.
+    """
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    block = REGEX_YAML_BLOCK.match(text)
+    if block is None or not _metadata(folder):
+        data, body = _inherited(folder), text[block.end() if block else 0 :].strip() or f"# {name}"
+        text = _front_matter(data) + body
+    return f"{text.rstrip()}\n\n{section}"
+
+
+def _front_matter(data: dict[str, Any], base_model: str | None = None) -> str:
+    """The YAML block that begins a card."""
+    return f"---\n{ModelCardData(base_model=base_model, **data).to_yaml()}\n---\n\n"
+
+
+def _inherited(folder: Path) -> dict[str, Any]:
+    """The metadata of a source's card that holds for what is made from it, with tags of headfuse's own."""
+    found = _metadata(folder)
+    kept = {
+        key: value
+        for key, value in found.items()
+        if key in INHERITED or str(key).startswith(("license", "extra_gated_"))
+    }
+    tags = _as_list(found.get("tags"))
+    if "language" in kept:  # YAML 1.1 takes Norwegian's `no` for a truth value, the hub does not
+        kept["language"] = ["no" if code is False else code for code in _as_list(kept["language"])]
+    return {**kept, "tags": [*(str(tag) for tag in tags), *TAGS]}
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """The front matter of a folder's card; empty, with a warning, where it cannot be read."""
+    path = folder / CARD
+    if not path.is_file():
+        return {}
+    try:
+        return metadata_load(path) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        logger.warning("%s: its front matter is left out: %s", path, " ".join(str(error).split())[:200])
+        return {}
+
+
+def _as_list(value: Any) -> list[Any]:
+    """What the hub takes alone or as a list."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _perplexity(nll: float) -> str:
     """The figure, unless it is so large that it says nothing, or is beyond a float."""
     return f"{math.exp(nll):.2f}" if nll < 20 else "above 10^8"
-
-
-def _licence(source: Source) -> list[str]:
-    """The licence lines of the source card's front matter."""
-    card = source.folder / "README.md"
-    if not card.is_file():
-        return []
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
-        return []
-    return [line for line in text.split("---", 2)[1].splitlines() if line.startswith("license")]

@@ -12,8 +12,10 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,10 +27,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from headfuse.architectures import ARCHITECTURES
+from headfuse.companions import adapter_files, files_of, is_companion, is_read
 from headfuse.errors import CheckpointError, HeadfuseError, OutputError, UnsupportedModelError
+from headfuse.hub import in_cache, parse_hub_id
 from headfuse.inputs import local_model, read_json
 from headfuse.plan import FusionPlan
 from headfuse.quantised import refuse_gguf, refuse_quantised, refuse_quantised_config
+
+logger = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -45,48 +51,31 @@ DTYPES = {
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-_WEIGHT_SUFFIXES = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".pickle",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-}
-_NEVER_COPIED = {
-    "config.json",
-    "plan.json",
-    "headfuse.yaml",
-    "README.md",
-    INDEX,
-    "train_log.jsonl",
-    "uptrain.yaml",
-}
-
 
 # ---------------------------------------------------------------- reading
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
-    """The local folder of a model: `name` itself, or the download of a hub id.
+    """The local folder of a model: `name` itself, or the download of a hub id, `org/name` or `org/name@revision`.
 
     Raises:
-        CheckpointError: when there is no such folder and no such repository can be reached.
+        CheckpointError: when there is no such folder and no such repository can be reached, and for an adapter.
     """
     folder = local_model(name)
     if folder is not None:
+        try:
+            _refuse_adapter([path.name for path in folder.iterdir()], name)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot be read: {error.strerror}", where=name, fix="check its permissions"
+            ) from None
         return folder
-    from huggingface_hub import snapshot_download
-
+    hub_id = parse_hub_id(name)
+    assert hub_id is not None  # local_model has refused it
     try:
-        return Path(
-            snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack", "*.gguf"])
-        )
+        return _download(hub_id[0], revision or hub_id[1])
+    except HeadfuseError:
+        raise
     except Exception as error:  # the hub, the network and the cache raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -94,6 +83,47 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
             where=name,
             fix="check the path or the id; private repositories need HF_TOKEN; HF_HUB_OFFLINE=1 forbids downloads",
         ) from None
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The snapshot of a repository with what a run reads, in the hub's cache; the cached one if the hub is away."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
+
+    try:
+        names = HfApi().list_repo_files(name, revision=revision)
+    except RevisionNotFoundError:
+        raise
+    except Exception as unreachable:
+        try:
+            cached = snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"])
+        except LocalEntryNotFoundError:
+            raise unreachable from None
+        _refuse_adapter(os.listdir(cached), name)
+        return Path(cached)
+    _refuse_adapter(names, name)
+    weights = next((file for file in (SINGLE, INDEX) if file in names), None)
+    if weights is None and "config.json" in names:
+        raise _no_weights(names, name)
+
+    def fetch(wanted: Iterable[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in wanted]))
+
+    folder = fetch(file for file in names if is_read(file) or file == weights)
+    return fetch(set(_weight_map(folder).values())) if weights == INDEX else folder
+
+
+def _refuse_adapter(names: Iterable[str], where: object) -> None:
+    """Raise CheckpointError for a folder with an adapter in it, which changes what the weights beside it compute."""
+    adapter = adapter_files(names)
+    if adapter:
+        raise CheckpointError(
+            f"holds an adapter ({', '.join(adapter)}), and headfuse reads whole weights alone",
+            where=where,
+            fix="merge it into its base model with peft: PeftModel.from_pretrained(base, ADAPTER_FOLDER)"
+            ".merge_and_unload().save_pretrained(MERGED), copy the tokenizer's files, and give MERGED; to leave it "
+            "out, give a folder without its files",
+        )
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -125,7 +155,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     if fused:
         import headfuse.modeling  # noqa: F401  registers the layouts that have code of their own
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=needs_code(model_type, trust_remote_code))
     except Exception as error:  # the strict configs of transformers raise many kinds
         if not _is_known(model_type):
             raise UnsupportedModelError(
@@ -147,6 +177,28 @@ def _check_class(raw: Mapping[str, Any], path: Path) -> None:
                 where=path,
                 fix="give a causal language model, such as the one that this model was trained from",
             )
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    """config.json for an output: without the source's path, and without names of code that the output does not hold.
+
+    What headfuse writes is loaded by transformers' own classes, or by code that comes with headfuse.
+    """
+    raw = read_json(folder / "config.json", "this is not a model folder")
+    for part in (raw, raw.get("source_config")):
+        if isinstance(part, dict):
+            part.pop("_name_or_path", None)
+            if "headfuse_format" not in part:
+                part.pop("auto_map", None)
+    return raw
+
+
+def needs_code(model_type: str, trust_remote_code: bool) -> bool:
+    """Whether a model runs by code of its own: where that is trusted and transformers has no class for the type.
+
+    The fused model has transformers' class, so the source is measured by the same.
+    """
+    return trust_remote_code and not _is_known(model_type)
 
 
 def _is_known(model_type: str) -> bool:
@@ -301,16 +353,23 @@ def _weight_files(folder: Path) -> list[str]:
                 )
             return files
         refuse_gguf(folder)
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+        names = [path.name for path in folder.iterdir()]
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=folder, fix="check its permissions") from None
+    raise _no_weights(names, folder)
+
+
+def _no_weights(names: Iterable[str], where: object) -> CheckpointError:
+    """The error for a model folder or repository without safetensors."""
+    pickles = [name for name in names if "/" not in name and Path(name).suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+    pickles.sort(key=lambda name: (not name.startswith("pytorch_model"), name))  # a training leaves others as well
     if pickles:
-        raise CheckpointError(
+        return CheckpointError(
             f"the weights are pickled ({pickles[0]}), and unpickling runs code",
-            where=folder,
+            where=where,
             fix="convert them once, where you trust them: load with transformers, then save_pretrained(folder)",
         )
-    raise CheckpointError(f"no weights: neither {SINGLE} nor {INDEX}", where=folder, fix="copy or download the weights")
+    return CheckpointError(f"no weights: neither {SINGLE} nor {INDEX}", where=where, fix="copy or download the weights")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -599,6 +658,7 @@ def check_output_file(path: Path, *, overwrite: bool = False, reads: Iterable[Pa
     path = _absolute(path)
     for folder in reads:
         _check_apart(path, partial_folder(path), folder)
+    _check_outside_cache(path)
     if path.is_dir():
         raise OutputError("is a folder, and the output is a file", where=path, fix="give the name of a file")
     if os.path.lexists(path) and not overwrite:
@@ -654,6 +714,7 @@ def check_output(path: Path, *, overwrite: bool = False, resume: bool = False, r
     try:
         for folder in reads:
             _check_apart(path, partial, folder)
+        _check_outside_cache(path)
         if os.path.lexists(path):
             if not overwrite:
                 raise OutputError(
@@ -728,6 +789,13 @@ def _check_apart(path: Path, partial: Path, source: Path) -> None:
             raise OutputError("holds a model that this run reads", where=target, fix=fix)
 
 
+def _check_outside_cache(path: Path) -> None:
+    if in_cache(path):
+        raise OutputError(
+            "lies in the hub's cache, where `hf cache prune` would delete it", where=path, fix="choose another --output"
+        )
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     """Device and inode: equal however a path is spelt."""
     try:
@@ -790,7 +858,7 @@ def _clear(partial: Path) -> None:
 
 def _publish(partial: Path, path: Path, overwrite: bool) -> None:
     """Give a finished folder its name; the one that it replaces goes last."""
-    for file in partial.iterdir():
+    for file in partial.rglob("*"):
         sync(file)
     if os.path.lexists(path) and not (overwrite and _replaceable(path)):
         raise OutputError("the output appeared while this run was working", where=path, fix="choose another --output")
@@ -869,29 +937,72 @@ def _output_error(path: Path, error: OSError, resumable: bool = False) -> Headfu
 # ---------------------------------------------------------------- beside the weights
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat template, generation config, licence and other small files; never weights, code or pickles.
+def copy_companions(source: Path, target: Path, trust_remote_code: bool = False) -> None:
+    """Copy what belongs to the model besides its weights: tokenizer, chat templates, generation config, licence, page.
 
-    The folder's own headfuse model code, which some layouts need, comes from the installed package instead.
+    Code of the source is copied where a tokenizer or a processor names it and the source is trusted; the folder's own
+    headfuse model code, which some layouts need, comes from the installed package.
     """
-    copied = []
-    for path in sorted(source.iterdir()):
-        if not path.is_file() or path.name in _NEVER_COPIED or path.name.startswith("."):
-            continue
-        if path.suffix in _WEIGHT_SUFFIXES | {".py", ".pyc", ".so", ".ipynb", ".sh"} or path.name.endswith(
-            ".index.json"
-        ):
-            continue
-        shutil.copyfile(path, target / path.name)
-        copied.append(path.name)
+    names = [name for name in files_of(source) if is_companion(name)]
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copyfile(source / name, target / name)
+    for name in names:
+        if name.endswith("_config.json"):
+            _settle_code(source, target, name, trust_remote_code)
     raw = read_json(target / "config.json", "") if (target / "config.json").exists() else {}
     if "headfuse_format" in raw:
         from headfuse.modeling import CODE
 
         for file in CODE[raw["model_type"]]:
             shutil.copyfile(file, target / file.name)
-            copied.append(file.name)
-    return copied
+
+
+def _settle_code(source: Path, target: Path, name: str, trust_remote_code: bool) -> None:
+    """Copy the code that the `auto_map` of a copied file names, or take the names out of the copy.
+
+    Names of code in other repositories, `org/name--module.Class`, stay.
+    """
+    raw = read_json(target / name, "restore the original file")
+    auto_map = raw.get("auto_map")
+    if not auto_map:
+        return
+    modules = _local_modules(auto_map)
+    files = _code_files(source, modules)
+    if files is not None and (trust_remote_code or not files):
+        for file in files:
+            shutil.copyfile(source / file, target / file)
+        return
+    reason = "--trust-remote-code was not given" if files is not None else "it is not complete"
+    code = ", ".join(f"{module}.py" for module in modules)
+    logger.warning("%s names code of its own (%s): left out, as %s", source / name, code, reason)
+    entries = auto_map.items() if isinstance(auto_map, dict) else ()
+    kept = {key: value for key, value in entries if not _local_modules(value)}
+    raw = {key: value for key, value in raw.items() if key != "auto_map"} | ({"auto_map": kept} if kept else {})
+    (target / name).write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _local_modules(auto_map: Any) -> list[str]:
+    """Modules in the folder itself that an auto_map, or one of its values, names."""
+    if isinstance(auto_map, dict):
+        auto_map = list(auto_map.values())
+    if isinstance(auto_map, (list, tuple)):
+        return sorted({module for value in auto_map for module in _local_modules(value)})
+    return [auto_map.split(".")[0]] if isinstance(auto_map, str) and "--" not in auto_map else []
+
+
+def _code_files(folder: Path, modules: Iterable[str]) -> set[str] | None:
+    """Names of these modules' files and of those that they import from the folder; None where one is missing."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    try:
+        paths = {folder / f"{module}.py" for module in modules}
+        paths |= {Path(path) for module in list(paths) for path in get_relative_import_files(module)}
+    except (OSError, ValueError):  # no such file, or not UTF-8
+        return None
+    if not all(path.is_file() and path.parent == folder for path in paths):
+        return None
+    return {path.name for path in paths}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -917,11 +1028,17 @@ def read_plan(path: Path) -> FusionPlan:
 
 def write_plan(folder: Path, plan: FusionPlan, known: Mapping[str, str] | None = None) -> FusionPlan:
     """Write plan.json with the checksums of the files that are in the folder now; `known` ones are not read again."""
-    skipped, known = {"plan.json", _LOCK, RESUME}, known or {}
-    names = [p.name for p in sorted(folder.iterdir()) if p.is_file() and p.name not in skipped]
+    known = known or {}
+    names = sorted(name for name in _visible_files(folder) if name != RESUME and not name.startswith(f"{STATE}/"))
     plan = plan.model_copy(update={"files": {n: known.get(n) or file_sha256(folder / n) for n in names}}).sealed()
     (folder / "plan.json").write_text(plan.to_json())
     return plan
+
+
+def _visible_files(folder: Path) -> set[str]:
+    """Paths in the folder of what plan.json holds checksums of: every file but itself and hidden ones."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    return {name.as_posix() for name in names if not any(p.startswith(".") for p in name.parts)} - {"plan.json"}
 
 
 def verify(folder: Path) -> FusionPlan:
@@ -936,7 +1053,7 @@ def verify(folder: Path) -> FusionPlan:
     if not plan.files:
         raise CheckpointError("holds no checksums: this is a plan alone", where=folder / "plan.json", fix=fix)
     try:
-        present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} - {"plan.json"}
+        present = _visible_files(folder)
         text = (folder / "plan.json").read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=folder, fix="check its permissions") from None

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from headfuse import __version__
 from headfuse.errors import HeadfuseError
+from headfuse.hub import at_revision
 from headfuse.presets import PRESETS
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -188,7 +189,8 @@ def _lengths(text: str | None) -> list[int]:
     return [int(part) for part in parts]
 
 
-Model = Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="Model folder or hub id: org/name, org/name@revision.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Budget = Annotated[
     str | None,
     typer.Option(
@@ -258,6 +260,7 @@ def analyze(
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Head similarity, redundancy, and the plan that a budget leads to."""
@@ -276,7 +279,8 @@ def analyze(
         from headfuse.commands import analyze as command
 
         document = command.run(
-            model=model, config=config, overrides=overrides, output=output, overwrite=overwrite, device=device.value,
+            model=at_revision(model, revision),
+            config=config, overrides=overrides, output=output, overwrite=overwrite, device=device.value,
             trust_remote_code=trust_remote_code, log=_log(quiet or json_output),
         )  # fmt: skip
         return document, command.render
@@ -315,6 +319,7 @@ def fuse(
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a checkpoint with a smaller KV cache."""
@@ -337,7 +342,8 @@ def fuse(
         from headfuse.commands import fuse as command
 
         document = command.run(
-            model=model, config=config, overrides=overrides, output=output, plan=plan, overwrite=overwrite,
+            model=at_revision(model, revision),
+            config=config, overrides=overrides, output=output, plan=plan, overwrite=overwrite,
             resume=resume, device=device.value, dtype=dtype and dtype.value, trust_remote_code=trust_remote_code,
             dry_run=dry_run, gate=gate, junit=junit, github_summary=github_summary,
             log=_log(quiet or json_output),
@@ -403,6 +409,7 @@ def uptrain(
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Train a fused model for a few tokens, taught by its source."""
@@ -420,7 +427,8 @@ def uptrain(
         from headfuse.commands import uptrain as command
 
         document = command.run(
-            model=model, data=data or None, tokens=tokens, config=config, teacher=teacher,
+            model=at_revision(model, revision),
+            data=data or None, tokens=tokens, config=config, teacher=teacher,
             teacher_device=teacher_device and teacher_device.value, teacher_dtype=teacher_dtype and teacher_dtype.value,
             teacher_cache=teacher_cache, loss=loss and loss.value, train=train and train.value,
             learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
@@ -448,6 +456,7 @@ def export(
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the same model in another layout, without loss."""
@@ -460,7 +469,8 @@ def export(
         from headfuse.commands import export as command
 
         document = command.run(
-            model=model, to=to.value, output=output, file_type=file_type and file_type.value, overwrite=overwrite,
+            model=at_revision(model, revision),
+            to=to.value, output=output, file_type=file_type and file_type.value, overwrite=overwrite,
             trust_remote_code=trust_remote_code, log=_log(quiet or json_output),
         )  # fmt: skip
         return document, command.render
@@ -503,6 +513,7 @@ def evaluate(
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity, agreement, tasks, retrieval, memory, speed; gates for CI."""
@@ -523,7 +534,8 @@ def evaluate(
         from headfuse.commands import eval as command
 
         document = command.run(
-            model=model, data="default" if data is None else data, baseline=baseline, gate=gate, junit=junit,
+            model=at_revision(model, revision),
+            data="default" if data is None else data, baseline=baseline, gate=gate, junit=junit,
             github_summary=github_summary, report=report, verify=verify, samples=samples or 24,
             sequence_length=sequence_length or 512, stride=stride, tasks=_names(tasks), tasks_path=tasks_path or (),
             limit=limit, passkey=lengths, passkey_trials=passkey_trials, memory=memory, speed=speed,

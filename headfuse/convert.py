@@ -39,6 +39,7 @@ from headfuse.errors import ConfigError, HeadfuseError
 from headfuse.fuse_layer import fuse_layer
 from headfuse.fusion import FUSION_METHODS
 from headfuse.guard import WrittenLayers
+from headfuse.hub import default_parent
 from headfuse.layouts import LAYOUTS
 from headfuse.loading import keep_tokenizer_class, pick_device
 from headfuse.plan import FusionPlan, HeadBudget, LayerPlan
@@ -117,7 +118,7 @@ def fuse(
     Args:
         model: folder or hub id of a model of a supported family (docs/architectures.md).
         config: every option; the defaults keep a quarter of the KV cache.
-        output: default `<model>-headfuse-<budget>` beside the model.
+        output: default `<model>-headfuse-<budget>` beside the model; in the working directory for one of the hub.
         plan: a reviewed plan.json that replaces budget and grouping.
         overwrite: replace an existing output.
         resume: go on with an interrupted conversion.
@@ -207,7 +208,7 @@ def prepare(
     ready = None
     if plan is not None:
         ready, config = reviewed_plan(plan, source, config)
-    output = output or default_output(model, source, config, ready)
+    output = output or default_output(source, config, ready)
     check_output(output, overwrite=overwrite, resume=resume, reads=[source.folder])
     budget = check_budget(config, source) if ready is None else ready.head_budget
     if FUSION_METHODS[config.method].trained:
@@ -234,11 +235,10 @@ def _written_bytes(source: Source, budget: HeadBudget, dtype: str | None) -> int
     return whole - gone * (fixed or max(kind.itemsize for kind in checkpoint.dtypes.values()))
 
 
-def default_output(model: str, source: Source, config: FuseConfig, plan: FusionPlan | None = None) -> Path:
-    """`<model>-headfuse-<budget>` beside the model; in the working directory for a hub id."""
+def default_output(source: Source, config: FuseConfig, plan: FusionPlan | None = None) -> Path:
+    """`<model>-headfuse-<budget>` beside the model; in the working directory for one of the hub."""
     label = config.budget.label if plan is None else f"{plan.kv_ratio:.4g}"
-    parent = Path(model).resolve().parent if Path(model).exists() else Path.cwd()
-    return parent / f"{source.name.rsplit('/')[-1]}-headfuse-{label}"
+    return default_parent(source.folder) / f"{source.name.rsplit('/')[-1]}-headfuse-{label}"
 
 
 def _train(
@@ -424,9 +424,9 @@ def _resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> Fus
         return None
     _check_resumed(partial, options)
     plan = None if "source" in options else _plan_of(partial)  # that of a training is in its state
-    if plan is not None and plan.source != source.identity():
+    if plan is not None and plan.source.fingerprint != source.checkpoint.fingerprint():
         raise _other_run(partial, ["source"])
-    return plan
+    return plan and plan.model_copy(update={"source": source.identity()})
 
 
 def _check_resumed(partial: Path, options: dict[str, Any]) -> None:
@@ -528,10 +528,10 @@ def _write_beside_weights(
 ) -> None:
     """Everything but weights and config: tokenizer and licence, headfuse.yaml, card, plan.json with checksums."""
     plan = result.plan
-    copy_companions(source.folder, partial)
+    copy_companions(source.folder, partial, source.trust_remote_code)
     if plan.layout != "gqa":
         keep_tokenizer_class(source.folder, partial)
-    head = f"# headfuse fuse --config headfuse.yaml {plan.source.name}\n"
+    head = f"# headfuse fuse --config headfuse.yaml {plan.source.model}\n"
     (partial / "headfuse.yaml").write_text(head + config.to_yaml(), encoding="utf-8")
     (partial / "README.md").write_text(fused_card(source, result), encoding="utf-8")
     write_plan(partial, plan, writer.checksums())

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from headfuse.architectures import Architecture, AttentionWeights, architecture_of, head_layout
+from headfuse.card import extended_card
 from headfuse.checkpoint import (
     Checkpoint,
     SafetensorsWriter,
@@ -23,15 +24,17 @@ from headfuse.checkpoint import (
     copy_companions,
     output_file,
     output_folder,
+    raw_config,
     read_config,
     read_plan,
     resolve_model,
     write_plan,
 )
 from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
+from headfuse.hub import default_parent, folder_name
 from headfuse.layouts import LAYOUTS, decoupled, gguf, layerwise
 from headfuse.layouts.relayout import HeadMaps, StockHeads, common_group
-from headfuse.loading import load_tokenizer, unembedded_tokens, warn_of_unembedded
+from headfuse.loading import load_tokenizer, names_code, unembedded_tokens, warn_of_unembedded
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, query_order
 from headfuse.weights import ModelWeights, untie
 
@@ -66,8 +69,7 @@ class Folder:
         """
         path = resolve_model(model)
         loaded = read_config(path, trust_remote_code)
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        raw.pop("_name_or_path", None)
+        raw = raw_config(path)
         layout: Literal["decoupled", "layerwise", "gqa"] = "gqa"
         family, maps = raw, None
         if loaded.model_type == "headfuse":
@@ -116,8 +118,8 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The folder's name, without its path."""
-        return self.path.resolve().name
+        """The folder's name, without its path; of a repository, without its owner."""
+        return folder_name(self.path).rsplit("/")[-1]
 
     @property
     def arch(self) -> Architecture:
@@ -151,6 +153,7 @@ class ExportPlan:
     architecture: str
     """The class, or llama.cpp's name, that loads the output."""
     itemsize: int
+    trust_remote_code: bool = False
 
     @property
     def num_key_value_heads(self) -> tuple[int, ...]:
@@ -176,6 +179,8 @@ def plan_export(
     if to != "gguf" and file_type is not None:
         raise ConfigError("is the type of numbers in a GGUF file", where="--type", fix="leave it out, or use --to gguf")
     folder = Folder.open(model, trust_remote_code)
+    if names_code(folder.path):  # what needs code that is not trusted cannot go into the output
+        load_tokenizer(folder.path, trust_remote_code)
     if to == folder.layout:
         raise ConfigError(f"is a folder of layout {to} already", where=folder.path, fix="use it as it is")
     if to != "gguf":
@@ -190,11 +195,10 @@ def plan_export(
     else:
         name = _config(folder, to, counts)["architectures"][0]
     suffix = f"-{file_type or 'f16'}.gguf" if to == "gguf" else f"-{to}"
-    parent = Path(model).resolve().parent if Path(model).exists() else Path.cwd()
     stored = Counter(folder.checkpoint.dtypes.values()).most_common(1)[0][0]
     return ExportPlan(
-        folder, to, output or parent / f"{folder.name}{suffix}", layers, name,
-        CACHE_BYTES if to == "gguf" else stored.itemsize,
+        folder, to, output or default_parent(folder.path) / f"{folder.name}{suffix}", layers, name,
+        CACHE_BYTES if to == "gguf" else stored.itemsize, trust_remote_code,
     )  # fmt: skip
 
 
@@ -244,7 +248,7 @@ def export(
     """
     folder, place = plan.folder, {"overwrite": overwrite, "reads": [plan.folder.path]}
     if plan.target == "gguf":
-        tokenizer = load_tokenizer(folder.path)
+        tokenizer = load_tokenizer(folder.path, plan.trust_remote_code)
         warn_of_unembedded(unembedded_tokens(tokenizer, folder.config.vocab_size), folder.path)  # they are cut
         with output_file(plan.output, **place) as partial:  # type: ignore[arg-type]
             gguf.write(
@@ -260,10 +264,11 @@ def export(
             writer.write(name, tensor)
         config = _config(folder, plan.target, plan.num_key_value_heads)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        copy_companions(folder.path, partial)
+        copy_companions(folder.path, partial, plan.trust_remote_code)
         if (folder.path / "headfuse.yaml").exists():
             shutil.copyfile(folder.path / "headfuse.yaml", partial / "headfuse.yaml")
-        (partial / "README.md").write_text(_card(plan), encoding="utf-8")
+        card = extended_card(folder.path, plan.output.name, _card_section(plan))
+        (partial / "README.md").write_text(card, encoding="utf-8")
         if folder.plan is not None:
             write_plan(partial, _moved(folder.plan, plan))
     return plan.output
@@ -345,13 +350,12 @@ def _moved(plan: FusionPlan, export: ExportPlan) -> FusionPlan:
     return plan.model_copy(update={"layout": export.target, "layers": tuple(layers)})
 
 
-def _card(plan: ExportPlan) -> str:
-    card = plan.folder.path / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else f"# {plan.output.name}\n"
+def _card_section(plan: ExportPlan) -> str:
+    """What the model card says about the export."""
     before, after = plan.kv_bytes
     counts = " ".join(map(str, plan.num_key_value_heads))
     return (
-        f"{text.rstrip()}\n\n## Exported to layout {plan.target}\n\n"
+        f"## Exported to layout {plan.target}\n\n"
         f"By `headfuse export`, without loss: class `{plan.architecture}`, KV heads per layer {counts}, KV bytes per "
         f"token {before} before and {after} after. Loads in: {LAYOUTS[plan.target].runtimes}.\n"
     )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from headfuse.errors import CheckpointError, ConfigError
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from headfuse.hub import parse_hub_id
 
 
 def local_model(name: str) -> Path | None:
@@ -30,8 +28,10 @@ def local_model(name: str) -> Path | None:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=name, fix="check the path") from None
     except ValueError as error:  # a NUL in the name
         raise CheckpointError(f"cannot be read: {error}", where=repr(name), fix="check the path") from None
-    if not _HUB_ID.fullmatch(name):
-        raise CheckpointError("no such folder", where=name, fix="give a model folder or a hub id like org/name")
+    if parse_hub_id(name) is None:
+        raise CheckpointError(
+            "no such folder", where=name, fix="give a model folder or a hub id like org/name or org/name@revision"
+        )
     return None
 
 

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, read_config, resolve_model
+from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, needs_code, read_config, resolve_model
 from headfuse.errors import CheckpointError, ConfigError, DataError
+from headfuse.hub import folder_name
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,9 @@ def load_model(
     wanted: Any = DTYPE_NAMES[dtype] if dtype else torch.float32 if target.type == "cpu" else "auto"
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=wanted, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+            path, config=config, dtype=wanted, output_loading_info=True,
+            trust_remote_code=needs_code(config.model_type, trust_remote_code),
+        )  # fmt: skip
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # configs and weights that do not fit raise many kinds
@@ -116,9 +118,18 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
         return tokenizer
     except Exception as error:  # tokenizer backends raise many kinds
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"the tokenizer cannot be loaded: {reason}", where=folder, fix="copy the tokenizer files of the model"
-        ) from None
+        fix = "copy the tokenizer files of the model"
+        if not trust_remote_code and names_code(path):
+            fix = "it has code of its own: pass --trust-remote-code if you trust that"
+        raise CheckpointError(f"the tokenizer cannot be loaded: {reason}", where=folder, fix=fix) from None
+
+
+def names_code(folder: Path) -> bool:
+    """Whether the tokenizer of a folder has code of its own, beside stock classes or without one."""
+    try:
+        return "auto_map" in json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def unembedded_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[int, str]:
@@ -169,5 +180,5 @@ def check_context(config: PreTrainedConfig, sequence_length: int, where: str = "
 
 
 def model_name(model: str) -> str:
-    """How an output may name a model: a hub id, or a folder's name without its path."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    """How an output may name a model: a hub id, as it was given, or a folder's name without its path."""
+    return folder_name(Path(model)) if Path(model).is_dir() else model

@@ -99,7 +99,13 @@ class SourceModel(_Frozen):
 
     name: str
     revision: str | None = None
+    """The commit of a hub repository."""
     fingerprint: str
+
+    @property
+    def model(self) -> str:
+        """The MODEL argument that names this source: `name`, or `name@revision`."""
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
 
 class FusionPlan(_Frozen):

@@ -223,7 +223,7 @@ def _commands(folder: Path, plan: FusionPlan | None, document: Mapping[str, Any]
         config = folder / "headfuse.yaml"
         settings = "headfuse.yaml" if config.is_file() else "plan.json"
         option = "--config" if config.is_file() else "--plan"
-        lines.append(f"headfuse fuse {option} {settings} {shlex.quote(plan.source.name)}")
+        lines.append(f"headfuse fuse {option} {settings} {shlex.quote(plan.source.model)}")
     if (folder / LOG).is_file():
         lines.append(f"# then trained: the options are in the first line of {LOG}")
     if document is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 from headfuse.architectures import architecture_of, head_layout
 from headfuse.calibration import CalibrationText
-from headfuse.checkpoint import Checkpoint, read_config, resolve_model
+from headfuse.checkpoint import Checkpoint, raw_config, read_config, resolve_model
 from headfuse.config import FuseConfig
 from headfuse.errors import CheckpointError, ConfigError
+from headfuse.hub import folder_name, repository_of
 from headfuse.loading import check_tokens, load_tokenizer, unembedded_tokens, warn_of_unembedded
 from headfuse.plan import HeadLayout, SourceModel
 from headfuse.text import read_documents, start_token, varied_windows
@@ -32,6 +32,7 @@ class Source:
     heads: HeadLayout
     untied: bool = False
     """As in `weights.ModelWeights`; `config` and `raw_config` say it, too."""
+    trust_remote_code: bool = False
 
     @classmethod
     def open(cls, model: str, trust_remote_code: bool = False) -> Source:
@@ -44,17 +45,17 @@ class Source:
         weights.report()
         if weights.untied:
             config.tie_word_embeddings = False
-        name = model if not Path(model).exists() else folder.resolve().name
-        return cls(name, folder, checkpoint, config, heads, weights.untied)
+        return cls(folder_name(folder), folder, checkpoint, config, heads, weights.untied, trust_remote_code)
 
     def identity(self) -> SourceModel:
-        """Name and content hash, as plan.json knows the source (reads every weight that was not read before)."""
-        return SourceModel(name=self.name, fingerprint=self.checkpoint.fingerprint())
+        """Name, revision and content hash, as plan.json knows the source (reads every weight that was not read)."""
+        repository = repository_of(self.folder)
+        revision = None if repository is None else repository.revision
+        return SourceModel(name=self.name, revision=revision, fingerprint=self.checkpoint.fingerprint())
 
     def raw_config(self) -> dict[str, Any]:
-        """config.json as it is, but for the path that transformers may have left in it, and ties that are none."""
-        raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        raw.pop("_name_or_path", None)
+        """config.json for the output: see `checkpoint.raw_config`; without ties that are none."""
+        raw = raw_config(self.folder)
         return untie(raw) if self.untied else raw
 
     def calibration_text(self, config: FuseConfig, trust_remote_code: bool = False) -> CalibrationText:

@@ -236,9 +236,9 @@ def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str]:
             if fingerprint(candidate) == source.fingerprint:
                 return candidate, source.name
             tried.append(f"{candidate} is another model")
-    if "/" in source.name:
+    for revision in dict.fromkeys((source.revision, None)) if "/" in source.name else ():
         try:
-            candidate = resolve_model(source.name, source.revision)
+            candidate = resolve_model(source.name, revision)
             if fingerprint(candidate) == source.fingerprint:
                 return candidate, source.name
             tried.append(f"{source.name} on the hub is another model")

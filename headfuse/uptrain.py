@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from headfuse.architectures import head_layout, packed_keys_and_values
+from headfuse.card import extended_card
 from headfuse.checkpoint import (
     DTYPE_NAMES,
     SafetensorsWriter,
@@ -28,6 +29,7 @@ from headfuse.checkpoint import (
     fingerprint,
     output_folder,
     partial_folder,
+    raw_config,
     read_config,
     read_plan,
     resolve_model,
@@ -35,6 +37,7 @@ from headfuse.checkpoint import (
 )
 from headfuse.distillation import LossWeights, Objective
 from headfuse.errors import ConfigError, HeadfuseError, MissingExtraError
+from headfuse.hub import folder_name, in_cache
 from headfuse.loading import (
     check_context,
     guard_embeddings,
@@ -168,7 +171,8 @@ def uptrain(
         raise ConfigError(
             "holds the teacher's last states alone, not those of its layers", where="--teacher-cache", fix=fix
         )
-    folder, output = resolve_model(model), output or default_output(model)
+    folder = resolve_model(model)
+    output = output or default_output(folder)
     teacher_folder, teacher_name = find_teacher(folder, teacher) if recipe.distilled else (None, None)
     reads = [folder] if teacher_folder is None else [folder, teacher_folder]
     accelerator = make_accelerator(
@@ -276,7 +280,7 @@ def uptrain(
         run.log("end", nll_after=result.nll_after, best_step=result.best_step, epochs=result.epochs)
         trained_weights = weights_of(accelerator, wrapped)
         if main:
-            _write(making, stored, trained_weights, dtype, result)
+            _write(making, stored, trained_weights, dtype, result, trust_remote_code)
     accelerator.wait_for_everyone()
     return result
 
@@ -422,12 +426,11 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 # ---------------------------------------------------------------- inputs and output
 
 
-def default_output(model: str) -> Path:
-    """`<model>-uptrained`: beside a local folder, in the working directory for a hub id."""
-    path = Path(model)
-    if not path.is_dir():
-        return Path(f"{path.name}-uptrained")
-    path = path if path.name not in ("", "..") else path.resolve()
+def default_output(folder: Path) -> Path:
+    """`<model>-uptrained`: beside a local folder, in the working directory for one of the hub's cache."""
+    if in_cache(folder):
+        return Path.cwd() / f"{folder_name(folder).rsplit('/')[-1]}-uptrained"
+    path = folder if folder.name not in ("", "..") else folder.resolve()
     return path.with_name(f"{path.name}-uptrained")
 
 
@@ -438,7 +441,12 @@ def _check(**dtypes: str | None) -> None:
 
 
 def _write(
-    partial: Path, stored: ModelWeights, weights: Mapping[str, torch.Tensor], dtype: str | None, result: UptrainResult
+    partial: Path,
+    stored: ModelWeights,
+    weights: Mapping[str, torch.Tensor],
+    dtype: str | None,
+    result: UptrainResult,
+    trust_remote_code: bool,
 ) -> None:
     """Write the trained weights by the names and in the dtypes of the source, and what belongs beside them."""
     layout, forced = stored.checkpoint, DTYPE_NAMES[dtype] if dtype else None
@@ -451,20 +459,19 @@ def _write(
         if not torch.isfinite(tensor).all():
             raise HeadfuseError(f"{name} is beyond the range of {kind}", fix="write another --dtype, such as bfloat16")
         writer.write(name, tensor)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = raw_config(source)
     config = untie(config) if stored.untied else config
     if dtype is not None:
         config["dtype"] = dtype
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_companions(source, partial)
+    copy_companions(source, partial, trust_remote_code)
     if (source / "headfuse.yaml").exists():
         shutil.copyfile(source / "headfuse.yaml", partial / "headfuse.yaml")
     (partial / CONFIG).write_text(
         f"# headfuse uptrain --config {CONFIG} MODEL\n{result.recipe.to_yaml()}", encoding="utf-8"
     )
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else f"# {result.output.name}\n"
-    (partial / "README.md").write_text(f"{text.rstrip()}\n\n{card_section(result)}", encoding="utf-8")
+    card = extended_card(source, result.output.name, card_section(result))
+    (partial / "README.md").write_text(card, encoding="utf-8")
     if (source / "plan.json").exists():
         write_plan(partial, read_plan(source))
 

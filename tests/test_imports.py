@@ -15,8 +15,9 @@ import headfuse
 PACKAGE = Path(headfuse.__file__).parent
 # A module imports only from lines above its own; a folder counts as one module here.
 ORDER = [
-    ["errors", "sampling", "figures"],
-    ["plan", "text", "modeling", "presets", "inputs", "progress", "quantised"],
+    ["errors", "sampling", "figures", "companions"],
+    ["hub", "plan", "text", "modeling", "presets", "progress", "quantised"],
+    ["inputs"],
     ["architectures", "similarity"],
     ["budget", "grouping", "fusion", "layouts", "distillation"],
     ["config", "checkpoint", "gates", "tasks"],

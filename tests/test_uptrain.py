@@ -1064,9 +1064,11 @@ def test_model_without_a_plan_needs_a_teacher(fused: Path, data: str) -> None:
 def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
-    assert default_output(".") == tmp_path / "model-uptrained"
-    assert default_output(str(tmp_path / "model") + "/") == tmp_path / "model-uptrained"
-    assert default_output("org/name") == Path("name-uptrained")
+    assert default_output(Path(".")) == tmp_path / "model-uptrained"
+    assert default_output(tmp_path / "model") == tmp_path / "model-uptrained"
+    snapshot = tmp_path / "models--org--name/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    assert default_output(snapshot) == tmp_path / "model/name-uptrained"
 
 
 # ---------------------------------------------------------------- the command
