@@ -142,6 +142,12 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         raise CheckpointError("has no model_type", where=path, fix="use the config.json that came with the model")
     refuse_quantised_config(raw, path)
     _check_class(raw, path)
+    named = raw.get("transformers_weights")
+    if named not in (None, SINGLE, INDEX):
+        raise UnsupportedModelError(
+            f"transformers_weights names {named!r}, and headfuse reads {SINGLE} or {INDEX}", where=path,
+            fix=f"load the model with transformers and save_pretrained it, which writes {SINGLE}",
+        )  # fmt: skip
     fused = "headfuse_format" in raw
     if "auto_map" in raw and not fused and not trust_remote_code and not _is_known(model_type):
         raise UnsupportedModelError(
@@ -180,14 +186,15 @@ def _check_class(raw: Mapping[str, Any], path: Path) -> None:
 
 
 def raw_config(folder: Path) -> dict[str, Any]:
-    """config.json for an output: without the source's path, and without names of code that the output does not hold.
+    """config.json for an output: without the source's path, and without names of files that the output does not hold.
 
     What headfuse writes is loaded by transformers' own classes, or by code that comes with headfuse.
     """
     raw = read_json(folder / "config.json", "this is not a model folder")
     for part in (raw, raw.get("source_config")):
         if isinstance(part, dict):
-            part.pop("_name_or_path", None)
+            for field in ("_name_or_path", "transformers_weights"):
+                part.pop(field, None)
             if "headfuse_format" not in part:
                 part.pop("auto_map", None)
     return raw

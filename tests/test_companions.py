@@ -202,6 +202,15 @@ def test_code_of_a_stock_model_is_not_named_by_the_output(model: Path, tmp_path:
     assert logits(tmp_path / "again").shape == (2, 20, 300)
 
 
+def test_weights_that_config_json_names(model: Path, tmp_path: Path) -> None:
+    edit(model / "config.json", transformers_weights="model.safetensors")
+    fuse(model, tmp_path / "out", "--budget", 0.5, "--layout", "gqa")
+    assert "transformers_weights" not in json.loads((tmp_path / "out/config.json").read_text())
+    edit(model / "config.json", transformers_weights="other.safetensors")
+    shutil.copy(model / "model.safetensors", model / "other.safetensors")
+    assert "other.safetensors" in run("fuse", model, "--dry-run", code=1)
+
+
 def with_tokenizer_code(model: Path) -> None:
     """A tokenizer with code of its own, which imports more of it, and marks what it reads."""
     name = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None], "AutoProcessor": "org/name--processing.P"}

@@ -156,9 +156,8 @@ def test_a_snapshot_of_the_cache_by_its_path(snapshot: Path, tmp_path: Path) -> 
 def test_no_output_inside_the_cache(snapshot: Path, tmp_path: Path, command: str) -> None:
     out = snapshot.parent / "out"
     trained = ["--loss", "ce", "--tokens", 64, "--sequence-length", 16, "--data", tmp_path / "text.txt"]
-    own: dict[str, list[object]] = {"uptrain": trained, "export": ["--to", "layerwise"]}
-    options = own.get(command, [*QUICK])
-    error = document(command, tmp_path / "model", *options, "-o", out, code=1)["error"]
+    options: dict[str, list[Any]] = {"uptrain": trained, "export": ["--to", "layerwise"]}
+    error = document(command, tmp_path / "model", *options.get(command, QUICK), "-o", out, code=1)["error"]
     assert "cache" in error["what"]
     assert "--output" in error["fix"]
     assert not out.exists()
