@@ -107,6 +107,8 @@ def test_cached_decoding_equals_the_full_pass(fused: Fused) -> None:
     mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
     tokens = torch.randint(1, 300, (3, width), generator=torch.Generator().manual_seed(0)) * mask
     assert_decoding_equals_forward(loaded, tokens, mask, lengths)
+    greedy = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(*(loaded.generate(tokens, use_cache=cached, **greedy) for cached in (True, False)))
 
 
 @pytest.mark.parametrize("to", ["gqa", "layerwise", "gguf"])
