@@ -27,6 +27,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from headfuse.architectures import ARCHITECTURES
 from headfuse.errors import CheckpointError, HeadfuseError, OutputError, UnsupportedModelError
+from headfuse.generation import write_generation_config
 from headfuse.plan import FusionPlan
 
 SINGLE = "model.safetensors"
@@ -877,6 +878,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
         for file in CODE[raw["model_type"]]:
             shutil.copyfile(file, target / file.name)
             copied.append(file.name)
+        write_generation_config(source, target)
     return copied
 
 

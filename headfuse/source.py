@@ -12,6 +12,7 @@ from headfuse.calibration import CalibrationText
 from headfuse.checkpoint import Checkpoint, read_config, resolve_model
 from headfuse.config import FuseConfig
 from headfuse.errors import CheckpointError, ConfigError
+from headfuse.generation import generation_config
 from headfuse.loading import load_tokenizer
 from headfuse.plan import HeadLayout, SourceModel
 from headfuse.text import read_documents, varied_windows
@@ -32,6 +33,7 @@ class Source:
         """Open and check a source model: config, family, weight files."""
         folder = resolve_model(model)
         config = read_config(folder, trust_remote_code)
+        generation_config(folder)  # before any work
         heads, checkpoint = head_layout(config, folder / "config.json"), Checkpoint(folder)
         checkpoint.rename(architecture_of(config.model_type).model_names(checkpoint.shapes))
         _check_heads(checkpoint, heads)

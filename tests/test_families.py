@@ -54,6 +54,7 @@ def fused(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     query_heads = 8 if ARCHITECTURES[family].stock_gqa else 4
     model = tiny_model(folder / "model", family, query_heads=query_heads)
     plant(model, [[0, 3], [1, 2]])
+    (model / "generation_config.json").unlink()  # as in older repositories: config.json alone names the EOS
     document = fuse(model, folder / "out", "--budget", "1/2", "--layout", layout, "--preset", "fast")
     return Fused(family, layout, model, folder / "out", document)
 
@@ -94,6 +95,8 @@ def test_output_reloads_with_the_promised_cache(fused: Fused) -> None:
     loaded, report = AutoModelForCausalLM.from_pretrained(fused.out, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
+    source = AutoModelForCausalLM.from_pretrained(fused.model)
+    assert loaded.generation_config.eos_token_id == source.generation_config.eos_token_id == 0
     with torch.no_grad():
         cache = loaded(torch.randint(300, (1, 12)), use_cache=True).past_key_values
     assert [layer.keys.shape[1] for layer in cache.layers] == fused.document["key_heads"]
