@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -912,8 +912,8 @@ def write_plan(folder: Path, plan: FusionPlan, known: Mapping[str, str] | None =
     return plan
 
 
-def verify(folder: Path) -> FusionPlan:
-    """Compare every file of a folder that headfuse wrote with the checksums in its plan.json.
+def verify(folder: Path, apart_from: Collection[str] = ()) -> FusionPlan:
+    """Compare every file of a folder that headfuse wrote, but those named, with the checksums in its plan.json.
 
     Raises:
         HeadfuseError: when there is no plan.json, or one of another kind.
@@ -929,7 +929,7 @@ def verify(folder: Path) -> FusionPlan:
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=folder, fix="check its permissions") from None
     bad = [] if text == plan.to_json() and plan == plan.sealed() else ["plan.json has changed"]
-    for name in sorted(present | plan.files.keys()):
+    for name in sorted((present | plan.files.keys()).difference(apart_from)):
         if name not in present:
             bad.append(f"{name} is missing")
         elif name not in plan.files:

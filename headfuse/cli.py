@@ -383,7 +383,10 @@ def uptrain(
 @app.command()
 def export(
     model: Model,
-    to: Annotated[TargetName, typer.Option(help="Layout of a folder, or one GGUF file for llama.cpp.")],
+    to: Annotated[TargetName | None, typer.Option(help="Layout of a folder, or one GGUF file for llama.cpp.")] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Renew the model code of a folder, in place, instead.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Output folder, or GGUF file.")] = None,
     file_type: Annotated[FileType | None, typer.Option("--type", help="Numbers in a GGUF file; default f16.")] = None,
     overwrite: Overwrite = False,
@@ -392,11 +395,15 @@ def export(
     verbose: Verbose = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write the same model in another layout, without loss."""
+    """Write the same model in another layout, without loss; or renew the model code beside its weights."""
+    if (to is None) != refresh or (refresh and (output or file_type or overwrite)):
+        raise typer.BadParameter("give --to, or --refresh alone")
 
     def work() -> tuple[dict[str, Any], Any]:
         from headfuse.commands import export as command
 
+        if to is None:
+            return command.run_refresh(model), command.render
         document = command.run(
             model=model, to=to.value, output=output, file_type=file_type and file_type.value, overwrite=overwrite,
             trust_remote_code=trust_remote_code, log=_log(quiet or json_output),

@@ -32,6 +32,7 @@ from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headfuse.layouts import LAYOUTS, decoupled, gguf, layerwise
 from headfuse.layouts.relayout import HeadMaps, StockHeads, common_group
 from headfuse.loading import load_tokenizer
+from headfuse.model_code import warn_of_other_code
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, query_order
 from headfuse.streaming import model_without_weights
 
@@ -66,6 +67,7 @@ class Folder:
         """
         path = resolve_model(model)
         loaded = read_config(path, trust_remote_code)
+        warn_of_other_code(path)
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
         raw.pop("_name_or_path", None)
         layout: Literal["decoupled", "layerwise", "gqa"] = "gqa"

@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, read_config, resolve_model
 from headfuse.errors import CheckpointError, ConfigError
+from headfuse.model_code import warn_of_other_code
 
 _LAYER = re.compile(r".*\b(layers|h)\.\d+\.")
 
@@ -52,6 +53,7 @@ def load_model(
 
     path = resolve_model(str(folder))
     config = read_config(path, trust_remote_code)
+    warn_of_other_code(path)
     Checkpoint(path)
     target = pick_device(device)
     wanted: Any = DTYPE_NAMES[dtype] if dtype else torch.float32 if target.type == "cpu" else "auto"

@@ -16,10 +16,11 @@ PACKAGE = Path(headfuse.__file__).parent
 # A module imports only from lines above its own; a folder counts as one module here.
 ORDER = [
     ["errors", "sampling", "figures"],
-    ["plan", "text", "modeling", "presets"],
+    ["plan", "text", "modeling", "presets", "generation"],
     ["architectures", "similarity"],
     ["budget", "grouping", "fusion", "layouts", "distillation"],
     ["config", "checkpoint", "gates", "tasks"],
+    ["model_code"],
     ["loading", "streaming", "recipe"],
     ["calibration", "guard", "normed_keys"],
     ["source", "fuse_layer", "refine_model", "importance"],

@@ -147,10 +147,11 @@ class HeadfuseAttention(nn.Module):
         heads = (batch, length, -1, self.head_dim)
         query, key, value = self._project(hidden_states, heads)
         if position_embeddings is None and self.family.rotary != "none":
-            sin, cos = self.embed_positions[position_ids].repeat_interleave(2, dim=-1).chunk(2, dim=-1)
-            position_embeddings = cos, sin
+            position_embeddings = self.embed_positions[position_ids].chunk(2, dim=-1)
         if position_embeddings is not None:
             cos, sin = (self._angles(angles) for angles in position_embeddings)
+            if self.family.rotary == "once":
+                cos, sin = sin, cos
             both = rotate(torch.cat((query, key), dim=2), cos, sin)  # in one go: a decode step is bound by calls
             query, key = both.split(self.num_heads, dim=2)
         query = query.transpose(1, 2)
@@ -202,8 +203,8 @@ class HeadfuseAttention(nn.Module):
         return query, key, value
 
     def _angles(self, angles: torch.Tensor) -> torch.Tensor:
-        """The cos or sin [b, s, 2 p] as [b, s, 1 or heads, p]: of each slot of all query heads, then of key heads."""
-        planes = angles.shape[-1] // 2
+        """The cos or sin as [b, s, 1 or heads, p]: of each slot of all query heads, then of key heads."""
+        planes = angles.shape[-1] // (1 if self.family.rotary == "once" else 2)
         if self.frequencies is not None:
             return angles.index_select(-1, self.frequencies).unflatten(-1, (-1, planes))
         return (angles[..., ::2] if self.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
@@ -411,7 +412,7 @@ def _reduce(module: Any, protocol: Any) -> Any:
 
 def _empty(cls: type, stock: type) -> Any:
     """An instance of a specialised class without its state, which pickle fills in."""
-    specialised = _specialise(cls, stock)
+    specialised: Any = _specialise(cls, stock)
     return specialised.__new__(specialised)
 
 
