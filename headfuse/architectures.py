@@ -42,8 +42,8 @@ class Architecture:
     stock_gqa: bool = True
     """The family's own class has `num_key_value_heads`."""
     legacy: bool = False
-    """The family's attention does not go through the attention interface of transformers, and its layers give tuples:
-    the source is read as the decoupled model that it equals."""
+    """The attention does not go through the attention interface of all supported versions of transformers, and the
+    layers may give tuples: the source is read as the decoupled model that it equals."""
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Parameters of a layer's module that checkpoints hold in parts: their names, relative to the layer; `{expert}`
     counts from 0, its parts are stacked, and several names are concatenated within each expert."""

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from headfuse.architectures import ARCHITECTURES
 from headfuse.companions import adapter_files, files_of, is_companion, is_read
 from headfuse.errors import CheckpointError, HeadfuseError, OutputError, UnsupportedModelError
+from headfuse.generation import write_generation_config
 from headfuse.hub import in_cache, parse_hub_id
 from headfuse.inputs import local_model, read_json
 from headfuse.plan import FusionPlan
@@ -963,6 +964,7 @@ def copy_companions(source: Path, target: Path, trust_remote_code: bool = False)
 
         for file in CODE[raw["model_type"]]:
             shutil.copyfile(file, target / file.name)
+        write_generation_config(source, target)
 
 
 def _settle_code(source: Path, target: Path, name: str, trust_remote_code: bool) -> None:
@@ -1048,8 +1050,8 @@ def _visible_files(folder: Path) -> set[str]:
     return {name.as_posix() for name in names if not any(p.startswith(".") for p in name.parts)} - {"plan.json"}
 
 
-def verify(folder: Path) -> FusionPlan:
-    """Compare every file of a folder that headfuse wrote with the checksums in its plan.json.
+def verify(folder: Path, apart_from: Collection[str] = ()) -> FusionPlan:
+    """Compare every file of a folder that headfuse wrote, but those named, with the checksums in its plan.json.
 
     Raises:
         HeadfuseError: when there is no plan.json, or one of another kind.
@@ -1065,7 +1067,7 @@ def verify(folder: Path) -> FusionPlan:
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=folder, fix="check its permissions") from None
     bad = [] if text == plan.to_json() and plan == plan.sealed() else ["plan.json has changed"]
-    for name in sorted(present | plan.files.keys()):
+    for name in sorted((present | plan.files.keys()).difference(apart_from)):
         if name not in present:
             bad.append(f"{name} is missing")
         elif name not in plan.files:

@@ -447,7 +447,10 @@ def uptrain(
 @app.command()
 def export(
     model: Model,
-    to: Annotated[TargetName, typer.Option(help="Layout of a folder, or one GGUF file for llama.cpp.")],
+    to: Annotated[TargetName | None, typer.Option(help="Layout of a folder, or one GGUF file for llama.cpp.")] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Renew the model code of a folder, in place, instead.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="Output folder, or GGUF file.")
     ] = None,
@@ -459,7 +462,9 @@ def export(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write the same model in another layout, without loss."""
+    """Write the same model in another layout, without loss; or renew the model code beside its weights."""
+    if (to is None) != refresh or (refresh and (output or file_type or overwrite)):
+        raise typer.BadParameter("give --to, or --refresh alone")
 
     def work() -> tuple[dict[str, Any], Any]:
         from headfuse.inputs import check_model
@@ -468,6 +473,8 @@ def export(
         _prepare(None, verbose)
         from headfuse.commands import export as command
 
+        if to is None:
+            return command.run_refresh(model), command.render
         document = command.run(
             model=at_revision(model, revision),
             to=to.value, output=output, file_type=file_type and file_type.value, overwrite=overwrite,

@@ -35,6 +35,7 @@ from headfuse.hub import default_parent, folder_name
 from headfuse.layouts import LAYOUTS, decoupled, gguf, layerwise
 from headfuse.layouts.relayout import HeadMaps, StockHeads, common_group
 from headfuse.loading import load_tokenizer, names_code, unembedded_tokens, warn_of_unembedded
+from headfuse.model_code import warn_of_other_code
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, query_order
 from headfuse.weights import ModelWeights, untie
 
@@ -69,6 +70,7 @@ class Folder:
         """
         path = resolve_model(model)
         loaded = read_config(path, trust_remote_code)
+        warn_of_other_code(path)
         raw = raw_config(path)
         layout: Literal["decoupled", "layerwise", "gqa"] = "gqa"
         family, maps = raw, None

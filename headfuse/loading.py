@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from headfuse.checkpoint import DTYPE_NAMES, Checkpoint, needs_code, read_config, resolve_model
 from headfuse.errors import CheckpointError, ConfigError, DataError
 from headfuse.hub import folder_name
+from headfuse.model_code import warn_of_other_code
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def load_model(
 
     path = resolve_model(str(folder))
     config = read_config(path, trust_remote_code)
+    warn_of_other_code(path)
     Checkpoint(path)  # an error of ours for what is damaged
     target = pick_device(device)
     wanted: Any = DTYPE_NAMES[dtype] if dtype else torch.float32 if target.type == "cpu" else "auto"

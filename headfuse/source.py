@@ -12,6 +12,7 @@ from headfuse.calibration import CalibrationText
 from headfuse.checkpoint import Checkpoint, raw_config, read_config, resolve_model
 from headfuse.config import FuseConfig
 from headfuse.errors import CheckpointError, ConfigError
+from headfuse.generation import generation_config
 from headfuse.hub import folder_name, repository_of
 from headfuse.loading import check_tokens, load_tokenizer, unembedded_tokens, warn_of_unembedded
 from headfuse.plan import HeadLayout, SourceModel
@@ -39,6 +40,7 @@ class Source:
         """Open and check a source model: config, family, weight files."""
         folder = resolve_model(model)
         config = read_config(folder, trust_remote_code)
+        generation_config(folder)  # before any work
         heads, checkpoint = head_layout(config, folder / "config.json"), Checkpoint(folder)
         _check_heads(checkpoint, heads)
         weights = ModelWeights.choose(checkpoint, config)

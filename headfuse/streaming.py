@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -389,11 +390,16 @@ class _forwards:
             return lambda *args, **kwargs: (forward(*args, **kwargs),)
 
         for index, layer in enumerate(self.layers):
-            layer.forward = in_tuple(self.make(index)) if self.tuples else self.make(index)
+            layer.forward = in_tuple(self.make(index)) if self.tuples and _gives_tuple(layer) else self.make(index)
 
     def __exit__(self, *exc: object) -> None:
         for layer in self.layers:
             del layer.forward
+
+
+def _gives_tuple(layer: nn.Module) -> bool:
+    """Whether a legacy family's layer gives a tuple in the installed transformers; gptj's does so up to 5.23."""
+    return inspect.signature(type(layer).forward).return_annotation is not torch.Tensor
 
 
 def _capturing_attention(

@@ -54,6 +54,7 @@ def fused(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     query_heads = 8 if ARCHITECTURES[family].stock_gqa else 4
     model = tiny_model(folder / "model", family, query_heads=query_heads)
     plant(model, [[0, 3], [1, 2]])
+    (model / "generation_config.json").unlink()  # as in older repositories: config.json alone names the EOS
     document = fuse(model, folder / "out", "--budget", "1/2", "--layout", layout, "--preset", "fast")
     return Fused(family, layout, model, folder / "out", document)
 
@@ -94,6 +95,8 @@ def test_output_reloads_with_the_promised_cache(fused: Fused) -> None:
     loaded, report = AutoModelForCausalLM.from_pretrained(fused.out, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
+    source = AutoModelForCausalLM.from_pretrained(fused.model)
+    assert loaded.generation_config.eos_token_id == source.generation_config.eos_token_id == 0
     with torch.no_grad():
         cache = loaded(torch.randint(300, (1, 12)), use_cache=True).past_key_values
     assert [layer.keys.shape[1] for layer in cache.layers] == fused.document["key_heads"]
@@ -107,6 +110,8 @@ def test_cached_decoding_equals_the_full_pass(fused: Fused) -> None:
     mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
     tokens = torch.randint(1, 300, (3, width), generator=torch.Generator().manual_seed(0)) * mask
     assert_decoding_equals_forward(loaded, tokens, mask, lengths)
+    greedy = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(*(loaded.generate(tokens, use_cache=cached, **greedy) for cached in (True, False)))
 
 
 @pytest.mark.parametrize("to", ["gqa", "layerwise", "gguf"])

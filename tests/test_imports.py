@@ -16,11 +16,12 @@ PACKAGE = Path(headfuse.__file__).parent
 # A module imports only from lines above its own; a folder counts as one module here.
 ORDER = [
     ["errors", "sampling", "figures", "companions"],
-    ["hub", "plan", "text", "modeling", "presets", "progress", "quantised"],
+    ["hub", "plan", "text", "modeling", "presets", "progress", "quantised", "generation"],
     ["inputs"],
     ["architectures", "similarity"],
     ["budget", "grouping", "fusion", "layouts", "distillation"],
     ["config", "checkpoint", "gates", "tasks"],
+    ["model_code"],
     ["loading", "streaming", "recipe"],
     ["weights"],
     ["calibration", "guard", "normed_keys"],

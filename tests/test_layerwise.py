@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import fuse, logits, run, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import headfuse
 from headfuse.budget import ALLOCATORS, BudgetRules
@@ -212,6 +213,22 @@ with torch.no_grad():
     saved = json.loads((tmp_path / "again/config.json").read_text())
     assert saved["block_configs"] == json.loads((fused / "config.json").read_text())["block_configs"]
     assert saved["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+@one_family
+def test_vllms_backend_for_other_classes_is_refused(fused: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has one number of KV heads; vLLM's own class has one for each layer."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    with pytest.raises(NotImplementedError, match="DeciLMForCausalLM of its own"):
+        AutoModel.from_config(AutoConfig.from_pretrained(fused), attn_implementation="vllm")
+
+
+@one_family
+def test_a_whole_model_can_be_pickled(fused: Path, tmp_path: Path) -> None:
+    model, tokens = headfuse.load(fused), torch.arange(1, 9)[None]
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
 def test_the_config_has_defaults(fused: Path) -> None:

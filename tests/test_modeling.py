@@ -32,6 +32,7 @@ from transformers import (
     Qwen3Config,
     StaticCache,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import headfuse
 from headfuse.checkpoint import read_plan
@@ -244,6 +245,48 @@ def test_cached_decoding_equals_the_full_forward(source: str, maps: str, impleme
             if implementation == "eager":
                 assert all(weights.shape[:3] == (3, QUERIES, stop - start) for weights in step.attentions)
         close(torch.cat(steps, 1)[:, 4:], full.logits[:, 4:])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "layer_past"])
+def test_the_cache_is_known_under_each_of_its_names(name: str) -> None:
+    """As decoder layers of all supported versions of transformers hand it over."""
+    model = random_model(fused_config(SOURCES["llama"](), "free"))
+    attention, hidden = model.model.layers[0].self_attn, torch.randn(1, 7, 36)
+    angles = model.model.rotary_emb(hidden, torch.arange(7)[None])
+    cache, outputs = DynamicCache(config=model.config), []
+    others = dict.fromkeys({"cache", "past_key_values", "layer_past"} - {name})
+    harmless = {"cache_position": torch.arange(1), "use_cache": True, "past_length": 3}
+    with torch.no_grad():
+        for step in range(7):
+            part = [states[:, step : step + 1] for states in (hidden, *angles)]
+            outputs.append(attention(part[0], tuple(part[1:]), None, **{name: cache}, **others, **harmless)[0])
+        close(torch.cat(outputs, 1), attention(hidden, angles, None)[0])
+    assert cache.get_seq_length() == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("kv_cache", DynamicCache()), ("states", DynamicCache()), ("past_key_value", (torch.ones(1), torch.ones(1)))],
+)
+def test_a_cache_under_an_unknown_name_is_refused(name: str, value: Any) -> None:
+    model = random_model(fused_config(SOURCES["llama"](), "free"))
+    hidden = torch.randn(1, 7, 36)
+    angles = model.model.rotary_emb(hidden, torch.arange(7)[None])
+    with pytest.raises(TypeError, match=f"cache comes as the argument '{name}'"):
+        model.model.layers[0].self_attn(hidden, angles, None, **{name: value})
+
+
+def test_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its backend for transformers' models names its attention so."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    config = fused_config(SOURCES["llama"](), "free")
+    for auto in (AutoModel, AutoModelForCausalLM):
+        with pytest.raises(NotImplementedError, match="headfuse fuse --for vllm"):
+            auto.from_config(config, attn_implementation="vllm")
+    model = random_model(fused_config(SOURCES["llama"](), "free"))
+    model.set_attn_implementation("vllm")
+    with pytest.raises(NotImplementedError, match="headfuse fuse --for vllm"):
+        model(tokens())
 
 
 @pytest.mark.parametrize("maps", MAPS)
@@ -523,6 +566,43 @@ def test_loads_as_remote_code_without_headfuse(tmp_path: Path) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(torch.load(out / "logits.pt"), model(ids).logits.detach())
     assert torch.equal(torch.load(out / "tokens.pt"), model.generate(ids, max_new_tokens=5, do_sample=False))
+
+
+@pytest.mark.parametrize("source", ["llama", "qwen2"])
+def test_a_whole_model_can_be_pickled_and_copied(source: str, tmp_path: Path) -> None:
+    model = random_model(fused_config(SOURCES[source](), "free", [rotary_table(3, seed=0), None, None]))
+    torch.save(model, tmp_path / "model.pt")
+    for again in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert type(again) is type(model)
+        assert type(again.model.layers[0].self_attn) is type(model.model.layers[0].self_attn)
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+        assert torch.equal(*(m.generate(tokens(), max_new_tokens=4, do_sample=False) for m in (again, model)))
+
+
+PICKLE = """
+import sys
+sys.modules["headfuse"] = None
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+folder, file, step = sys.argv[1:]
+ids = torch.tensor([[5, 6, 7, 8]])
+if step == "save":
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    torch.save((model, model(ids).logits), file)
+else:
+    AutoConfig.from_pretrained(folder, trust_remote_code=True)  # finds the folder's code
+    model, logits = torch.load(file, weights_only=False)
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    assert torch.equal(model(ids).logits, logits)
+"""
+
+
+def test_a_model_of_remote_code_can_be_pickled(tmp_path: Path) -> None:
+    folder, file = tmp_path / "a-model-0.25", tmp_path / "model.pt"
+    random_model(fused_config(SOURCES["qwen2"](), "free")).save_pretrained(folder)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    for step in ("save", "load"):
+        subprocess.run([sys.executable, "-c", PICKLE, folder, file, step], cwd=tmp_path, env=environment, check=True)
 
 
 def test_gradient_checkpointing() -> None:

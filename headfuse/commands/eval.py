@@ -51,11 +51,13 @@ def run(
     """Evaluate, and show the stages on stderr; returns the document that `--json` prints."""
     from headfuse import checkpoint
     from headfuse.evaluate import evaluate
+    from headfuse.model_code import code_state
 
     gates = read_gates(gate) if gate else []
     check_summary(github_summary)
     if verify:
         checkpoint.verify(checkpoint.resolve_model(model))
+    state = code_state(checkpoint.resolve_model(model)) if verify else None
     console = Console(stderr=True)
     console.quiet = (
         quiet or json_output or (verbose and is_live(console))
@@ -83,7 +85,10 @@ def run(
             on_stage=lambda stage: show(stage, ""),
         )
     kv_ratio = result.comparison.kv_ratio if result.comparison else None
-    document = {"schema_version": 1, "command": "eval", "kv_ratio": kv_ratio, "verified": verify, **result.to_dict()}
+    document = {
+        "schema_version": 1, "command": "eval", "kv_ratio": kv_ratio, "verified": verify, "model_code": state,
+        **result.to_dict(),
+    }  # fmt: skip
     document["gates"] = [judged.to_dict() for judged in judge(gates, document)]
     write_verdicts(document, junit, github_summary)
     if report is not None:
@@ -110,6 +115,12 @@ def render(document: dict[str, Any], console: Console) -> None:
     console.print(f"{document['data']}: {document['protocol']}.", highlight=False, soft_wrap=True)
     if document["memory_formula"]:
         console.print(f"Memory: {document['memory_formula']}.", highlight=False, soft_wrap=True)
+    if document["verified"]:
+        from headfuse.model_code import describe
+
+        state = document["model_code"]
+        code = f"; {describe(state, model['name'])}" if state else ""
+        console.print(f"Verified: every file is as headfuse wrote it{code}.", highlight=False, soft_wrap=True)
     agreement = document["agreement"]
     if agreement is not None:
         parts = Table(title="agreement with the baseline")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headfuse.export import Target, check_export, export, plan_export
+from headfuse.model_code import refresh
 from headfuse.progress import stages
 
 
@@ -49,8 +50,19 @@ def run(
     }
 
 
+def run_refresh(model: str) -> dict[str, Any]:
+    """Renew the model code of a folder; the result document."""
+    folder, changed = refresh(model)
+    return {"schema_version": 1, "command": "export", "output": str(folder), "to": None, "refreshed": changed}
+
+
 def render(document: Mapping[str, Any], console: Console) -> None:
-    """Print the result as a table."""
+    """Print the result as a table, or what was renewed."""
+    if document["to"] is None:
+        done = ", ".join(document["refreshed"])
+        text = f"renewed {done} in {document['output']}" if done else f"{document['output']} is up to date"
+        console.print(text, soft_wrap=True, highlight=False)
+        return
     table = Table()
     for column in ("", "before", "after"):
         table.add_column(column)

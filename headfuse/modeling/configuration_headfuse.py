@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 FORMAT = 1
+CODE_VERSION = 2  # of the files beside the weights: a release that changes them raises it
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Family:
     """The stock projection of queries, keys and values together, where there is one."""
     output: str = "o_proj"
     """The output projection, relative to the attention module; stays as it is."""
-    rotary: Literal["half", "interleaved", "none"] = "half"
+    rotary: Literal["half", "interleaved", "once", "none"] = "half"
     """How the model's cos and sin [b, s, 2 p] hold the p frequencies: as two halves, each one twice in a row, or there
-    are none. Where a layer gets none, they are its own table `embed_positions`, at `position_ids`."""
+    are none; `once`: sin and cos [b, s, p], in this order. Where a layer gets none, they are its own table
+    `embed_positions`, at `position_ids`."""
     norm: Literal["head", "layer"] | None = None
     """`q_norm` and `k_norm` before RoPE: over the channels of each head, or over those of all heads at once."""
 
@@ -41,7 +43,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(),
     "gpt2": Family("h", "attn", "c_attn", "c_proj", "none"),
     "gpt_neox": Family("layers", "attention", "query_key_value", "dense"),
-    "gptj": Family("h", "attn", None, "out_proj", "interleaved"),
+    "gptj": Family("h", "attn", None, "out_proj", "once"),
     "granite": Family(),
     "llama": Family(),
     "mistral": Family(),

@@ -6,9 +6,9 @@ This file is shipped beside the weights, so it imports only torch, transformers 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -126,31 +126,43 @@ class HeadfuseAttention(nn.Module):
         layer_past: Cache | None = None,
         position_ids: torch.Tensor | None = None,
         alibi: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend from `hidden_states` [batch, length, hidden] to themselves and to the cache."""
+        """Attend from `hidden_states` [batch, length, hidden] to themselves and to the cache.
+
+        The cache has one of three names, by the family and the version of transformers.
+
+        Raises:
+            TypeError: for a cache under any other name, which would be ignored.
+            NotImplementedError: as `check_runtime`.
+        """
+        check_runtime(self.config)
+        check_no_cache(kwargs)
         residual = None
         if isinstance(position_embeddings, torch.Tensor):  # bloom hands over its residual stream in this place
             residual, position_embeddings = position_embeddings, None
-        past_key_values = layer_past if past_key_values is None else past_key_values
+        cache = next((one for one in (cache, past_key_values, layer_past) if one is not None), None)
         batch, length, _ = hidden_states.shape
         heads = (batch, length, -1, self.head_dim)
         query, key, value = self._project(hidden_states, heads)
         if position_embeddings is None and self.family.rotary != "none":
-            sin, cos = self.embed_positions[position_ids].repeat_interleave(2, dim=-1).chunk(2, dim=-1)
-            position_embeddings = cos, sin
+            sin, cos = self.embed_positions[position_ids].chunk(2, dim=-1)
+            position_embeddings = sin, cos
         if position_embeddings is not None:
             cos, sin = (self._angles(angles) for angles in position_embeddings)
+            if self.family.rotary == "once":
+                cos, sin = sin, cos
             both = rotate(torch.cat((query, key), dim=2), cos, sin)  # in one go: a decode step is bound by calls
             query, key = both.split(self.num_heads, dim=2)
         query = query.transpose(1, 2)
 
         # Static caches size both buffers by one head count: there neighbouring heads share a row of the cache.
-        static = past_key_values is not None and past_key_values.is_compileable
+        static = cache is not None and cache.is_compileable
         folded = (batch, length, self.cache_heads, -1) if static else heads
         key, value = key.reshape(folded).transpose(1, 2), value.reshape(folded).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         if alibi is not None:
             attention_mask = with_bias(alibi.unflatten(0, (-1, self.num_heads[0])), attention_mask, length)
@@ -192,8 +204,8 @@ class HeadfuseAttention(nn.Module):
         return query, key, value
 
     def _angles(self, angles: torch.Tensor) -> torch.Tensor:
-        """The cos or sin [b, s, 2 p] as [b, s, 1 or heads, p]: of each slot of all query heads, then of key heads."""
-        planes = angles.shape[-1] // 2
+        """The cos or sin as [b, s, 1 or heads, p]: of each slot of all query heads, then of key heads."""
+        planes = angles.shape[-1] // (1 if self.family.rotary == "once" else 2)
         if self.frequencies is not None:
             return angles.index_select(-1, self.frequencies).unflatten(-1, (-1, planes))
         return (angles[..., ::2] if self.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
@@ -231,6 +243,34 @@ class HeadfuseAttention(nn.Module):
         output = _select(_grouped_product(torch.bmm, weights, value, value_sizes, self.head_dim), rows[2])
         wanted = self.config._attn_implementation == "eager"
         return output, _select(weights, rows[2]).unsqueeze(2) if wanted else None
+
+
+def check_runtime(config: HeadfuseConfig) -> None:
+    """Refuse a runtime that would compute something else.
+
+    Raises:
+        NotImplementedError: for vLLM, whose backend for transformers' models has one number of KV heads.
+    """
+    if config._attn_implementation == "vllm":
+        raise NotImplementedError(
+            "layout decoupled: vLLM would give every layer of this model one number of KV heads, and write wrong "
+            "tokens; fuse the source again with `headfuse fuse --for vllm`"
+        )
+
+
+def check_no_cache(arguments: dict[str, Any]) -> None:
+    """Refuse a KV cache among arguments that are ignored: every step would attend to its own tokens alone.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    for name, value in arguments.items():
+        named = "cache" in name or "past" in name  # cache_position and use_cache are no caches
+        if isinstance(value, Cache) or (named and (hasattr(value, "update") or isinstance(value, list | tuple))):
+            raise TypeError(
+                f"layout decoupled: the KV cache comes as the argument {name!r}, which this model code does not know; "
+                "use transformers 5.16.1 to 5.24, or refresh the code with `headfuse export FOLDER --refresh`"
+            )
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -357,11 +397,24 @@ def _heads(folded: torch.Tensor, head_dim: int) -> list[torch.Tensor]:
     return list(rows) if folded.shape[3] == head_dim else [head for row in rows for head in row.split(head_dim, dim=-1)]
 
 
-@cache
+@functools.cache
 def _specialise(cls: type, stock: type) -> type:
     """A class that is both `cls` and `stock`, with the name of `cls` in files and its own name in registries."""
     names = {"__module__": cls.__module__, "__qualname__": f"{cls.__name__}[{stock.__name__}]"}
-    return type(cls.__name__, (cls, stock), {**names, "stock_class": stock})
+    return type(cls.__name__, (cls, stock), {**names, "stock_class": stock, "__reduce_ex__": _reduce})
+
+
+def _reduce(module: Any, protocol: Any) -> Any:
+    """How pickle stores an instance of a specialised class, which no module holds under a name: by both its bases."""
+    stored = object.__reduce_ex__(module, protocol)
+    made = type(module)  # or a further subclass, which has to be importable itself
+    return (_empty, made.__bases__, *stored[2:]) if "__reduce_ex__" in vars(made) else stored
+
+
+def _empty(cls: type, stock: type) -> Any:
+    """An instance of a specialised class without its state, which pickle fills in."""
+    specialised: Any = _specialise(cls, stock)
+    return specialised.__new__(specialised)
 
 
 class HeadfusePreTrainedModel(PreTrainedModel):
@@ -383,6 +436,7 @@ class HeadfusePreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: HeadfuseConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        check_runtime(config)
         for layer in self.base_model.get_submodule(config.family.layers):
             attention = getattr(layer, config.family.attention)
             attention.__class__ = _specialise(HeadfuseAttention, attention.__class__)

@@ -30,6 +30,12 @@ class DeciLMModel(LlamaModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        counts = config.num_key_value_heads_per_layer
+        if config._attn_implementation == "vllm" and len(set(counts)) > 1:
+            raise NotImplementedError(
+                "layout layerwise: vLLM's backend for transformers' models has one number of KV heads, and would write "
+                "wrong tokens; leave out --model-impl transformers, as vLLM has a DeciLMForCausalLM of its own"
+            )
         for layer_idx, layer in enumerate(self.layers):
             layer.self_attn = DeciLMAttention(config, layer_idx)
         self.post_init()
