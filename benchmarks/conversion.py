@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 import headfuse
-from headfuse.config import load_config
-from headfuse.loading import load_tokenizer
-from headfuse.text import read_documents, token_windows
+from headfuse.config.fuse import load_config
+from headfuse.models.loading import load_tokenizer
+from headfuse.text.documents import read_documents
+from headfuse.text.windows import token_windows
 
 
 def main() -> None:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import headfuse
-from headfuse.analysis import Analysis, plot
-from headfuse.config import load_config
-from headfuse.loading import pick_device
+from headfuse.config.fuse import load_config
+from headfuse.models.loading import pick_device
+from headfuse.models.source import Source
+from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadBudget
-from headfuse.planning import survey
-from headfuse.source import Source
-from headfuse.streaming import StreamedModel
-from headfuse.survey import LayerSurvey
+from headfuse.planning.analysis import Analysis, plot
+from headfuse.planning.planner import survey
+from headfuse.planning.survey import LayerSurvey
 
 SIDES = ("key", "value")
 

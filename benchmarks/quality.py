@@ -24,9 +24,10 @@ import torch
 from transformers import AutoConfig
 
 import headfuse
-from headfuse.architectures import head_layout
-from headfuse.loading import load_tokenizer
-from headfuse.text import read_documents, token_windows
+from headfuse.models.heads import head_layout
+from headfuse.models.loading import load_tokenizer
+from headfuse.text.documents import read_documents
+from headfuse.text.windows import token_windows
 
 CONVERSIONS = {
     "first": ("--method", "first", "--preset", "fast"),

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import headfuse
-from headfuse.config import CalibrationConfig, FuseConfig, load_config
-from headfuse.evaluate import evaluate
-from headfuse.presets import PRESETS
+from headfuse.config.fuse import CalibrationConfig, FuseConfig, load_config
+from headfuse.config.presets import PRESETS
+from headfuse.evaluation.evaluate import evaluate
 
 LENGTH, BATCH, SAMPLES, WINDOWS = 256, 4, 64, 32
 EVERY = 20

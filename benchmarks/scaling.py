@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 BASE = {"layers": 2, "hidden": 768, "tokens": 4096}
 SWEEPS = {"layers": [2, 4, 8], "tokens": [2048, 4096, 8192], "hidden": [384, 768, 1536]}
 HEAD_DIM, LENGTH = 64, 512
-PROGRAM = [sys.executable, "-m", "headfuse.cli"]
+PROGRAM = [sys.executable, "-m", "headfuse"]
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def forward(model: str, samples: int) -> None:
     """Read every weight once and run the windows through every layer and the head."""
     import torch
 
-    from headfuse.config import FuseConfig, load_config
-    from headfuse.source import Source
-    from headfuse.streaming import StreamedModel
+    from headfuse.config.fuse import FuseConfig, load_config
+    from headfuse.models.source import Source
+    from headfuse.models.streamed import StreamedModel
 
     torch.set_num_threads(1)
     source = Source.open(model)
@@ -160,9 +160,9 @@ def paper() -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from headfuse.architectures import head_layout
-    from headfuse.config import load_config
-    from headfuse.estimate import count
+    from headfuse.config.fuse import load_config
+    from headfuse.conversion.cost import count
+    from headfuse.models.heads import head_layout
 
     settings = load_config(None, {"preset": "fast", "calibration.samples": 8})
     for name, shape in PAPER.items():

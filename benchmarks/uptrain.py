@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from headfuse.loading import load_model
-from headfuse.uptrain import Progress, uptrain
+from headfuse.models.loading import load_model
+from headfuse.training.loop import Progress
+from headfuse.training.uptrain import uptrain
 
 SKIPPED = 2
 """Steps before the first one that counts: they allocate."""

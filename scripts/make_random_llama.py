@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from headfuse.checkpoint import SafetensorsWriter, output_folder
+from headfuse.checkpoint.output import output_folder
+from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.errors import HeadfuseError
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "mha-6m"

@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from typer.testing import CliRunner
 
 import headfuse
-from headfuse.architectures import ARCHITECTURES, Architecture, AttentionWeights, head_layout
-from headfuse.cli import app
+from headfuse.cli.app import app
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.families import ARCHITECTURES, Architecture
+from headfuse.models.heads import head_layout
 from headfuse.plan import HeadLayout
 
 WORDS = ["the", "head", "of", "a", "key", "reads", "what", "value", "it", "was", "given", "and", "no", "more"]

@@ -24,8 +24,8 @@ from conftest import run, tiny_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from headfuse import convert
-from headfuse.cli import app
+from headfuse.cli.app import app
+from headfuse.conversion.resume import FinishedLayers
 
 PATIENCE = 60
 """Seconds of processor time after which a command hangs."""
@@ -73,17 +73,17 @@ class Place:
 
     def interrupt(self) -> None:
         """Leave in `remains/` what a conversion to `out` has done when Ctrl-C comes after its layer."""
-        add = convert.Done.add
+        add = FinishedLayers.add
 
-        def interrupted(self: convert.Done, layer_idx: int) -> None:
+        def interrupted(self: FinishedLayers, layer_idx: int) -> None:
             add(self, layer_idx)
             raise KeyboardInterrupt
 
-        convert.Done.add = interrupted  # type: ignore[method-assign]
+        FinishedLayers.add = interrupted  # type: ignore[method-assign]
         try:
             run(*self.fuse(self.model), "-o", self.out, code=130)
         finally:
-            convert.Done.add = add  # type: ignore[method-assign]
+            FinishedLayers.add = add  # type: ignore[method-assign]
         self.partial.rename(self.remains)
 
 

@@ -23,7 +23,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from headfuse.cli import app
+from headfuse.cli.app import app
 
 
 @pytest.fixture(scope="module")
@@ -640,7 +640,7 @@ def test_a_failure_that_nobody_foresaw_is_one_message(
     def fail(*args: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("headfuse.convert.make_plan", fail)
+    monkeypatch.setattr("headfuse.conversion.convert.make_plan", fail)
     line = ["fuse", str(model), "-o", str(tmp_path / "out"), "--data", str(tmp_path / "text.txt"), *map(str, SMALL)]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 1
@@ -673,7 +673,7 @@ def file_size_limit(limit: int) -> Iterator[None]:
 
 
 def test_full_disk_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "headfuse.cli", "fuse", model, "-o", tmp_path / "out", "--json"]
+    line = [sys.executable, "-m", "headfuse", "fuse", model, "-o", tmp_path / "out", "--json"]
     done = subprocess.run(
         [*map(str, line), "--data", str(tmp_path / "text.txt"), *map(str, SMALL)],
         capture_output=True, text=True, check=False,

@@ -10,7 +10,7 @@ import pytest
 from conftest import fuse, logits, run, tiny_model
 from transformers import AutoTokenizer
 
-from headfuse.companions import is_companion, is_read
+from headfuse.checkpoint.companions import is_companion, is_read
 
 LISTINGS = """
 meta-llama/Llama-2-7b-chat-hf

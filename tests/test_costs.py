@@ -12,33 +12,31 @@ from conftest import fuse, tiny_model
 from safetensors.torch import load_file, save_file
 
 import headfuse
-from headfuse import importance as importance_module
-from headfuse import planning
-from headfuse.architectures import AttentionWeights
-from headfuse.budget import BudgetRules, parse_budget
-from headfuse.calibration import CalibrationText, lost_value_energy, value_moments
-from headfuse.checkpoint import read_plan
-from headfuse.config import FuseConfig
-from headfuse.distillation import kl_divergence
+from headfuse.checkpoint.plan_file import read_plan
+from headfuse.config.fuse import FuseConfig
+from headfuse.config.values import parse_budget
 from headfuse.errors import BudgetError
-from headfuse.fuse_layer import reconstructed_outputs, refit_output
 from headfuse.fusion import FUSION_METHODS
+from headfuse.fusion.losses import lost_value_energy
 from headfuse.fusion.maps import HeadMaps, plane_matrix
-from headfuse.importance import HEAD_IMPORTANCE, cost_rows
+from headfuse.fusion.moments import value_moments
+from headfuse.fusion.refit import reconstructed_outputs, refit_output
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.capture import AttentionCapture
+from headfuse.models.logits import kl_divergence
+from headfuse.models.source import Source
+from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadBudget, HeadLayout
-from headfuse.probes import (
-    EndLossProbes,
-    ErrorProbes,
-    Probe,
-    costs,
-    output_error,
-    probe_windows,
-    reconstructed,
-    with_heads,
-)
-from headfuse.source import Source
-from headfuse.streaming import AttentionCapture, StreamedModel
-from headfuse.survey import SideCosts, measured_counts, survey_layer
+from headfuse.planning import importance as importance_module
+from headfuse.planning import planner as planning
+from headfuse.planning.budget import BudgetRules
+from headfuse.planning.costs import SideCosts, measured_counts
+from headfuse.planning.end_loss_probes import EndLossProbes, Probe, costs
+from headfuse.planning.error_probes import ErrorProbes, output_error
+from headfuse.planning.fused_variants import probe_windows, reconstructed, with_heads
+from headfuse.planning.importance import HEAD_IMPORTANCE, cost_rows
+from headfuse.planning.survey import survey_layer
+from headfuse.text.calibration import CalibrationText
 
 WINDOWS = torch.randint(300, (4, 24), generator=torch.Generator().manual_seed(3))
 

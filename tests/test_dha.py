@@ -16,17 +16,17 @@ from conftest import VOCABULARY, by_head, edit_heads, fuse, logits, run, tiny_mo
 from safetensors.torch import load_file
 
 import headfuse
-from headfuse import dha as stages
-from headfuse.budget import BudgetRules
-from headfuse.checkpoint import read_plan
-from headfuse.config import FuseConfig, load_config
+from headfuse.checkpoint.plan_file import read_plan
+from headfuse.config.fuse import FuseConfig, load_config
+from headfuse.dha import pipeline as stages
+from headfuse.dha import ratios as dha
 from headfuse.errors import ConfigError, UnsupportedModelError
-from headfuse.fusion import dha
-from headfuse.grouping import anneal
-from headfuse.loading import load_model
+from headfuse.models.loading import load_model
+from headfuse.models.source import Source
+from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadLayout
-from headfuse.source import Source
-from headfuse.streaming import StreamedModel
+from headfuse.planning.budget import BudgetRules
+from headfuse.planning.grouping import anneal
 
 SHORT = {"search_steps": 2, "fusion_steps": 6, "batch_size": 2, "micro_batch_size": 1, "checkpoint_every": 2}
 MODELS = pytest.mark.parametrize(("model_type", "query_heads"), [("llama", 4), ("qwen2", 8)], ids=["mha", "gqa-biases"])

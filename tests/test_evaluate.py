@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from headfuse.checkpoint import Checkpoint
+from headfuse.checkpoint.reader import Checkpoint
 from headfuse.commands import eval as command
 from headfuse.errors import CheckpointError, ConfigError, DataError, HeadfuseError
-from headfuse.evaluate import evaluate
-from headfuse.loading import load_model
-from headfuse.memory import kv_bytes_per_token, stored_dtype
+from headfuse.evaluation.capacity import kv_bytes_per_token, stored_dtype
+from headfuse.evaluation.evaluate import evaluate
+from headfuse.evaluation.perplexity import nll_per_window
 from headfuse.modeling import HeadfuseConfig, HeadfuseForCausalLM
-from headfuse.perplexity import nll_per_window
+from headfuse.models.loading import load_model
 
 WORDS = [f"w{i}" for i in range(40)]
 

@@ -15,7 +15,7 @@ from conftest import fuse, logits, run, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from headfuse.layouts.relayout import HeadMaps, common_group
+from headfuse.layouts.assignment import HeadAssignment, common_group
 from headfuse.plan import FusionPlan
 
 Groups = Sequence[Sequence[int]]
@@ -66,7 +66,7 @@ def counts(folder: Path) -> list[int]:
 def test_the_stock_layer_reads_the_same_heads_and_has_the_fewest(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     maps = [torch.randint(2, (8,), generator=generator).tolist() for _ in range(2)]
-    layer = HeadMaps(tuple(maps[0]), tuple(maps[1]))
+    layer = HeadAssignment(tuple(maps[0]), tuple(maps[1]))
     stock = layer.stock_heads(layer.group)
     assert sorted(stock.queries) == list(range(8))
     for place, query in enumerate(stock.queries):
@@ -79,7 +79,7 @@ def test_the_stock_layer_reads_the_same_heads_and_has_the_fewest(seed: int) -> N
 
 def test_one_count_for_all_layers_is_the_least_common_multiple() -> None:
     for groups in itertools.product((1, 2, 3, 4, 6, 12), repeat=2):
-        layers = [HeadMaps.stock(12, 12 // group) for group in groups]
+        layers = [HeadAssignment.stock(12, 12 // group) for group in groups]
         assert 12 // common_group(layers) == lcm(*(12 // group for group in groups))
         assert common_group(layers) == gcd(*groups)
 
@@ -174,7 +174,7 @@ def test_what_will_be_written_is_said_before_it_is(tmp_path: Path, monkeypatch: 
     def fail(*args: object, **options: object) -> None:
         raise OSError("no writing")
 
-    monkeypatch.setattr("headfuse.export.output_folder", fail)
+    monkeypatch.setattr("headfuse.conversion.export.output_folder", fail)
     message = run("export", folder, "--to", "gqa", "-o", tmp_path / "out", code=1)
     assert "LlamaForCausalLM, KV heads per layer: 2" in message
     assert "KV bytes per token: 96 -> 128" in message

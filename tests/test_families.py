@@ -14,12 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import headfuse
-from headfuse.architectures import ARCHITECTURES, UNSUPPORTED, AttentionWeights, head_layout
 from headfuse.errors import UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS
-from headfuse.layouts import LAYOUTS, gguf
-from headfuse.source import Source
-from headfuse.streaming import StreamedModel
+from headfuse.layouts import LAYOUTS
+from headfuse.layouts.gguf import writer as gguf
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.families import ARCHITECTURES, UNSUPPORTED
+from headfuse.models.heads import head_layout
+from headfuse.models.source import Source
+from headfuse.models.streamed import StreamedModel
 
 
 def exists(layout: str, family: str) -> bool:
@@ -82,7 +85,9 @@ def test_streamed_logits_are_the_models(family: str, tmp_path: Path) -> None:
 @families
 def test_every_family_is_refined(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default preset: probes and refinement run the source's own head and the fused model's own layers."""
-    monkeypatch.setattr("headfuse.convert.NOTHING_LOST", -1.0)  # what a random model says is no better than chance
+    monkeypatch.setattr(
+        "headfuse.conversion.refine.NEGLIGIBLE_NLL", -1.0
+    )  # what a random model says is no better than chance
     model = tiny_model(tmp_path / "model", family)
     text = ("--samples", 6, "--sequence-length", 48)
     document = fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", "decoupled", "--preset", "balanced", *text)

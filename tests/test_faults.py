@@ -15,9 +15,11 @@ import pytest
 from conftest import run, tiny_model
 from typer.testing import CliRunner
 
-from headfuse import checkpoint, convert
-from headfuse.checkpoint import output_file, output_folder, write_resume
-from headfuse.cli import app
+from headfuse.checkpoint.output import output_file, output_folder, write_resume
+from headfuse.checkpoint.plan_file import verify
+from headfuse.cli.app import app
+from headfuse.conversion.resume import FinishedLayers
+from headfuse.errors import OutputError
 
 EVENTS = (
     "open", "shutil.", "tempfile.", "fcntl.",
@@ -101,7 +103,7 @@ def test_a_run_whose_folder_was_removed_leaves_that_of_the_next_alone(tmp_path: 
             for name in (".lock", "config.json"):
                 (partial / name).write_text("of another run")
 
-    with pytest.raises(checkpoint.OutputError, match="was removed"):
+    with pytest.raises(OutputError, match="was removed"):
         write()
     assert not out.exists()
     assert (partial / "config.json").read_text() == "of another run"
@@ -136,7 +138,7 @@ def test_an_exchange_that_was_cut_short_gives_the_old_output_back(tmp_path: Path
     old = tmp_path / "out.old-a1b2c3d4" / "out"
     old.mkdir(parents=True)
     (old / "config.json").write_text("old")
-    with pytest.raises(checkpoint.OutputError, match="already exists"), output_folder(tmp_path / "out"):
+    with pytest.raises(OutputError, match="already exists"), output_folder(tmp_path / "out"):
         pass
     assert files(tmp_path) == {"out/config.json": b"old"}
 
@@ -190,14 +192,14 @@ def test_an_input_that_vanishes_meanwhile(
     model = shutil.copytree(source, tmp_path / "model")
     shutil.copyfile(source.parent / "text.txt", tmp_path / "text.txt")
     run(*line(model, tmp_path / "whole"))
-    add = convert.Done.add
+    add = FinishedLayers.add
 
-    def add_then_lose(self: convert.Done, layer_idx: int) -> None:
+    def add_then_lose(self: FinishedLayers, layer_idx: int) -> None:
         add(self, layer_idx)
         loss(model)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert.Done, "add", add_then_lose)
+        patch.setattr(FinishedLayers, "add", add_then_lose)
         message = run(*line(model, tmp_path / "out"), code=1)
     assert str(model / "model.safetensors") in message
     assert "Traceback" not in message
@@ -209,7 +211,7 @@ def test_an_input_that_vanishes_meanwhile(
 
 def test_two_processes_that_start_together(source: Path, tmp_path: Path) -> None:
     """One of them writes the output; the other is told so."""
-    command = [sys.executable, "-m", "headfuse.cli", *line(source, tmp_path / "out")]
+    command = [sys.executable, "-m", "headfuse", *line(source, tmp_path / "out")]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     messages = [process.communicate()[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 1], messages
@@ -217,7 +219,7 @@ def test_two_processes_that_start_together(source: Path, tmp_path: Path) -> None
     assert any(
         reason in refused for reason in ("another process", "already exists", "appeared while", "interrupted run")
     )
-    checkpoint.verify(tmp_path / "out")
+    verify(tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -280,7 +282,7 @@ def test_processes_give_the_same_bytes(source: Path, tmp_path: Path) -> None:
     (sharded / "model.safetensors").unlink()
     shutil.copyfile(source / "config.json", sharded / "config.json")
     shutil.copyfile(source / "generation_config.json", sharded / "generation_config.json")
-    command = [sys.executable, "-m", "headfuse.cli", *line(sharded, tmp_path / "one")]
+    command = [sys.executable, "-m", "headfuse", *line(sharded, tmp_path / "one")]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True)
     run(*line(source, tmp_path / "two"))
     assert files(tmp_path / "one") == files(tmp_path / "two")

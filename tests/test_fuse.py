@@ -8,7 +8,7 @@ import pytest
 from conftest import run, tiny_model
 
 import headfuse
-from headfuse.config import FuseConfig
+from headfuse.config.fuse import FuseConfig
 
 
 @pytest.mark.parametrize(("budget", "code"), [("0", 2), ("-1", 2), ("1.5", 2), ("nan", 2), ("abc", 2), ("0.1", 1)])
@@ -33,7 +33,7 @@ def test_truncated_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["headfuse-25", "headfuse-50", "gqa-25", "dha-paper-25", "dha-paper-50", "dha-small"])
 def test_packaged_configs_are_those_of_the_repository(name: str) -> None:
-    from headfuse.config import load_config
+    from headfuse.config.fuse import load_config
 
     root = Path(__file__).parent.parent
     assert load_config(str(root / f"configs/{name}.yaml"), {}) == load_config(name, {})

@@ -9,7 +9,7 @@ import pytest
 from conftest import fuse, run, tiny_model
 
 from headfuse.errors import ConfigError
-from headfuse.gates import judge, read_gates
+from headfuse.evaluation.gates import judge, read_gates
 
 DOCUMENT = {
     "model": {"nll": 3.0, "nll_stderr": 0.1, "perplexity": None, "parameters": 10, "kv_bytes_per_token": 64},

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaToke
 from transformers.convert_slow_tokenizer import generate_merges
 
 import headfuse
-from headfuse.layouts import gguf, gguf_tokenizer
+from headfuse.layouts.gguf import tokenizer as gguf_tokenizer
+from headfuse.layouts.gguf import writer as gguf
 
 TEXTS = [
     "the head of a key reads what value it was given",

@@ -15,7 +15,7 @@ from fake_hub import COMMITS, FakeHub, serve
 from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM
 
-from headfuse.hub import at_revision, repository_of
+from headfuse.checkpoint.hub import at_revision, repository_of
 from headfuse.plan import FusionPlan
 
 TWINS = ("pytorch_model.bin", "model.fp16.safetensors", "consolidated.safetensors", "params.json", "model.gguf",

@@ -75,7 +75,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     processes = []
 
     def started(place: Workplace, *args: object) -> subprocess.Popen[str]:
-        line = [sys.executable, "-m", "headfuse.cli", *place.line(*args)]
+        line = [sys.executable, "-m", "headfuse", *place.line(*args)]
         deadline = time.monotonic() + PATIENCE
         while True:
             process = subprocess.Popen(
@@ -120,17 +120,17 @@ def remains(source: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def stop_after(place: Workplace, layers: int, *args: object) -> None:
     """Run the command in this process until a layer is recorded, then stop it as Ctrl-C does."""
-    from headfuse import convert
+    from headfuse.conversion.resume import FinishedLayers
 
-    add = convert.Done.add
+    add = FinishedLayers.add
 
-    def interrupted(self: convert.Done, layer_idx: int) -> None:
+    def interrupted(self: FinishedLayers, layer_idx: int) -> None:
         add(self, layer_idx)
         if layer_idx + 1 == layers:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert.Done, "add", interrupted)
+        patch.setattr(FinishedLayers, "add", interrupted)
         place.fuse(*args, code=130)
 
 
@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_with_resume(place: Workplace, start: Callable[...,
 def test_an_interruption_before_the_first_layer_leaves_nothing(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from headfuse import convert
+    from headfuse.conversion import convert
 
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
@@ -203,7 +203,7 @@ def test_an_interruption_before_the_first_layer_leaves_nothing(
 
 
 def test_resume_keeps_the_layers_that_are_done(interrupted: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headfuse import convert
+    from headfuse.conversion import convert
 
     fused = list[int]()
     fuse_layer = convert.fuse_layer

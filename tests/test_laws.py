@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import headfuse
-from headfuse.budget import ALLOCATORS, BudgetRules, least_cost
 from headfuse.errors import BudgetError, UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS
-from headfuse.grouping import GROUPERS
-from headfuse.importance import HEAD_IMPORTANCE
 from headfuse.layouts import LAYOUTS
 from headfuse.plan import FusionPlan, HeadLayout, check_partition
-from headfuse.similarity import aligned_similarity, linear_cka, redundancy
+from headfuse.planning.budget import ALLOCATORS, BudgetRules, least_cost
+from headfuse.planning.grouping import GROUPERS
+from headfuse.planning.importance import HEAD_IMPORTANCE
+from headfuse.planning.similarity import aligned_similarity, linear_cka, redundancy
 
 FAMILIES = ("llama", "mistral", "qwen2")
 """The other families obey the same laws in tests/test_families.py."""

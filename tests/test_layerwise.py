@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCach
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import headfuse
-from headfuse.budget import ALLOCATORS, BudgetRules
 from headfuse.errors import BudgetError, CheckpointError
-from headfuse.layouts import LAYOUT_FOR, LAYOUTS, layerwise
-from headfuse.plan import FusionPlan, HeadLayout
+from headfuse.layouts import LAYOUTS, layerwise
+from headfuse.plan import LAYOUT_FOR, FusionPlan, HeadLayout
+from headfuse.planning.budget import ALLOCATORS, BudgetRules
 
 SHAPE = HeadLayout(
     model_type="llama", num_hidden_layers=3, hidden_size=48, num_attention_heads=12, num_key_value_heads=12, head_dim=4

@@ -14,10 +14,10 @@ from conftest import run, tiny_model
 from transformers import AutoTokenizer
 
 import headfuse
-from headfuse.memory import fit, parse_memory
-from headfuse.passkey import passkey_prompts
-from headfuse.perplexity import predict
-from headfuse.sampling import clustered_mean, mean, paired_stderr
+from headfuse.estimates import clustered_mean, mean, paired_stderr
+from headfuse.evaluation.capacity import fit, parse_memory
+from headfuse.evaluation.passkey import passkey_prompts
+from headfuse.evaluation.perplexity import predict
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from conftest import fuse, run, tiny_model
 from rich.console import Console
 from typer.testing import CliRunner
 
-from headfuse import progress
-from headfuse.cli import app
+from headfuse.cli.app import app
 from headfuse.commands.eval import render
-from headfuse.config import FuseConfig, load_config
+from headfuse.config.fuse import FuseConfig, load_config
 from headfuse.errors import ConfigError
 from headfuse.plan import FusionPlan
+from headfuse.reporting import progress
 
 
 @pytest.fixture(scope="module")

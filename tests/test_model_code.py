@@ -14,9 +14,9 @@ from conftest import fuse, logits, run, tiny_model
 from transformers import AutoModelForCausalLM
 
 import headfuse
-from headfuse import model_code
-from headfuse.checkpoint import read_plan, verify, write_plan
+from headfuse.checkpoint.plan_file import read_plan, verify, write_plan
 from headfuse.modeling import CODE
+from headfuse.models import model_code
 
 CODE_OF = {"decoupled": CODE["headfuse"], "layerwise": CODE["nemotron-nas"]}
 

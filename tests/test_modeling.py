@@ -35,7 +35,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import headfuse
-from headfuse.checkpoint import read_plan
+from headfuse.checkpoint.plan_file import read_plan
 from headfuse.modeling import (
     AUTO_MAP,
     MODELING_FILES,

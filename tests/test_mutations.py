@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutations import TARGETS, Place, check, check_line, command_line, mutated
 
-import headfuse.estimate
+from headfuse.conversion import cost
 
 MANY = 20
 """Times as many under the slow marker."""
@@ -41,7 +41,7 @@ def _away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(headfuse.estimate, "_speed", lambda device: 1e10)
+    monkeypatch.setattr(cost, "_speed", lambda device: 1e10)
 
 
 @pytest.mark.parametrize("times", TIMES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from headfuse.config import FuseConfig, load_config
+from headfuse.config.fuse import FuseConfig, load_config
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -13,14 +13,16 @@ from conftest import fuse, run, tiny_model
 from safetensors.torch import load_file
 
 import headfuse
-from headfuse import refine_model
-from headfuse.architectures import ARCHITECTURES
-from headfuse.checkpoint import Checkpoint, SafetensorsWriter
-from headfuse.distillation import Objective, States, model_states
-from headfuse.guard import WrittenLayers
-from headfuse.refine_model import Adam, Targets
-from headfuse.source import Source
-from headfuse.streaming import StreamedModel
+from headfuse.checkpoint.reader import Checkpoint
+from headfuse.checkpoint.writer import SafetensorsWriter
+from headfuse.conversion import refine as refine_model
+from headfuse.conversion.refine import Adam, Targets
+from headfuse.models.decoder_layers import DecoderLayers
+from headfuse.models.families import ARCHITECTURES
+from headfuse.models.source import Source
+from headfuse.models.states import States, model_states
+from headfuse.models.streamed import StreamedModel
+from headfuse.training.objective import Objective
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "mha-6m"
 TEXT = ("--samples", 24, "--sequence-length", 128)
@@ -48,7 +50,7 @@ def test_layer_by_layer_is_the_whole_model_at_once(
     writer = SafetensorsWriter(tmp_path / "state", {n: (t.dtype, tuple(t.shape)) for n, t in stored.items()})
     for name, tensor in stored.items():
         writer.write(name, tensor)
-    layers = WrittenLayers(fused.config.to_dict(), arch, writer, torch.device("cpu"))
+    layers = DecoderLayers(fused.config.to_dict(), arch, writer, torch.device("cpu"))
     optimizer = Adam(tmp_path / "state", {name: writer.shapes[name] for name in layers.attention_weights(range(2))})
     for name, weight in optimizer.weights.items():
         weight.copy_(writer.read(name))
@@ -142,7 +144,7 @@ def test_an_interrupted_refinement_goes_on(tmp_path: Path, monkeypatch: pytest.M
     streamed: Callable[..., None] = refine_model.refine_model
     line = ("fuse", EXAMPLE, "-o", tmp_path / "out", "-b", "1/8", *TEXT, *options)
     with monkeypatch.context() as patch:
-        patch.setattr("headfuse.convert.refine_model", lambda *args: streamed(*args[:6], stop))
+        patch.setattr("headfuse.conversion.refine.refine_model", lambda *args: streamed(*args[:6], stop))
         run(*line, code=130)
     with monkeypatch.context() as patch:
         patch.setattr(SafetensorsWriter, "write", write)

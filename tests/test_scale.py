@@ -15,21 +15,23 @@ import pytest
 import torch
 from conftest import fuse, logits, plant, tiny_model
 
-from headfuse import checkpoint
-from headfuse.architectures import AttentionWeights
-from headfuse.calibration import value_moments
-from headfuse.checkpoint import Checkpoint, SafetensorsWriter
-from headfuse.fusion import subspace
+from headfuse.checkpoint import plan_file
+from headfuse.checkpoint.reader import Checkpoint
+from headfuse.checkpoint.writer import SafetensorsWriter
+from headfuse.fusion.methods import subspace
+from headfuse.fusion.moments import value_moments
 from headfuse.layouts import LAYOUTS
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.capture import AttentionCapture
+from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadLayout
-from headfuse.streaming import AttentionCapture, StreamedModel
 
 
 def test_weights_are_read_twice_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for the survey, once for the conversion; fingerprint, guard and checksums take what is there."""
     model = tiny_model(tmp_path / "model", layers=3)
     read, written, hashed = Counter[str](), Counter[str](), Counter[str]()
-    own_bytes, own_write, own_hash = Checkpoint._bytes, SafetensorsWriter.write, checkpoint.file_sha256
+    own_bytes, own_write, own_hash = Checkpoint._bytes, SafetensorsWriter.write, plan_file.file_sha256
 
     def count_read(self: Checkpoint, name: str) -> torch.Tensor:
         read[name] += self.folder == model
@@ -46,14 +48,14 @@ def test_weights_are_read_twice_and_written_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Checkpoint, "_bytes", count_read)
     monkeypatch.setattr(SafetensorsWriter, "write", count_write)
     monkeypatch.setattr(SafetensorsWriter, "read", lambda self, name: pytest.fail(f"{name} is read back"))
-    monkeypatch.setattr(checkpoint, "file_sha256", count_hash)
+    monkeypatch.setattr(plan_file, "file_sha256", count_hash)
     fuse(model, tmp_path / "out", "--budget", "0.5", "--preset", "fast")
     names = Checkpoint(model).shapes.keys()
     assert read.keys() == written.keys() == names
     assert set(read.values()) == {2}
     assert set(written.values()) == {1}
     assert "model.safetensors" not in hashed
-    checkpoint.verify(tmp_path / "out")
+    plan_file.verify(tmp_path / "out")
 
 
 GAPS = """

@@ -14,21 +14,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from headfuse import text
-from headfuse.calibration import CalibrationText
+from headfuse.config.values import data_name, parse_data
 from headfuse.errors import DataError
-from headfuse.passkey import passkey_prompts
-from headfuse.perplexity import evaluation_text, nll_protocol
-from headfuse.text import (
-    TrainingText,
-    cut,
-    data_name,
-    iter_windows,
-    parse_data,
-    read_documents,
-    shuffled,
-    token_windows,
-)
+from headfuse.evaluation.passkey import passkey_prompts
+from headfuse.evaluation.perplexity import evaluation_text, nll_protocol
+from headfuse.text import documents as text
+from headfuse.text.calibration import CalibrationText
+from headfuse.text.documents import cut, open_document, read_documents, shuffled
+from headfuse.text.stream import TrainingText
+from headfuse.text.windows import iter_windows, token_windows, varied_windows
 
 SENTENCES = [f"The {animal} sees {count} ships\n on the river." for animal in ("cat", "dog") for count in range(20)]
 
@@ -301,8 +295,8 @@ def test_varied_windows_take_a_piece_of_every_document_first(tokenizer: PreTrain
     documents, length = [f"{SENTENCES[i]} " * (1, 9, 30)[i % 3] for i in range(12)], 16
     ids = [tokenizer.encode(document, add_special_tokens=False) for document in documents]
     everything = sum(map(len, ids)) // length
-    windows = text.varied_windows(documents, tokenizer, length, everything, seed=0)
-    first = text.varied_windows(documents, tokenizer, length, 6, seed=0)
+    windows = varied_windows(documents, tokenizer, length, everything, seed=0)
+    first = varied_windows(documents, tokenizer, length, 6, seed=0)
     assert torch.equal(first, windows[:6])
     pieces = spaced(first.flatten().tolist()).split(spaced([tokenizer.eos_token_id]))
     assert len(pieces) > 6
@@ -311,18 +305,18 @@ def test_varied_windows_take_a_piece_of_every_document_first(tokenizer: PreTrain
     used = Counter(windows.flatten().tolist())
     known = Counter(token for document in ids for token in document)
     assert all(used[token] <= known[token] for token in used if token != tokenizer.eos_token_id)
-    assert not torch.equal(windows, text.varied_windows(documents, tokenizer, length, everything, seed=1))
-    assert torch.equal(windows, text.varied_windows(documents, tokenizer, length, everything, seed=0))
+    assert not torch.equal(windows, varied_windows(documents, tokenizer, length, everything, seed=1))
+    assert torch.equal(windows, varied_windows(documents, tokenizer, length, everything, seed=0))
 
 
 def test_documents_need_an_eos_token_and_one_document_does_not(tokenizer: PreTrainedTokenizerFast) -> None:
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     assert len(token_windows(SENTENCES[:1], without, 2))
-    assert len(text.varied_windows(SENTENCES[:1], without, 2, 3, seed=0)) == 3
+    assert len(varied_windows(SENTENCES[:1], without, 2, 3, seed=0)) == 3
     with pytest.raises(DataError, match="no EOS token"):
         token_windows(SENTENCES[:2], without, 2)
     with pytest.raises(DataError, match="no EOS token"):
-        text.varied_windows(SENTENCES[:2], without, 2, 9, seed=0)
+        varied_windows(SENTENCES[:2], without, 2, 9, seed=0)
 
 
 # ---------------------------------------------------------------- training text
@@ -389,7 +383,7 @@ def test_long_text_files_are_read_in_pieces(
 ) -> None:
     content = "\r\n".join(f"Line {i} é" for i in range(30_000))
     (tmp_path / "a.txt").write_bytes(content.encode())
-    assert "".join(text._open(str(tmp_path / "a.txt"), None, 100)) == content
+    assert "".join(open_document(str(tmp_path / "a.txt"), None, 100)) == content
     monkeypatch.setattr(text, "_decoded", lambda *_: pytest.fail("read whole"))
     assert TrainingText(str(tmp_path / "a.txt"), tokenizer, 16, seed=0).validation.shape == (16, 16)
     monkeypatch.undo()
@@ -466,7 +460,7 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"a.JSONL.{suffix}").write_bytes(compress(lines + b"{"))
     (tmp_path / f"b.txt.{suffix}").write_bytes(compress(b"as it is\r\n"))
     assert list(read_documents(str(tmp_path / f"b.txt.{suffix}"))) == ["as it is\r\n"]
-    assert "".join(text._open(str(tmp_path / f"b.txt.{suffix}"), None, 3)) == "as it is\r\n"
+    assert "".join(open_document(str(tmp_path / f"b.txt.{suffix}"), None, 3)) == "as it is\r\n"
     with pytest.raises(DataError, match="line 401: is not valid JSON"):
         list(read_documents(str(tmp_path / f"a.JSONL.{suffix}")))
     for content in (compress(lines)[:-20], b"not compressed"):
@@ -539,7 +533,7 @@ def test_blank_text_before_the_first_word_is_kept(tmp_path: Path) -> None:
 def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfthe head\r\n")
     assert list(read_documents(str(tmp_path / "a.txt"))) == ["the head\r\n"]
-    assert list(text._open(str(tmp_path / "a.txt"), None, 100)) == ["the head\r\n"]
+    assert list(open_document(str(tmp_path / "a.txt"), None, 100)) == ["the head\r\n"]
 
 
 def test_a_name_that_is_too_long_is_one_error() -> None:
@@ -598,8 +592,8 @@ def test_windows_begin_with_bos_where_the_tokenizer_does(
     assert (windows[:, 0] == 0).all()
     assert torch.equal(windows[:, 1:], plain)
     assert torch.equal(torch.stack(list(iter_windows(SENTENCES, beginning, 16))), windows)
-    varied = text.varied_windows(SENTENCES, beginning, 16, 9, seed=0)
-    assert torch.equal(varied[:, 1:], text.varied_windows(SENTENCES, tokenizer, 15, 9, seed=0))
+    varied = varied_windows(SENTENCES, beginning, 16, 9, seed=0)
+    assert torch.equal(varied[:, 1:], varied_windows(SENTENCES, tokenizer, 15, 9, seed=0))
     assert (varied[:, 0] == 0).all()
     assert not (varied[:, 1:] == 0).any()
 

@@ -22,27 +22,31 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import headfuse
-from headfuse.checkpoint import file_sha256, fingerprint, read_plan, write_plan
+from headfuse.checkpoint.plan_file import read_plan, write_plan
+from headfuse.checkpoint.reader import file_sha256, fingerprint
 from headfuse.commands import uptrain as command
-from headfuse.distillation import LossWeights, Objective, document_positions, kl_divergence, model_states
+from headfuse.config.uptrain import UptrainConfig, load_recipe
+from headfuse.config.values import parse_tokens
 from headfuse.errors import ConfigError, DataError, HeadfuseError, MissingExtraError, OutputError, UnsupportedModelError
-from headfuse.loading import load_model, load_tokenizer
+from headfuse.evaluation.perplexity import nll_per_window
 from headfuse.modeling import HeadfuseConfig, HeadfuseForCausalLM
-from headfuse.perplexity import nll_per_window
+from headfuse.models.loading import load_model, load_tokenizer
+from headfuse.models.logits import kl_divergence
+from headfuse.models.states import document_positions, model_states
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, SourceModel
-from headfuse.recipe import (
-    Recipe,
+from headfuse.text.documents import read_documents
+from headfuse.text.stream import TrainingText
+from headfuse.text.windows import token_windows
+from headfuse.training.loop import Progress, make_accelerator
+from headfuse.training.objective import LossWeights, Objective
+from headfuse.training.schedule import (
     default_batch_size,
     default_checkpoint_every,
     default_learning_rate,
     learning_rate_at,
-    load_recipe,
     num_steps,
-    parse_tokens,
 )
-from headfuse.text import TrainingText, read_documents, token_windows
-from headfuse.training import make_accelerator
-from headfuse.uptrain import Progress, UptrainResult, default_output, uptrain
+from headfuse.training.uptrain import UptrainResult, default_output, uptrain
 
 PACKAGE = Path(headfuse.__file__).parent
 WORDS = [f"w{i}" for i in range(40)]
@@ -268,7 +272,7 @@ def test_separate_documents_do_not_see_each_other(source: Path, decoupled: Path,
 
 
 def test_schedule_warms_up_and_falls_along_a_cosine_to_a_tenth() -> None:
-    recipe = Recipe.model_validate({"data": "a", "tokens": 1})
+    recipe = UptrainConfig.model_validate({"data": "a", "tokens": 1})
     rates = [learning_rate_at(step, 100, recipe) for step in range(100)]
     assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
     assert rates[-1] == pytest.approx(0.1)
@@ -425,7 +429,7 @@ def test_the_yaml_of_the_docs_is_every_option_with_its_default(tmp_path: Path) -
     (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "docs.yaml").write_text(block)
     assert load_recipe(str(tmp_path / "docs.yaml"), {}) == load_recipe(None, {"data": "corpus.jsonl", "tokens": "50M"})
-    assert set(yaml.safe_load(block)) == set(Recipe.model_fields)
+    assert set(yaml.safe_load(block)) == set(UptrainConfig.model_fields)
 
 
 def test_yaml_under_the_command_line(fused: Path, data: str, tmp_path: Path) -> None:
@@ -513,7 +517,7 @@ def test_cached_teacher_is_the_live_one(
         loaded.append(folder)
         return load_model(folder, **how)
 
-    monkeypatch.setattr(sys.modules["headfuse.uptrain"], "load_model", load)
+    monkeypatch.setattr(sys.modules["headfuse.training.uptrain"], "load_model", load)
     second = train(fused, data, output=tmp_path / "second", teacher_cache=cache, **options)
     assert loaded == [fused]
     assert first.nll_teacher == second.nll_teacher == pytest.approx(live.nll_teacher, abs=1e-6)
@@ -631,7 +635,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(source: Path, fused: P
     options: dict[str, Any] = {"teacher": str(source), "dtype": "float32"}
     one = train(fused, data, output=tmp_path / "one", batch_size=4, **options)
     line = [
-        "-m", "headfuse.cli", "uptrain", str(fused), "--teacher", str(source), "--data", data, "--tokens", "384",
+        "-m", "headfuse", "uptrain", str(fused), "--teacher", str(source), "--data", data, "--tokens", "384",
         "--batch-size", "1", "--gradient-accumulation", "2", "--sequence-length", "16", "--checkpoint-every", "5",
         "--learning-rate", "1e-2", "--dtype", "float32", "--device", "cpu", "--threads", "1",
         "-o", str(tmp_path / "two"),
@@ -703,7 +707,7 @@ def test_what_sharded_weights_do_not_allow_is_refused(
         monkeypatch.setitem(accelerator.state.__dict__, "distributed_type", DistributedType.FSDP)
         return accelerator
 
-    monkeypatch.setattr(sys.modules["headfuse.uptrain"], "make_accelerator", sharding)
+    monkeypatch.setattr(sys.modules["headfuse.training.uptrain"], "make_accelerator", sharding)
     model = tiny_model(tmp_path / "model", model_type)
     with pytest.raises(ConfigError) as caught:
         train(model, str(tmp_path / "text.txt"), loss="ce", **options)
@@ -765,7 +769,7 @@ def test_wandb_offline(fused: Path, data: str, tmp_path: Path, monkeypatch: pyte
 def test_unknown_and_missing_trackers(fused: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="choose from tensorboard, wandb"):
         train(fused, data, trackers=["tensorbord"])
-    monkeypatch.setattr("headfuse.training.find_spec", lambda name: None)
+    monkeypatch.setattr("headfuse.training.loop.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="is not installed") as caught:
         train(fused, data, trackers=["wandb"])
     assert "pip install wandb" in str(caught.value)
@@ -861,7 +865,7 @@ def test_states_are_also_written_as_time_passes(
     fused: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(fused, data, output=tmp_path / "whole")
-    monkeypatch.setattr("headfuse.training.STATE_SECONDS", 0.0)
+    monkeypatch.setattr("headfuse.training.loop.STATE_SECONDS", 0.0)
     with pytest.raises(Stop):
         train(fused, data, output=tmp_path / "out", on_progress=stop_at(8))
     assert json.loads((tmp_path / "out.partial" / "resume.json").read_text())["step"] == 8

@@ -17,9 +17,9 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from headfuse.cli import app
-from headfuse.source import Source
-from headfuse.streaming import StreamedModel
+from headfuse.cli.app import app
+from headfuse.models.source import Source
+from headfuse.models.streamed import StreamedModel
 
 TOKENS = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2))
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -435,7 +435,7 @@ def test_a_dry_run_of_a_resumed_run(model: Path, tmp_path: Path, monkeypatch: py
 
     data = ("--data", tmp_path / "text.txt", *FEW, "-o", tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr("headfuse.convert._write_config", fail)
+        patched.setattr("headfuse.conversion.output.write_config", fail)
         run("fuse", model, *data, "--budget", 0.5, code=130)
     assert "--resume" in run("fuse", model, *data, "--budget", 0.5, "--dry-run", code=1)
     run("fuse", model, *data, "--budget", 0.5, "--dry-run", "--resume")

@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.analysis import analyze, plot
-from headfuse.checkpoint import check_output, output_folder, resolve_model
-from headfuse.config import load_config
-from headfuse.progress import stages
+from headfuse.checkpoint.folder import resolve_model
+from headfuse.checkpoint.output import check_output, output_folder
+from headfuse.config.fuse import load_config
+from headfuse.planning.analysis import analyze, plot
+from headfuse.reporting.progress import stages
 
 
 def run(

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.figures import figure_rows, shown_estimate
-from headfuse.gates import GateResult, judge, read_gates
-from headfuse.progress import is_live, stages
-from headfuse.verdicts import check_summary, write_verdicts
+from headfuse.evaluation.ci_reports import check_summary, write_verdicts
+from headfuse.evaluation.gates import GateResult, judge, read_gates
+from headfuse.reporting.progress import is_live, stages
+from headfuse.reporting.tables import figure_rows, shown_estimate
 
 _NAME_WIDTH = 18
 """Characters of a model's name in a line of the table's head: as many as a figure with its error has."""
@@ -49,15 +49,16 @@ def run(
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Evaluate, and show the stages on stderr; returns the document that `--json` prints."""
-    from headfuse import checkpoint
-    from headfuse.evaluate import evaluate
-    from headfuse.model_code import code_state
+    from headfuse.checkpoint.folder import resolve_model
+    from headfuse.checkpoint.plan_file import verify as verify_folder
+    from headfuse.evaluation.evaluate import evaluate
+    from headfuse.models.model_code import code_state
 
     gates = read_gates(gate) if gate else []
     check_summary(github_summary)
     if verify:
-        checkpoint.verify(checkpoint.resolve_model(model))
-    state = code_state(checkpoint.resolve_model(model)) if verify else None
+        verify_folder(resolve_model(model))
+    state = code_state(resolve_model(model)) if verify else None
     console = Console(stderr=True)
     console.quiet = (
         quiet or json_output or (verbose and is_live(console))
@@ -92,9 +93,9 @@ def run(
     document["gates"] = [judged.to_dict() for judged in judge(gates, document)]
     write_verdicts(document, junit, github_summary)
     if report is not None:
-        from headfuse.report import write_report
+        from headfuse.reporting.report import write_report
 
-        write_report(report, checkpoint.resolve_model(model), document)
+        write_report(report, resolve_model(model), document)
     return document
 
 
@@ -116,7 +117,7 @@ def render(document: dict[str, Any], console: Console) -> None:
     if document["memory_formula"]:
         console.print(f"Memory: {document['memory_formula']}.", highlight=False, soft_wrap=True)
     if document["verified"]:
-        from headfuse.model_code import describe
+        from headfuse.models.model_code import describe
 
         state = document["model_code"]
         code = f"; {describe(state, model['name'])}" if state else ""

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.export import Target, check_export, export, plan_export
-from headfuse.model_code import refresh
-from headfuse.progress import stages
+from headfuse.conversion.export import Target, check_export, export, plan_export
+from headfuse.models.model_code import refresh
+from headfuse.reporting.progress import stages
 
 
 def run(

@@ -10,15 +10,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.checkpoint import DTYPE_NAMES
-from headfuse.config import load_config
-from headfuse.convert import FuseResult, Prepared, fuse, prepare
-from headfuse.estimate import estimate
-from headfuse.gates import FUSE_METRICS, GateResult, judge, read_gates
+from headfuse.checkpoint.reader import DTYPE_NAMES
+from headfuse.config.fuse import load_config
+from headfuse.conversion.convert import fuse
+from headfuse.conversion.cost import estimate
+from headfuse.conversion.preflight import Prepared, prepare
+from headfuse.conversion.result import FuseResult
+from headfuse.estimates import mean
+from headfuse.evaluation.ci_reports import check_summary, write_verdicts
+from headfuse.evaluation.gates import FUSE_METRICS, GateResult, judge, read_gates
 from headfuse.layouts import LAYOUTS
-from headfuse.progress import stages
-from headfuse.sampling import mean
-from headfuse.verdicts import check_summary, write_verdicts
+from headfuse.reporting.progress import stages
 
 
 def run(

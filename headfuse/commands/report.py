@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from headfuse.checkpoint import read_plan
-from headfuse.report import read_document, write_report
+from headfuse.checkpoint.plan_file import read_plan
+from headfuse.reporting.report import read_document, write_report
 
 
 def run(*, folder: Path, figures: Path | None, analysis: Path | None, output: Path) -> dict[str, Any]:

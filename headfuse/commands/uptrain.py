@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.progress import is_live, stages
+from headfuse.reporting.progress import is_live, stages
 
 if TYPE_CHECKING:
-    from headfuse.training import Progress
+    from headfuse.training.loop import Progress
 
 
 def run(
@@ -30,8 +30,8 @@ def run(
 
     `options` are those of `headfuse.uptrain`.
     """
-    from headfuse.checkpoint import read_plan
-    from headfuse.uptrain import uptrain
+    from headfuse.checkpoint.plan_file import read_plan
+    from headfuse.training.uptrain import uptrain
 
     other = os.environ.get("RANK", "0") != "0"
     console = Console(stderr=True)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from headfuse.fusion import align, mean, select, subspace
-from headfuse.fusion.maps import HeadMaps, KeyMoments, ValueMoments, plane_matrix, slot_matrix
+from headfuse.fusion.maps import HeadMaps, plane_matrix, slot_matrix
+from headfuse.fusion.methods import align, mean, subspace
+from headfuse.fusion.methods import first as select
+from headfuse.fusion.moments import KeyMoments, ValueMoments
 from headfuse.plan import Groups
 
 Maps = tuple[torch.Tensor, torch.Tensor]

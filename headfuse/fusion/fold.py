@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from headfuse.architectures import AttentionWeights
 from headfuse.fusion.maps import HeadMaps
+from headfuse.models.attention import AttentionWeights
 from headfuse.plan import Groups, HeadLayout, LayerPlan
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from headfuse.architectures import Architecture, AttentionWeights
 from headfuse.layouts import decoupled, gqa, layerwise
-from headfuse.plan import LAYOUT_FOR, FusionPlan, LayerPlan
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.families import Architecture
+from headfuse.plan import FusionPlan, LayerPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from headfuse.architectures import Architecture, AttentionWeights
 from headfuse.errors import UnsupportedModelError
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.families import Architecture
 from headfuse.plan import FusionPlan, LayerPlan, head_of_query
 
 

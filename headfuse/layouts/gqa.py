@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from headfuse.architectures import AttentionWeights, architecture_of
 from headfuse.errors import UnsupportedModelError
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.families import architecture_of
 from headfuse.plan import FusionPlan, LayerPlan, query_order
 
 

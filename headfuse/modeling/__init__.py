@@ -4,12 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from headfuse.modeling import (
-    configuration_headfuse,
-    configuration_layerwise,
-    modeling_headfuse,
-    modeling_layerwise,
-)
+from headfuse.modeling import configuration_headfuse, configuration_layerwise, modeling_headfuse, modeling_layerwise
 from headfuse.modeling.configuration_headfuse import AUTO_MAP, HeadfuseConfig
 from headfuse.modeling.configuration_layerwise import LayerwiseConfig
 from headfuse.modeling.modeling_headfuse import HeadfuseForCausalLM, HeadfuseModel

@@ -21,14 +21,16 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 with atheris.instrument_imports(include=["headfuse", "yaml"]):
-    from headfuse.architectures import head_layout
-    from headfuse.budget import parse_budget
-    from headfuse.checkpoint import Checkpoint, read_config, read_plan
-    from headfuse.config import load_config
+    from headfuse.checkpoint.plan_file import read_plan
+    from headfuse.checkpoint.reader import Checkpoint
+    from headfuse.config.fuse import load_config
+    from headfuse.config.uptrain import load_recipe
+    from headfuse.config.values import parse_budget
     from headfuse.errors import HeadfuseError
-    from headfuse.gates import read_gates
-    from headfuse.recipe import load_recipe
-    from headfuse.text import read_documents
+    from headfuse.evaluation.gates import read_gates
+    from headfuse.models.config import read_config
+    from headfuse.models.heads import head_layout
+    from headfuse.text.documents import read_documents
 
 from mutations import Place  # after the instrumented imports
 

@@ -1,0 +1,77 @@
+"""What a command is given, as far as it can be checked in a moment: before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from headfuse.checkpoint.hub import parse_hub_id
+from headfuse.errors import CheckpointError, ConfigError
+
+
+def local_model(name: str) -> Path | None:
+    """The folder of a model; None for a hub id.
+
+    Raises:
+        CheckpointError: when the name is neither.
+    """
+    if not name:  # Path("") would be the working directory: an unset variable of a script
+        raise CheckpointError("the model's name is empty", where="MODEL", fix="give a model folder or a hub id")
+    folder = Path(name)
+    try:
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise CheckpointError("is a file", where=name, fix="give the model's folder, with config.json in it")
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=name, fix="check the path") from None
+    except ValueError as error:  # a NUL in the name
+        raise CheckpointError(f"cannot be read: {error}", where=repr(name), fix="check the path") from None
+    if parse_hub_id(name) is None:
+        raise CheckpointError(
+            "no such folder", where=name, fix="give a model folder or a hub id like org/name or org/name@revision"
+        )
+    return None
+
+
+def check_model(*names: str | None) -> None:
+    """Raise CheckpointError unless each name, if there is one, is a hub id or a folder with a readable config.json."""
+    for name in names:
+        folder = None if name is None else local_model(name)
+        if folder is not None:
+            read_json(
+                folder / "config.json",
+                "this is not a model folder; give the one that holds config.json and the weights",
+            )
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: when there is none; `fix` is for a file that is missing.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("no such file", where=path, fix=fix) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path, fix="check its permissions") from None
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5000 digits
+        raise CheckpointError(f"is not valid JSON: {error}", where=path, fix="restore the original file") from None
+    if not isinstance(value, dict):
+        raise CheckpointError("must hold a JSON object", where=path, fix="restore the original file")
+    return value
+
+
+def check_exists(path: Path | None, fix: str, *, folder: bool = False) -> None:
+    """Raise ConfigError for a file, or a folder, that is given and does not exist."""
+    if path is None:
+        return
+    try:
+        found = path.is_dir() if folder else path.exists()
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=path, fix="check the path") from None
+    if not found:
+        raise ConfigError("no such folder" if folder else "no such file", where=path, fix=fix)

@@ -1,0 +1,8 @@
+"""The command line: one file per command."""
+
+
+def main() -> None:
+    """Entry point of the `headfuse` command."""
+    from headfuse.cli.app import main as run
+
+    run()

@@ -1,0 +1,144 @@
+"""YAML to frozen, typed options: strict, and all problems in one message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from headfuse.config.values import Share
+from headfuse.errors import ConfigError
+from headfuse.plan import problem_words
+
+
+def one_of(*names: str) -> AfterValidator:
+    """What checks that a name is one of these, and says which is near."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            near = difflib.get_close_matches(value, names, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{value!r} is unknown; {hint}choose from {', '.join(names)}")
+        return value
+
+    return AfterValidator(check)
+
+
+class Options(BaseModel):
+    """Options that know no other keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SideBudget(Options):
+    """Separate budgets for keys and for values."""
+
+    key: Share
+    value: Share
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def load_options(
+    model: type[OptionsT],
+    name: str | None,
+    overrides: Mapping[str, Any],
+    folder: str = "",
+    fix: str = "see the README for every key",
+) -> OptionsT:
+    """Read a YAML file, or a packaged config by name, and lay the command line over it.
+
+    Args:
+        model: what the options are.
+        name: path of a YAML file, name of a packaged config, or None for the defaults.
+        overrides: dotted option -> value; None values are skipped.
+        folder: where in the package's data the packaged ones lie.
+        fix: where a reader finds every key.
+
+    Raises:
+        ConfigError: naming every problem with its place.
+    """
+    raw = {} if name is None else _read_yaml(name, folder)
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        *parents, last = key.split(".")
+        place = raw
+        for parent in parents:
+            place[parent] = dict(place.get(parent) or {}) if isinstance(place.get(parent), (dict, type(None))) else {}
+            place = place[parent]
+        place[last] = value
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        problems = [_describe(dict(problem), model) for problem in error.errors() if not _not_meant(problem)]
+        raise ConfigError("; ".join(dict.fromkeys(problems)), where=name or "options", fix=fix) from None
+
+
+def _not_meant(problem: Mapping[str, Any]) -> bool:
+    """Whether a value is only said not to be of the other type: a budget is one share, or one for each side."""
+    return problem["loc"][:-1] == ("budget", "total") and problem["type"] in ("string_type", "model_type")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without keys that are there twice, of which the plain loader drops the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(name: str, folder: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.is_file():
+        data = resources.files("headfuse") / "data"
+        data = data / folder if folder else data
+        packaged = data / f"{name}.yaml"
+        if "/" in name or not packaged.is_file():
+            names = sorted(p.name.removesuffix(".yaml") for p in data.iterdir() if p.name.endswith(".yaml"))
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            fix = f"{hint}give a YAML file or a packaged name: {', '.join(names)}"
+            raise ConfigError("no such config", where=name or "--config", fix=fix)
+        text = packaged.read_text(encoding="utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ConfigError(f"cannot be read: {reason}", where=name, fix="give a YAML file in UTF-8") from None
+    try:
+        raw = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"is not valid YAML: {reason}", where=name, fix="see the README for an example") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError("must hold a mapping of options", where=name, fix="see the README for an example")
+    return raw
+
+
+def _describe(problem: dict[str, Any], model: type[Options]) -> str:
+    """A problem with its place; an unknown key with the near one."""
+    model = SideBudget if "SideBudget" in problem["loc"] else model
+    path = [str(part) for part in problem["loc"] if part not in ("SideBudget", "function-before[_budget_text(), str]")]
+    place = ".".join(path)
+    if problem["type"] != "extra_forbidden":
+        return f"{place}: {problem_words(problem)}" if place else problem_words(problem)
+    for part in [] if model is SideBudget else path[:-1]:
+        inner = model.model_fields[part].annotation if part in model.model_fields else None
+        model = inner if isinstance(inner, type) and issubclass(inner, Options) else model
+    known = list(model.model_fields)
+    near = difflib.get_close_matches(path[-1], known, 1)
+    return f"{place}: unknown key" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")

@@ -1,0 +1,130 @@
+"""Every option of `uptrain`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from headfuse.config.loading import Options, load_options, one_of
+from headfuse.config.values import Count, data_name, mixture_name, parse_data, parse_tokens
+from headfuse.errors import DataError
+
+LOSSES = ("kl", "ce")
+PACKING = ("joined", "separate")
+TRAINED = ("all", "attention", "lora")
+
+
+def _tokens(value: Any) -> Any:
+    return parse_tokens(value) if isinstance(value, str) else value
+
+
+def _mixture(value: Any) -> Any:
+    try:
+        return parse_data(value)
+    except DataError as error:
+        raise ValueError(f"{error.where}: {error.what}") from None
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError("give a text, a list of texts, or texts with their weights") from None
+
+
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class UptrainConfig(Options):
+    """Everything but the model and its teacher that decides the trained weights."""
+
+    data: Annotated[dict[str, float], BeforeValidator(_mixture)]
+    """The texts with their shares of the tokens."""
+    tokens: Annotated[int, BeforeValidator(_tokens), Field(ge=1, strict=True)]
+    """How many tokens to train on; the text is read again, shuffled anew, where it ends before."""
+    packing: Annotated[str, one_of(*PACKING)] = "joined"
+    """Whether a token sees the documents before its own in the window (`joined`), or its own alone (`separate`)."""
+    sequence_length: Annotated[int, Field(ge=2, strict=True)] = 512
+    batch_size: Count | None = None
+    """Windows in a forward pass of one process; by default 8, fewer where the tokens would not give 500 steps."""
+    gradient_accumulation: Count = 1
+    loss: Annotated[str, one_of(*LOSSES)] = "kl"
+    """Forward divergence from the teacher over the full vocabulary at every token, or cross-entropy."""
+    cross_entropy: Weight = 0.0
+    """Weight of cross-entropy beside the divergence."""
+    hidden: Weight = 0.0
+    """Weight of the hidden-state term: squared relative error of every layer's output."""
+    layerwise: Share = 0.0
+    """Share of the steps, at the start, in which each layer alone learns the teacher's output from its input."""
+    train: Annotated[str, one_of(*TRAINED)] = "all"
+    lora_rank: Count = 16
+    lora_alpha: Count = 32
+    learning_rate: Rate | None = None
+    """The peak; by default 2e-4 below 50 million parameters, 1e-4 below a billion, else 2e-5; LoRA 4 times that."""
+    fused_learning_rate: Rate = 2.0
+    """The learning rate of key and value projections, as a multiple (2 in mha2gqa)."""
+    warmup: Share = 0.03
+    final_learning_rate: Share = 0.1
+    weight_decay: Weight = 0.0
+    gradient_clip: Rate = 1.0
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass: less memory for longer windows, a third more time."""
+    validation_data: str | None = None
+    """The text of the figures; by default sections of `data` are held out for them."""
+    validation_windows: Count = 16
+    checkpoint_every: Count | None = None
+    """Steps between two states, each with a validation; by default about a tenth of the run."""
+    patience: Count | None = None
+    """Stop after so many validations without a better one."""
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the loss needs a teacher."""
+        return self.loss == "kl" or self.hidden > 0 or self.layerwise > 0
+
+    def named(self) -> dict[str, Any]:
+        """Plain data in which texts have their names alone, as an output may hold it."""
+        names = _distinct(self.data, data_name)
+        validation = self.validation_data and data_name(self.validation_data)
+        return {**self.model_dump(mode="json"), "data": names, "validation_data": validation}
+
+    @property
+    def data_name(self) -> str:
+        """The texts in words."""
+        return mixture_name(self.data)
+
+    def to_yaml(self) -> str:
+        """The YAML that reproduces this recipe; a text at an absolute path is named by its file alone."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        data["data"] = _distinct(self.data, _relative)
+        if self.validation_data:
+            data["validation_data"] = _relative(self.validation_data)
+        return yaml.safe_dump(data, sort_keys=False)
+
+
+def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> UptrainConfig:
+    """The options of `headfuse uptrain`: a YAML file or a packaged recipe, under the command line.
+
+    Raises:
+        ConfigError: naming every problem with its place.
+    """
+    return load_options(UptrainConfig, name, overrides, "recipes", "docs/uptraining.md has every key")
+
+
+def _distinct(data: Mapping[str, float], name_of: Callable[[str], str]) -> dict[str, float]:
+    """The weights by shorter names, which get a number where two are the same."""
+    names: dict[str, float] = {}
+    for text, weight in data.items():
+        short = name = name_of(text)
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{short} ({number})"
+        names[name] = weight
+    return names
+
+
+def _relative(name: str) -> str:
+    return Path(name).name if Path(name).is_absolute() else name

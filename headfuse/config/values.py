@@ -1,0 +1,105 @@
+"""Values as users write them: shares, token counts, mixtures of texts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from headfuse.errors import DataError
+
+
+def _budget_text(value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = repr(value)
+    if isinstance(value, str):
+        parse_budget(value)
+    elif not isinstance(value, dict):  # {key: .., value: ..} is another way to say it
+        raise ValueError("give a share such as 0.25 or 1/4, or {key: 1/4, value: 1/8}")
+    return value
+
+
+Share = Annotated[str, BeforeValidator(_budget_text)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Rate = Annotated[float, Field(gt=0)]
+Steps = Annotated[int, Field(ge=0, strict=True)]
+
+
+def parse_budget(text: str) -> Fraction:
+    """A budget written as a decimal or a fraction, `0.25` or `1/4`.
+
+    Raises:
+        ValueError: unless it is a number above 0 and at most 1.
+    """
+    text = str(text).strip()
+    try:
+        if len(text) > 40 or re.search(r"[eE][-+]?\d{3}", text):  # 1e-999999999 is a fraction of a gigabyte
+            raise ValueError
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is not a number: write a decimal or a fraction, like 0.25 or 1/4") from None
+    if not 0 < value <= 1:
+        raise ValueError(
+            f"{text} is out of range: the budget is kept KV bytes over the source's, above 0 and at most 1"
+        )
+    return value
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def parse_tokens(text: str) -> int:
+    """A number of tokens: `246000`, `500k`, `50M` or `1.5B`.
+
+    Raises:
+        ValueError: for anything else, and for less than one token.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip().replace("_", "").upper())
+    tokens = round(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if tokens < 1:
+        raise ValueError(f"{text!r} is not a number of tokens such as 246000, 500k, 50M or 1.5B")
+    return tokens
+
+
+def data_name(data: str) -> str:
+    """How an output may name the data: a hub id, or a file's name without its folders."""
+    return Path(data).name if Path(data).exists() else data
+
+
+def parse_data(data: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """Texts with their weights from `NAME` or `NAME=WEIGHT`; without a weight it is 1.
+
+    Raises:
+        DataError: for a weight that is no number above 0, and a text that is there twice.
+    """
+    if isinstance(data, Mapping):
+        pairs = [(name, float(weight)) for name, weight in data.items()]
+    else:
+        pairs = list[tuple[str, float]]()
+        for entry in [data] if isinstance(data, str) else data:
+            name, equals, weight = entry.rpartition("=")
+            weighted = bool(equals) and not Path(entry).exists() and re.fullmatch(r"[-+.\deE]+|nan|inf", weight)
+            try:
+                pairs.append((name, float(weight)) if weighted else (entry, 1.0))
+            except ValueError:
+                pairs.append((name, math.nan))
+    if not pairs:
+        raise DataError("no text is given", where="--data", fix="give a text file, a folder or a hub dataset")
+    for text, share in pairs:
+        if not 0 < share < math.inf:
+            raise DataError(f"the weight of a text is {share}", where=text, fix="give a number above 0, like 0.7")
+    if len(dict(pairs)) < len(pairs):
+        raise DataError("a text is given twice", where="--data", fix="give each text once, with its weight")
+    return dict(pairs)
+
+
+def mixture_name(data: Mapping[str, float]) -> str:
+    """How an output may name texts and their weights."""
+    if len(data) == 1:
+        return data_name(next(iter(data)))
+    return ", ".join(f"{data_name(name)}={weight:g}" for name, weight in data.items())

@@ -1,0 +1,1 @@
+"""The main path: a checkpoint and text to a fused folder."""

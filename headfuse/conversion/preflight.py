@@ -1,0 +1,96 @@
+"""Every check before the work: the same for a conversion and for its dry run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import headfuse
+from headfuse.checkpoint.output import check_output, check_space, partial_folder
+from headfuse.checkpoint.reader import DTYPE_NAMES
+from headfuse.config.fuse import FuseConfig
+from headfuse.conversion.output import default_output
+from headfuse.conversion.resume import _check_resumed, text_digest
+from headfuse.dha import pipeline as dha
+from headfuse.errors import ConfigError
+from headfuse.fusion import FUSION_METHODS
+from headfuse.models.loading import pick_device
+from headfuse.models.source import Source
+from headfuse.plan import FusionPlan, HeadBudget
+from headfuse.planning.planner import check_budget
+from headfuse.planning.review import reviewed_plan
+from headfuse.text.calibration import CalibrationText
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a conversion starts from, every part of it checked; `--dry-run` ends here."""
+
+    source: Source
+    config: FuseConfig
+    plan: FusionPlan | None
+    """As it was reviewed, not yet adopted."""
+    budget: HeadBudget
+    """The plan's, else the one of equal layers, of the same total."""
+    output: Path
+    text: CalibrationText
+    device: torch.device
+    options: dict[str, Any]
+    """What an interrupted run must have in common with this one, as far as no weight is read for it."""
+
+
+def prepare(
+    model: str,
+    config: FuseConfig | None = None,
+    *,
+    output: Path | None = None,
+    plan: Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    device: str = "auto",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """Every check before the work, the same for a conversion and its dry run; reads headers and text, writes nothing.
+
+    Args: as of `fuse`.
+
+    Raises:
+        HeadfuseError: for a model, plan, budget, text, device or output that cannot be used.
+    """
+    config = config or FuseConfig()
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise ConfigError(f"{dtype!r} is not written", where="--dtype", fix=f"give one of {', '.join(DTYPE_NAMES)}")
+    source = Source.open(model, trust_remote_code)
+    ready = None
+    if plan is not None:
+        ready, config = reviewed_plan(plan, source, config)
+    output = output or default_output(source, config, ready)
+    check_output(output, overwrite=overwrite, resume=resume, reads=[source.folder])
+    budget = check_budget(config, source) if ready is None else ready.head_budget
+    if FUSION_METHODS[config.method].trained:
+        dha.check_family(source)
+    check_space(output, _written_bytes(source, budget, dtype))
+    text = source.calibration_text(config, trust_remote_code)
+    options = {
+        "headfuse": headfuse.__version__,
+        "config": config.to_yaml(),
+        "text": text_digest(text),
+        "dtype": dtype,
+    }
+    if resume:
+        _check_resumed(partial_folder(output), options)
+    return Prepared(source, config, ready, budget, output, text, pick_device(device), options)
+
+
+def _written_bytes(source: Source, budget: HeadBudget, dtype: str | None) -> int:
+    """At least so many bytes are written: those of the source without the heads that go, biases aside."""
+    heads, checkpoint = source.heads, source.checkpoint
+    fixed = None if dtype is None else DTYPE_NAMES[dtype].itemsize
+    whole = sum(math.prod(s) * (fixed or checkpoint.dtypes[name].itemsize) for name, s in checkpoint.shapes.items())
+    gone = (heads.total_heads - budget.total) * heads.head_dim * (heads.hidden_size + 1)
+    return whole - gone * (fixed or max(kind.itemsize for kind in checkpoint.dtypes.values()))

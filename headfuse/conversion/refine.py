@@ -1,0 +1,195 @@
+"""Refinement: the attention of all layers is trained towards the source's output distribution, one layer in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from headfuse.checkpoint.output import STATE, sync, write_whole
+from headfuse.checkpoint.writer import mapped_tensor
+from headfuse.config.fuse import FuseConfig
+from headfuse.config.presets import PRESETS
+from headfuse.conversion.result import Stage
+from headfuse.conversion.resume import FinishedLayers
+from headfuse.estimates import average
+from headfuse.fusion import FUSION_METHODS
+from headfuse.models.decoder_layers import DecoderLayers, HiddenStates
+from headfuse.models.heap import release_freed_blocks
+from headfuse.models.logits import kl_divergence
+from headfuse.models.streamed import StreamedModel
+from headfuse.plan import FusionPlan
+from headfuse.planning.planner import ProgressCallback
+from headfuse.text.calibration import CalibrationText
+
+logger = logging.getLogger(__name__)
+
+LEARNING_RATE, FINAL_LEARNING_RATE, WARMUP_STEPS = 1e-3, 0.05, 5
+FULL_RATE_WIDTH = 256
+"""Wider models learn at a rate that falls as 1 / hidden_size."""
+BETAS, EPSILON = (0.9, 0.95), 1e-8
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Token windows `[n, T]` and the source's last hidden states on them `[n, T, D]`, which its head reads."""
+
+    windows: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Adam:
+    """Weights in float32 with their moments, in mapped files (Kingma and Ba, 1412.6980, algorithm 1).
+
+    Args:
+        folder: where the files are; those of an earlier process are used as they are.
+        shapes: of the weights, by name.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+        def mapped(part: str) -> dict[str, torch.Tensor]:
+            return {name: mapped_tensor(folder / f"{name}.{part}", shape) for name, shape in shapes.items()}
+
+        self.folder = folder
+        self.weights, self.means, self.squares = mapped("weight"), mapped("mean"), mapped("square")
+
+    def sync(self) -> None:
+        """Bring the weights to the disk."""
+        for name in self.weights:
+            sync(self.folder / f"{name}.weight")
+
+    def step(self, name: str, gradient: torch.Tensor, rate: float, step: int) -> None:
+        """Update one weight; `step` counts from 1."""
+        gradient, mean, square = gradient.to("cpu", torch.float32), self.means[name], self.squares[name]
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.lerp_(gradient.square(), 1 - BETAS[1])
+        root = (square / (1 - BETAS[1] ** step)).sqrt_().add_(EPSILON)
+        self.weights[name].addcdiv_(mean, root, value=-rate / (1 - BETAS[0] ** step))
+
+
+def refine_model(
+    streamed: StreamedModel,
+    layers: DecoderLayers,
+    optimizer: Adam,
+    text: Targets,
+    passes: float,
+    seed: int,
+    on_step: Callable[[int, int], None],
+) -> None:
+    """Train the attention of a written model; everything else stays as it is.
+
+    Args:
+        streamed: the source, for what lies outside the layers.
+        layers: the fused model's layers.
+        optimizer: their attention weights, trained in place.
+        text: the calibration text.
+        passes: how often each window is used.
+        seed: of the order of the windows.
+        on_step: called with the steps done and all steps.
+    """
+    steps, rate = round(len(text.windows) * passes), learning_rate(text.hidden.shape[-1])
+    for step, index in zip(range(1, steps + 1), _shuffled(len(text.windows), seed), strict=False):
+        states, inputs = streamed.embed(text.windows[index : index + 1]), list[HiddenStates]()
+        for layer_idx in range(streamed.num_layers):
+            inputs.append(states)
+            states = layers.run(layer_idx, states, optimizer.weights)
+
+        def divergence(logits: torch.Tensor, part: slice, target: torch.Tensor = text.hidden[index]) -> torch.Tensor:
+            with torch.no_grad():
+                wanted = streamed.logits(target[part])
+            return kl_divergence(logits, wanted) / len(target)
+
+        release_freed_blocks()  # of the layers, then of the logits
+        gradient, now = streamed.end_gradient(states, divergence), rate * _schedule(step, steps)
+        release_freed_blocks()
+        for layer_idx in reversed(range(streamed.num_layers)):
+            gradient, of_weights = layers.backward(layer_idx, inputs.pop(), gradient, optimizer.weights)
+            for name, value in of_weights.items():
+                optimizer.step(name, value, now, step)
+        on_step(step, steps)
+
+
+def learning_rate(hidden_size: int) -> float:
+    """The highest learning rate; Adam's steps on a matrix do more, the wider it is (muP, 2203.03466)."""
+    return LEARNING_RATE * min(1.0, FULL_RATE_WIDTH / hidden_size)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """The learning rate of a step relative to the peak: a short warm-up, then linear to its final value."""
+    return min(1.0, step / WARMUP_STEPS) * (1 - (1 - FINAL_LEARNING_RATE) * (step - 1) / steps)
+
+
+def _shuffled(windows: int, seed: int) -> Iterator[int]:
+    """Window indices, every pass in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(windows, generator=generator).tolist()
+
+
+REFINED = Path(STATE, "refined", "nll.json")
+"""Says that the refinement is complete beside it, and what it reached."""
+NEGLIGIBLE_NLL = 1e-4
+"""NLL in nats; a difference this small is rounding, and training would only add noise to it."""
+
+
+def refines(config: FuseConfig, plan: FusionPlan, held_out: tuple[float, ...], closed_form: Stage) -> bool:
+    """Whether the preset refines this model: published baselines, and what has lost nothing, stay as they are."""
+    if not PRESETS[config.preset].model_passes or not FUSION_METHODS[plan.method].refits_output:
+        return False
+    before = average(held_out)
+    if before is None or closed_form.nll is None:
+        logger.warning("preset %s refines only under the guard of held-out text, and none is held out", config.preset)
+        return False
+    return closed_form.nll > before + NEGLIGIBLE_NLL
+
+
+def refine(
+    partial: Path,
+    streamed: StreamedModel,
+    guard: DecoderLayers,
+    done: FinishedLayers,
+    plan: FusionPlan,
+    text: CalibrationText,
+    targets: Targets,
+    closed_form: Stage,
+    config: FuseConfig,
+    on_progress: ProgressCallback,
+) -> list[Stage]:
+    """Refine the fused layers together; their weights are written only if the held-out loss falls.
+
+    They are complete in the state folder before the first one is overwritten, so that an interrupted run goes on.
+    """
+    record, writer = partial / REFINED, done.writer
+    folder, fused = record.parent, [layer.layer_idx for layer in plan.layers if not layer.untouched]
+    shapes = {name: writer.shapes[name] for name in guard.attention_weights(fused)}
+    if not record.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    optimizer = Adam(folder, shapes)
+    if not record.exists():
+        for name, weight in optimizer.weights.items():
+            weight.copy_(writer.read(name))
+
+        def on_step(done: int, total: int) -> None:
+            on_progress("refine", done, total)
+
+        refine_model(streamed, guard, optimizer, targets, PRESETS[config.preset].model_passes, config.seed, on_step)
+        states = streamed.embed(text.held_out)
+        for layer_idx in range(streamed.num_layers):
+            prefix = streamed.arch.layer_prefix(layer_idx) + "."
+            weights = {n: w.to(writer.dtypes[n]) for n, w in optimizer.weights.items() if n.startswith(prefix)}
+            states = guard.run(layer_idx, states, weights)
+        optimizer.sync()
+        refined = streamed.nll(states, text.held_out)
+        write_whole(record, json.dumps({"closed form": closed_form.held_out, "refined": refined}))
+    figures = {name: tuple(held_out) for name, held_out in json.loads(record.read_text(encoding="utf-8")).items()}
+    kept = math.fsum(figures["refined"]) < math.fsum(figures["closed form"])  # false for NaN, too
+    for name, weight in optimizer.weights.items() if kept else ():
+        writer.write(name, weight)
+    return [Stage(closed_form.name, figures["closed form"]), Stage("refined", figures["refined"], kept)]

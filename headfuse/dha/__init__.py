@@ -1,0 +1,1 @@
+"""The paper's trained pipeline (DHA, arXiv 2406.06567)."""

@@ -1,0 +1,218 @@
+"""The training loop of the search and fusion stages."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from headfuse.checkpoint.output import STATE, sync
+from headfuse.config.fuse import DhaConfig, FuseConfig
+from headfuse.dha import ratios as dha
+from headfuse.dha.operator import MixedProjection
+from headfuse.errors import CheckpointError, HeadfuseError, OutputError
+from headfuse.models.logits import window_nll
+from headfuse.models.source import Source
+from headfuse.models.states import model_states
+from headfuse.plan import FusionPlan
+from headfuse.planning.planner import ProgressCallback
+from headfuse.text.stream import Batch, TrainingText
+from headfuse.training.objective import LossWeights, Objective
+from headfuse.training.teacher import LiveTeacher
+
+logger = logging.getLogger(__name__)
+
+LOG = "train_log.jsonl"
+FINAL_LEARNING_RATE = 0.1
+
+
+@torch.no_grad()
+def nll(model: PreTrainedModel, windows: torch.Tensor) -> tuple[float, ...]:
+    """NLL per token of each of the windows `[n, length]`."""
+    found = list[float]()
+    for batch in windows.to(model.device).split(8):
+        found += window_nll(model_states(model, batch).last, model.get_output_embeddings(), batch).tolist()
+    return tuple(found)
+
+
+class Training:
+    """Steps of all phases on one stream of text, their log, and the state from which an interrupted run goes on.
+
+    Phase 0 is the search, the others are the rounds of fusion. A state holds everything that the steps after it read.
+    """
+
+    def __init__(
+        self,
+        partial: Path,
+        model: PreTrainedModel,
+        options: DhaConfig,
+        text: TrainingText,
+        teacher: LiveTeacher | None,
+        on_progress: ProgressCallback,
+    ) -> None:
+        self.folder, self.options, self.on_progress, self.teacher = partial, options, on_progress, teacher
+        self.model, self.text = model, text
+        weights = LossWeights(float(teacher is not None), float(teacher is None), 0.0)
+        self.objective = Objective(model, None if teacher is None else teacher.head, weights)
+        self.phase = self.step = self.steps_done = 0
+        self.costs: list[list[list[float]]] = []
+        self.plan: FusionPlan | None = None
+        self.read: dict[str, Any] | None = None
+        self.saved: dict[str, Any] | None = None
+        self._load()
+        self._keep_log()
+
+    def run(self, name: str, sides: list[MixedProjection], steps: int, offset: int, total: int) -> None:
+        """Take the steps of one phase.
+
+        Args:
+            name: of the phase.
+            sides: the fusion operators.
+            steps: of this phase at most; without fusion (phase 0) exactly.
+            offset: steps of its kind that lie before it.
+            total: and in all, over which the learning rates fall.
+        """
+        options, fuses = self.options, self.phase > 0
+        omegas = [side.omega for side in sides]
+        known = set(map(id, omegas))
+        weights = [p for p in self.model.parameters() if id(p) not in known]
+        multiplier = nn.Parameter(torch.tensor(options.lambda_start, device=self.model.device))
+        groups = [
+            {"params": weights, "peak": options.learning_rate},
+            {"params": omegas, "peak": options.omega_learning_rate},
+            {"params": [multiplier], "peak": options.lambda_learning_rate, "maximize": True},
+        ]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        if self.saved is not None:
+            self.model.load_state_dict(self.saved["model"])
+            optimizer.load_state_dict(self.saved["optimizer"])
+            multiplier.data.copy_(self.saved["multiplier"])
+            ended, self.saved = self.saved["ended"], None
+            if ended:
+                self.step = 0
+                return
+        batches = self.text.batches(options.batch_size, self.read)
+        warmup = options.k or max(1, steps // 2)
+        while self.step < steps:
+            rate = FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (
+                1 + math.cos(math.pi * (offset + self.step) / total)
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            batch = next(batches)
+            lm = self._language_loss(batch)
+            loss = self.fusion_loss(sides)
+            goal = dha.target(self.step, options.b, warmup)
+            if fuses:  # equation 8: max over lambda, min over weights and omega
+                (multiplier * (loss - goal).clamp_min(0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            multiplier.data.clamp_(min=0)
+            self.step, self.steps_done, self.read = self.step + 1, self.steps_done + 1, batch.state
+            fusion = loss.item()
+            values = {"lm": lm, "fusion": fusion, "target": goal if fuses else None, "lambda": multiplier.item()}
+            self._log(phase=name, step=self.step, tokens=self._tokens(), **values, learning_rate=rate)
+            if not math.isfinite(lm) or not math.isfinite(fusion):
+                raise HeadfuseError(
+                    f"the loss is {lm}, the fusion loss {fusion}, at step {self.step} of {name}",
+                    where=self.folder,
+                    fix="give lower learning rates in the block `dha` of the config",
+                )
+            ended = self.step == steps or (fuses and fusion < options.stop)
+            if ended or self.step % options.checkpoint_every == 0:
+                self._save(optimizer, multiplier, ended)
+            self.on_progress(name, self.step, steps)
+            if ended:
+                break
+        left = self.fusion_loss(sides).item()
+        if fuses and left >= options.stop:
+            logger.warning("%s ends with a fusion loss of %.2g: averaging changes the model", name, left)
+        self.step = 0
+
+    def fusion_loss(self, sides: Sequence[MixedProjection]) -> torch.Tensor:
+        """L_fusion (equation 7): the mean over all pairs, or the paper's sum."""
+        found = [dha.fusion_loss(side.ratios(), side.groups, side.readers) for side in sides]
+        total, pairs = torch.stack([loss for loss, _ in found]).sum(), sum(count for _, count in found)
+        return total * sides[0].omega.shape[-1] if self.options.raw_fusion_loss else total / max(1, pairs)
+
+    def _language_loss(self, batch: Batch) -> float:
+        """L_lm of one batch, its gradient left in the weights."""
+        total, parts = 0.0, batch.windows.to(self.model.device).split(self.options.micro_batch_size)
+        for part in parts:
+            states = None if self.teacher is None else self.teacher.states(part, None)
+            loss = self.objective(part, states) * (len(part) / len(batch.windows))
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def finish(self, **values: Any) -> None:
+        """Say in the log what came out."""
+        self._log(phase="collapsed", step=0, tokens=self._tokens(), **values)
+
+    def _tokens(self) -> int:
+        return self.steps_done * self.options.batch_size * self.text.sequence_length
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / STATE / "dha.pt"
+
+    def _save(self, optimizer: torch.optim.Optimizer, multiplier: torch.Tensor, ended: bool) -> None:
+        fresh = self._state.with_suffix(".new")
+        fresh.parent.mkdir(exist_ok=True)
+        try:
+            torch.save(
+                {
+                    "phase": self.phase, "step": self.step, "steps_done": self.steps_done, "ended": ended,
+                    "costs": self.costs, "plan": self.plan and self.plan.to_json(), "read": self.read,
+                    "model": self.model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "multiplier": multiplier.detach(),
+                },
+                fresh,
+            )  # fmt: skip
+        except RuntimeError as error:  # how torch.save reports a full disk
+            reason = f"the state after step {self.step} cannot be written: {error}"
+            raise OutputError(reason, where=self.folder, fix="free some space, then go on with --resume") from None
+        sync(fresh)
+        fresh.replace(self._state)
+
+    def _load(self) -> None:
+        if not self._state.exists():
+            return
+        try:
+            saved = torch.load(self._state, map_location=self.model.device, weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            raise CheckpointError(
+                f"the state cannot be read: {error}", where=self._state, fix="start anew with --overwrite"
+            ) from None
+        self.saved = saved
+        for name in ("phase", "step", "steps_done", "costs", "read"):
+            setattr(self, name, saved[name])
+        self.plan = saved["plan"] and FusionPlan.from_json(saved["plan"])
+
+    def _log(self, **record: Any) -> None:
+        with (self.folder / LOG).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def _keep_log(self) -> None:
+        """Drop the lines of steps that the state does not hold."""
+        path = self.folder / LOG
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(lines[: self.steps_done]), encoding="utf-8")
+
+
+def training_memory(source: Source, config: FuseConfig) -> int:
+    """Bytes of weights, gradients, two moments, a teacher, and the activations of a micro-batch."""
+    heads, options = source.heads, config.dha
+    weights = sum(math.prod(shape) for shape in source.checkpoint.shapes.values())
+    tokens = min(options.batch_size, options.micro_batch_size) * config.calibration.sequence_length
+    wide = getattr(source.config, "intermediate_size", 4 * heads.hidden_size)
+    kept = 8 * heads.hidden_size + 6 * heads.num_attention_heads * heads.head_dim + 4 * wide  # of a token and layer
+    copies = 4 + (options.loss == "kl")
+    return 4 * (copies * weights + tokens * kept * heads.num_hidden_layers)

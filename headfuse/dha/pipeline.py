@@ -1,0 +1,148 @@
+"""`--method dha`: the trained stages of the paper (DHA, arXiv 2406.06567, section 4), on the whole model in memory.
+
+Search under the language-modelling loss -> distances of heads -> budgets and groups -> rounds of fusion under an
+augmented Lagrangian -> averages of the ratios. The mathematics is in fusion/dha.py; docs/dha.md says what the paper
+leaves open and what was chosen.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from headfuse.config.fuse import FuseConfig
+from headfuse.dha.basis import rebase
+from headfuse.dha.loop import Training, nll, training_memory
+from headfuse.dha.operator import collapsed_weights, install, load_weights, single_heads, uninstall
+from headfuse.dha.search import decide, distances, divide, sides_of
+from headfuse.errors import UnsupportedModelError
+from headfuse.estimates import average
+from headfuse.models.families import architecture_of
+from headfuse.models.loading import guard_embeddings, load_tokenizer, unembedded_tokens
+from headfuse.models.source import Source
+from headfuse.models.streamed import StreamedModel
+from headfuse.plan import FusionPlan
+from headfuse.planning.planner import ProgressCallback
+from headfuse.text.calibration import CalibrationText
+from headfuse.text.stream import TrainingText
+from headfuse.training.teacher import LiveTeacher
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The plan and the trained weights by name; NLL of each held-out window before and after."""
+
+    plan: FusionPlan
+    weights: dict[str, torch.Tensor]
+    held_out_before: tuple[float, ...]
+    held_out_after: tuple[float, ...]
+
+
+def train(
+    source: Source,
+    streamed: StreamedModel,
+    config: FuseConfig,
+    text: CalibrationText,
+    partial: Path,
+    plan: FusionPlan | None,
+    on_progress: ProgressCallback,
+    trust_remote_code: bool = False,
+) -> Trained:
+    """Search, group, fuse and collapse; an interrupted run in `partial` goes on to the same result.
+
+    Args:
+        source: the opened source.
+        streamed: the same, layer by layer, for the statistics that some options need.
+        config: its `calibration.data` is what is trained on.
+        text: windows for those statistics.
+        partial: where states and the log go.
+        plan: groups that somebody reviewed, in the place of search and grouping.
+        on_progress: called with phase, done and total steps.
+        trust_remote_code: allow the source's own code.
+
+    Raises:
+        UnsupportedModelError: as `check_family`.
+        HeadfuseError: when the loss is not finite, or a state cannot be written.
+    """
+    check_family(source)
+    options, heads = config.dha, source.heads
+    logger.warning("method dha trains the whole model in memory: about %.1f GB", training_memory(source, config) / 1e9)
+    windows = max(1, config.calibration.held_out_windows(config.calibration.samples))
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    stream = TrainingText(
+        config.calibration.data,
+        tokenizer,
+        config.calibration.sequence_length,
+        config.seed,
+        validation_windows=windows,
+    )
+    beyond = unembedded_tokens(tokenizer, source.config.vocab_size)
+    model = load_weights(source, streamed, trust_remote_code)
+    guard_embeddings(model, beyond, source.folder)
+    before = nll(model, stream.validation)
+    if plan is not None and all(layer.untouched for layer in plan.layers):
+        return Trained(plan, {}, before, before)
+    teacher = None
+    if options.loss == "kl":
+        teacher = LiveTeacher(load_weights(source, streamed, trust_remote_code), streamed.device, None, False)
+    training = Training(partial, model, options, stream, teacher, on_progress)
+
+    # Search (section 4.3): under the language-modelling loss alone, any two heads of a layer may mix
+    everything = [(tuple(range(heads.num_key_value_heads)),)] * (2 * heads.num_hidden_layers)
+    if training.phase == 0 and plan is None:
+        sides = install(model, streamed, everything)
+        training.run("search", sides, options.search_steps, 0, options.search_steps)
+        training.costs = [distances(side, heads).tolist() for side in sides]
+        uninstall(model, source, streamed, trust_remote_code)
+    costs = training.costs
+    if plan is None:
+        plan = training.plan or decide(source, streamed, config, text, costs, on_progress)
+        rounds = [
+            divide(cost, len(groups), config.grouping, options.progressive, config.seed)
+            for cost, groups in zip(costs, sides_of(plan), strict=True)
+        ]
+    else:
+        rounds = [[groups] if len(groups) < heads.num_key_value_heads else [] for groups in sides_of(plan)]
+    total = max(map(len, rounds))
+    if not total:  # the budget keeps every head: nothing is trained
+        return Trained(plan, {}, before, before)
+    training.plan = plan
+
+    # Fusion (section 4.3), in rounds that halve the heads (appendix B.2); at first the model is exactly the source
+    if options.start != "raw" and training.phase == 0:
+        rebase(model, streamed, plan, text, options.start)
+    sides = install(model, streamed, everything)
+    for number in range(total):
+        for side, own in zip(sides, rounds, strict=True):
+            groups = own[number] if number < len(own) else single_heads(len(side.weight))
+            side.group(groups)
+        steps = options.fusion_steps // total
+        if training.phase <= number + 1:
+            training.phase = number + 1
+            name = f"fusion {number + 1} of {total}"
+            training.run(name, sides, steps, number * steps, total * steps)
+        mixed = nll(model, stream.validation) if number == total - 1 else ()
+        for side in sides:
+            side.collapse()
+    for side in sides:
+        side.group(single_heads(len(side.weight)))
+    after = nll(model, stream.validation)
+    training.finish(heads=[len(side.weight) for side in sides], nll_mixed=average(mixed), nll=average(after))
+    return Trained(plan, collapsed_weights(model, streamed), before, after)
+
+
+def check_family(source: Source) -> None:
+    """Raise UnsupportedModelError for a family whose keys and values are not two plain projections."""
+    arch = architecture_of(source.heads.model_type)
+    plain = arch.packed is None and arch.key_norm is None and not arch.stacked and arch.rotary == "half"
+    if not plain or arch.transposed or arch.legacy:
+        raise UnsupportedModelError(
+            f"method dha mixes plain key and value projections, which model_type {source.heads.model_type!r} has not",
+            where=source.folder / "config.json",
+            fix="use another method, such as subspace, or a model like llama, mistral or qwen2",
+        )

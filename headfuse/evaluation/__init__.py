@@ -1,0 +1,1 @@
+"""Figures of a model folder, and the gates that judge them."""

@@ -1,0 +1,152 @@
+"""Tasks through lm-evaluation-harness, question by question, so that two models can be compared in pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from headfuse.errors import ConfigError, DataError, MissingExtraError
+from headfuse.estimates import Estimate, mean
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One metric of one task: the mean over its questions, the baseline's, and that of the paired differences."""
+
+    task: str
+    metric: str
+    main: bool
+    higher_is_better: bool
+    model: Estimate
+    baseline: Estimate | None
+    difference: Estimate | None
+
+
+Scores = Mapping[tuple[str, str], Mapping[int, float]]
+"""By task and metric, the score of each question."""
+
+
+class Harness:
+    """The tasks of lm-evaluation-harness, read before any model is.
+
+    Args:
+        names: task names; groups and tags give all their tasks.
+        folders: of local task files; names there win over the harness's own. Data files that a task names are looked
+            for from the folder of `--tasks-path` that has the task.
+        limit: how many questions of each, from the first; None for all.
+
+    Raises:
+        MissingExtraError: where lm-eval is not installed.
+        ConfigError: for names that are no tasks.
+        DataError: for a task whose data cannot be loaded.
+    """
+
+    def __init__(self, names: Sequence[str], folders: Sequence[str] = (), limit: int | None = None) -> None:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise MissingExtraError(
+                "lm-evaluation-harness is not installed", where="--tasks", fix='pip install "headfuse[tasks]"'
+            )
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise ConfigError("no such folder", where=folder, fix="give the folder of the task files")
+        with _calm():
+            self.tasks = _load_tasks(names, [str(Path(folder).resolve()) for folder in folders])
+        self.limit = limit
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8) -> Scores:
+        """The score of each question in each metric that is a mean over questions."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        with _calm():
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+            found: Any = simple_evaluate(
+                wrapped, tasks=list(self.tasks.values()), limit=self.limit, bootstrap_iters=0, log_samples=True
+            )
+        scores: dict[tuple[str, str], dict[int, float]] = {}
+        for task, samples in found["samples"].items():
+            for sample in samples:
+                for metric in sample["metrics"]:
+                    if isinstance(sample[metric], int | float):
+                        scores.setdefault((task, metric), {}).setdefault(sample["doc_id"], float(sample[metric]))
+        return scores
+
+    def compare(self, model: Scores, baseline: Scores | None) -> list[TaskResult]:
+        """Means and paired differences; the first metric of a task's file is its main one."""
+        results, seen = list[TaskResult](), set[str]()
+        for (task, metric), scores in model.items():
+            other = None if baseline is None else baseline[task, metric]
+            higher = self.tasks[task].higher_is_better().get(metric, True)
+            results.append(
+                TaskResult(
+                    task, metric, task not in seen, higher, mean(list(scores.values())),
+                    None if other is None else mean(list(other.values())),
+                    None if other is None else mean([score - other[doc] for doc, score in scores.items()]),
+                )
+            )  # fmt: skip
+            seen.add(task)
+        return results
+
+
+def _load_tasks(names: Sequence[str], folders: Sequence[str]) -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    local = TaskManager(include_path=list(folders), include_defaults=False)
+    manager = local if set(names) <= set(local.all_tasks) else TaskManager(include_path=list(folders))
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise ConfigError(
+            f"no task is named {', '.join(unknown)}",
+            where="--tasks",
+            fix="`lm-eval ls tasks` lists those of the harness",
+        )
+    tasks: dict[str, Any] = {}
+    for name in names:
+        file = manager.task_index[name].yaml_path
+        home = next((folder for folder in folders if file and Path(file).is_relative_to(folder)), None)
+        try:
+            with _working_folder(home):
+                tasks.update(manager.load([name])["tasks"])
+        except Exception as error:  # datasets, the hub and the harness raise many kinds
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise DataError(
+                f"task {name} cannot be loaded: {reason}",
+                where="--tasks",
+                fix="its data comes from the hub, or, for a task of --tasks-path, from the files that it names",
+            ) from None
+    return tasks
+
+
+@contextlib.contextmanager
+def _working_folder(folder: str | None) -> Iterator[None]:
+    """Relative data files of a task are those of its folder; datasets reads them from the working directory."""
+    before = Path.cwd()
+    if folder is not None:
+        os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """The harness's bars, its notes and those of the programs it calls stay out of the way of the result."""
+    logger, level, stderr = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level, os.dup(2)
+    logger.setLevel(logging.ERROR)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        logger.setLevel(level)

@@ -1,0 +1,135 @@
+"""Second moments of a layer's keys and values over the calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headfuse.fusion.maps import HeadMaps
+from headfuse.models.capture import AttentionCapture
+from headfuse.models.families import architecture_of
+from headfuse.plan import Groups, HeadLayout
+
+
+@dataclass(frozen=True)
+class KeyMoments:
+    """Second moments of the keys of n source heads over the calibration text.
+
+    `gram [F, n, n]` complex: E[k_i conj k_j] per frequency; `query_energy [n, F]`: E|q|^2 summed over the query heads
+    that read the source head. Both are the same before and after RoPE, which turns all heads of a plane alike.
+    `tail`, of the channels that are not rotated: any linear map may read them, so they are like values, with
+    `covariance` of keys about their mean (the same score on every key changes no attention) and `output_gram` the sum
+    of E[q q^T]. `normed`: a norm stands between projection and RoPE, so read maps are not folded into the queries.
+    """
+
+    gram: torch.Tensor
+    query_energy: torch.Tensor
+    tail: ValueMoments | None = None
+    normed: bool = False
+
+    def of(self, group: tuple[int, ...]) -> KeyMoments:
+        """The moments of one group's heads."""
+        index, tail = list(group), None if self.tail is None else self.tail.of(group)
+        return KeyMoments(self.gram[:, index][:, :, index], self.query_energy[index], tail, self.normed)
+
+
+@dataclass(frozen=True)
+class ValueMoments:
+    """Second moments of attention-averaged values, and how their errors are weighed.
+
+    `covariance [n, d, n, d]`: E[u u^T] of the n heads' values averaged by the layer's own attention;
+    `output_gram [n, d, d]`: sum of Wo_h^T Wo_h over the query heads that read the source head.
+    """
+
+    covariance: torch.Tensor
+    output_gram: torch.Tensor
+
+    def of(self, group: tuple[int, ...]) -> ValueMoments:
+        """The moments of one group's heads."""
+        index = list(group)
+        return ValueMoments(self.covariance[index][:, :, index], self.output_gram[index])
+
+
+def planes(x: torch.Tensor) -> torch.Tensor:
+    """Rotated channels `[..., 2 F]` in the canonical order as complex planes `[..., F]`: plane f is (f, f + F)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.complex(first.contiguous(), second.contiguous())
+
+
+MAX_ROWS = 16384
+"""Rows of averaged values that enter a covariance; more do not change it, and cost most on MHA models."""
+
+
+def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyMoments:
+    """Moments of one layer's keys: rotary planes, and what is not rotated (mathematics.md section 3.2)."""
+    n, rotated, tokens = heads.num_key_value_heads, heads.rotary_dim, 0.0
+    gram = torch.zeros(rotated // 2, n, n, dtype=torch.complex128)
+    energy = torch.zeros(n, rotated // 2, dtype=torch.float64)
+    for capture in captures:
+        k = planes(capture.key[..., :rotated]).to("cpu", torch.complex128)  # [B, n, T, F]
+        k = k.permute(3, 1, 0, 2).flatten(2)  # [F, n, B T]
+        gram += capture.weight * (k @ k.mH)
+        q = planes(capture.query[..., :rotated]).abs().square().sum((0, 2)).to("cpu", torch.float64)  # [n_q, F]
+        energy += capture.weight * q.unflatten(0, (n, heads.queries_per_head)).sum(1)
+        tokens += capture.weight * k.shape[2]
+    normed = architecture_of(heads.model_type).key_norm is not None
+    return KeyMoments(gram / tokens, energy / tokens, _tail_moments(captures, heads), normed)
+
+
+def _tail_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> ValueMoments | None:
+    """Moments of the channels of keys and queries that are not rotated, in the place of values and output weights."""
+    n, rotated, rest, tokens = heads.num_key_value_heads, heads.rotary_dim, heads.head_dim - heads.rotary_dim, 0.0
+    if not rest:
+        return None
+    gram, mean = torch.zeros(n * rest, n * rest, dtype=torch.float64), torch.zeros(n * rest, dtype=torch.float64)
+    metric = torch.zeros(n, rest, rest, dtype=torch.float64)
+    for capture in captures:
+        k = capture.key[..., rotated:].to("cpu", torch.float64).transpose(1, 2).flatten(2).flatten(0, 1)  # [B T, n t]
+        q = capture.query[..., rotated:].to("cpu", torch.float64)  # [B, n_q, T, t]
+        q = q.unflatten(1, (n, -1)).transpose(0, 1).flatten(1, 3)  # [n, B q T, t]
+        gram += capture.weight * (k.T @ k)
+        mean += capture.weight * k.sum(0)
+        metric += capture.weight * (q.mT @ q)
+        tokens += capture.weight * len(k)
+    mean /= tokens
+    covariance = gram / tokens - torch.outer(mean, mean)
+    return ValueMoments(covariance.view(n, rest, n, rest), metric / tokens)
+
+
+def value_moments(
+    captures: Sequence[AttentionCapture],
+    output: torch.Tensor,
+    heads: HeadLayout,
+    key_maps: tuple[HeadMaps, Groups] | None,
+) -> ValueMoments:
+    """Moments of values averaged by attention, the fused keys' where maps are given (mathematics.md section 3.3).
+
+    Args:
+        captures: the layer on the calibration windows.
+        output: output projection `[D, n_q, d]`.
+        heads: the source's heads.
+        key_maps: maps and groups of the fused keys.
+    """
+    n, d = heads.num_key_value_heads, heads.head_dim
+    covariance = torch.zeros(n * d, n * d, dtype=torch.float64)
+    rows = sum(c.query.shape[0] * c.query.shape[1] * c.query.shape[2] for c in captures)
+    stride, total = max(1, rows // max(MAX_ROWS, 16 * n * d)), 0.0
+    for capture in captures:
+        key = capture.key if key_maps is None else key_maps[0].reconstruct(capture.key, key_maps[1])
+        step = stride if capture.query.shape[2] > 8 * stride else 1  # short windows are few: keep every row
+        attention = capture.probabilities(key, step)  # [B, n_q, T', T]
+        stacked = capture.value.transpose(1, 2).flatten(2)  # [B, T, n d]
+        count = attention.shape[:3].numel()
+        if n * d < capture.value.shape[2]:
+            left = right = (attention @ stacked[:, None]).flatten(0, 2).to("cpu", torch.float64)
+        else:  # MHA: the same sum, all heads' attention first
+            attention, left = attention.flatten(1, 2).to("cpu", torch.float64), stacked.to("cpu", torch.float64)
+            left, right = left.flatten(0, 1), (attention.mT @ attention @ left).flatten(0, 1)
+        covariance += capture.weight * step * (left.T @ right)  # float32 sums leave noise above the eigenvalue cut
+        total += capture.weight * step * count
+    weight = output.to("cpu", torch.float64)
+    per_head = weight.view(weight.shape[0], n, -1, d)  # [D, n, q, d]
+    output_gram = torch.einsum("Dnqc,Dnqe->nce", per_head, per_head)
+    return ValueMoments((covariance / total).view(n, d, n, d), output_gram)

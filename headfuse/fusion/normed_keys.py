@@ -1,0 +1,116 @@
+"""Keys behind a norm (`q_norm`, `k_norm`): fused before it, with the weight of the norm fitted again.
+
+A norm divides every token by its own figure, so a read map cannot be folded into the queries and only heads that are
+plain copies of each other, up to a scale where each head has its own norm, fuse without loss (docs/architectures.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from headfuse.fusion.maps import HeadMaps
+from headfuse.fusion.moments import KeyMoments
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.capture import AttentionCapture
+from headfuse.models.families import architecture_of
+from headfuse.plan import Groups, HeadLayout, head_of_source
+
+
+def fit_normed_keys(
+    source: AttentionWeights,
+    fused: AttentionWeights,
+    maps: HeadMaps,
+    groups: Groups,
+    moments: KeyMoments,
+    captures: Sequence[AttentionCapture],
+    heads: HeadLayout,
+) -> None:
+    """Give `fused` the keys and the norm that come closest to the means of the normed keys.
+
+    The norm's weight minimises sum_j a_j^2 E|k_j - k~|^2 per channel, `a_j^2` the energy of the queries.
+
+    Args:
+        source: the layer's weights.
+        fused: the folded weights; `key`, `key_bias` and `key_norm` are replaced.
+        maps: of the keys; their write maps are diagonal.
+        groups: of the keys.
+        moments: of the keys.
+        captures: the layer on the calibration windows, with the keys before their norm.
+        heads: the source's heads.
+    """
+    assert source.key_norm is not None
+    kind = architecture_of(heads.model_type).key_norm
+    share = maps.write.diagonal(dim1=1, dim2=2)  # [n, d]
+    norm = source.key_norm.double().expand(len(share), -1)
+    gram = _before_norm(captures)  # [d, n, n]
+    energy = gram.diagonal(dim1=1, dim2=2).sum(0).clamp_min(1e-300)  # [n]
+    mix, start = torch.empty_like(share), torch.empty(len(groups), share.shape[1], dtype=torch.float64)
+    for s, group in enumerate(groups):
+        index = list(group)
+        own = norm[index].mean(0)
+        own = torch.where(own.abs() > 1e-12, own, torch.ones_like(own))
+        if kind == "head":
+            mix[index] = share[index] * (energy[index].sqrt().mean() / energy[index].sqrt())[:, None]
+        else:  # a fused head has the weight in the common norm that its source heads had together
+            mix[index] = share[index] * norm[index] / own
+            mixed = torch.einsum("ic,cij,jc->", mix[index], gram[:, index][:, :, index], mix[index])
+            rescale = (energy[index].sum() / len(share) * len(groups) / mixed.clamp_min(1e-300)).sqrt()
+            mix[index], own = mix[index] * rescale, own / rescale
+        start[s] = own
+    fused.key = _mixed(source.key.double(), mix[..., None], groups)
+    fused.key_bias = None if source.key_bias is None else _mixed(source.key_bias.double(), mix, groups)
+    fused.key_norm = _fit_norm(norm, start, mix, groups, moments, captures, kind == "head")
+
+
+def _before_norm(captures: Sequence[AttentionCapture]) -> torch.Tensor:
+    """E[z_i z_j] of the keys before their norm, channel by channel, `[d, n, n]`."""
+    total, tokens = torch.zeros(()), 0.0
+    for capture in captures:
+        z = _keys(capture).permute(2, 1, 0)  # [d, n, B T]
+        total = total + capture.weight * (z @ z.mT)
+        tokens += capture.weight * z.shape[2]
+    return total / tokens
+
+
+def _keys(capture: AttentionCapture) -> torch.Tensor:
+    """`[B T, n, d]`, float64."""
+    assert capture.key_before_norm is not None
+    return capture.key_before_norm.flatten(0, 1).to("cpu", torch.float64)
+
+
+def _mixed(heads: torch.Tensor, mix: torch.Tensor, groups: Groups) -> torch.Tensor:
+    return torch.stack([(heads[list(group)] * mix[list(group)]).sum(0) for group in groups])
+
+
+def _fit_norm(
+    norm: torch.Tensor,
+    start: torch.Tensor,
+    mix: torch.Tensor,
+    groups: Groups,
+    moments: KeyMoments,
+    captures: Sequence[AttentionCapture],
+    per_head: bool,
+) -> torch.Tensor:
+    """The norm's weight: `[1, d]` where each head has its own norm, else `[len(groups), d]`."""
+    owner = head_of_source(groups)
+    weight = moments.query_energy.repeat(1, 2)  # [n, d]: both channels of a plane
+    wanted, found = torch.zeros_like(start), torch.zeros_like(start)
+    for capture in captures:
+        z = _keys(capture)
+        mixed = _mixed(z.transpose(0, 1), mix[:, None], groups).transpose(0, 1)  # [N, len(groups), d]
+        mixed, z = _normalised(mixed, per_head), _normalised(z, per_head)
+        cross = torch.einsum("tnc,tnc->nc", z, mixed[:, owner]) * norm
+        square = mixed.square().sum(0)[owner]
+        for j, s in enumerate(owner):
+            wanted[s] += capture.weight * weight[j] * cross[j]
+            found[s] += capture.weight * weight[j] * square[j]
+    if per_head:
+        wanted, found, start = wanted.sum(0, keepdim=True), found.sum(0, keepdim=True), norm[:1]
+    return torch.where(found > 0, wanted / found.clamp_min(1e-300), start)
+
+
+def _normalised(keys: torch.Tensor, per_head: bool) -> torch.Tensor:
+    dims = (-1,) if per_head else (-2, -1)
+    return keys / keys.square().mean(dims, keepdim=True).sqrt().clamp_min(1e-12)

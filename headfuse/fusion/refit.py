@@ -1,0 +1,66 @@
+"""The joint least-squares refit of a layer's output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from headfuse.fusion.maps import HeadMaps
+from headfuse.models.capture import AttentionCapture
+from headfuse.plan import Groups
+
+REFIT_RIDGE = 1.0
+"""Ridge of the refit, in units of the mean diagonal times unknowns per row: what as many rows say of noise alone."""
+FusedHeads = Mapping[str, tuple[HeadMaps, Groups]]
+"""Maps and groups of `key`, `value` or both: the sides that are fused."""
+
+
+def reconstructed_outputs(capture: AttentionCapture, fused: FusedHeads) -> torch.Tensor:
+    """Head outputs `[B, n_q, T, d]` with what fused heads give back in place of keys, values or both."""
+
+    def left(side: str, source: torch.Tensor) -> torch.Tensor:
+        return fused[side][0].reconstruct(source, fused[side][1]) if side in fused else source
+
+    return capture.attend(left("key", capture.key), left("value", capture.value))
+
+
+def refit_output(output: torch.Tensor, captures: Sequence[AttentionCapture], fused: FusedHeads) -> torch.Tensor:
+    """The source's output projection refitted to what fused heads give back of keys, values or both.
+
+    The least squares are those of the source's head outputs on the reconstructed ones, shrunk towards the identity:
+    the map `I + M` that they give is the best one under any output projection `W`, so `W (I + M)` is the best of those
+    (mathematics.md section 4.5).
+
+    Args:
+        output: output projection of the source `[D, n_q, d]`.
+        captures: the layer on calibration windows.
+        fused: maps and groups of the sides that are fused.
+
+    Returns:
+        `[D, n_q, d]`, float64.
+    """
+
+    def rows(capture: AttentionCapture) -> tuple[torch.Tensor, torch.Tensor]:
+        z = reconstructed_outputs(capture, fused).transpose(1, 2).flatten(2).flatten(0, 1)  # [B T, n_q d]
+        # a difference of head outputs, not of two products: it vanishes on heads that are truly redundant
+        return z, capture.output.flatten(2).flatten(0, 1) - z
+
+    count, size = sum(capture.output.shape[:2].numel() for capture in captures), output[0].numel()
+    wanted = output.double().flatten(1)
+    if count < size:  # the same solution from the smaller Gram matrix
+        pairs = [[x * capture.weight**0.5 for x in rows(capture)] for capture in captures]
+        z, missing = (torch.cat(part) for part in zip(*pairs, strict=True))
+        gram = (z @ z.T).double().cpu()
+        gram.diagonal().add_((REFIT_RIDGE * gram.diagonal().mean()).clamp_min(1e-300))
+        lost = (missing @ wanted.T.to(missing)).double().cpu()
+        change = torch.linalg.solve(gram, lost).T.to(z) @ z
+        return (wanted + change.to(wanted)).view_as(output)
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    cross = torch.zeros_like(gram)
+    for capture in captures:
+        z, missing = rows(capture)
+        gram += capture.weight * (z.T @ z).double().cpu()
+        cross += capture.weight * (z.T @ missing).double().cpu()
+    gram.diagonal().add_((REFIT_RIDGE * size / count * gram.diagonal().mean()).clamp_min(1e-300))
+    return (wanted + torch.linalg.solve(gram, cross @ wanted.T).T).view_as(output)

@@ -1,0 +1,88 @@
+"""What an attention layer computed for a batch of windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from headfuse.errors import UnsupportedModelError
+
+CAPTURE = "headfuse_capture"
+
+
+@dataclass(frozen=True)
+class AttentionCapture:
+    """What one attention layer computed for a batch of windows.
+
+    Shapes: `query [B, n_q, T, d]`, `key` and `value [B, n_s, T, d]` (after RoPE and norms; channels of queries and keys
+    in the canonical order), `output [B, T, n_q, d]` (head outputs before the output projection). `mask` is boolean
+    `[1, 1, T, T]`, additive `[1, n_q, T, T]` where heads have biases, or None for plain causal attention;
+    `weight` is what one token counts in the layer's statistics; `key_before_norm [B, T, n_s, d]`, where keys have one.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+    weight: float = 1.0
+    key_before_norm: torch.Tensor | None = None
+
+    def attend(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Head outputs `[B, n_q, T, d]` with others in the place of the source's keys and values `[B, n_s, T, d]`."""
+        return nn.functional.scaled_dot_product_attention(
+            self.query,
+            key,
+            value,
+            attn_mask=self.mask,
+            is_causal=self.mask is None,
+            scale=self.scaling,
+            enable_gqa=True,  # query heads of one KV head are adjacent
+        )
+
+    def probabilities(self, key: torch.Tensor, step: int = 1) -> torch.Tensor:
+        """Attention probabilities `[B, n_q, T', T]` of every `step`-th query, with `key [B, n_s, T, d]`."""
+        query, length = self.query[:, :, ::step], key.shape[2]
+        batch, heads, queries, d = query.shape
+        grouped = query.reshape(batch, key.shape[1], -1, d)
+        scores = (grouped * self.scaling @ key.mT).view(batch, heads, queries, length)
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            return scores.add_(self.mask[:, :, ::step]).softmax(-1)
+        allowed = (
+            torch.ones(length, length, dtype=torch.bool, device=key.device).tril() if self.mask is None else self.mask
+        )[..., ::step, :]
+        hidden = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill_(~allowed, float("-inf"))
+        return scores.add_(hidden).softmax(-1)  # ten times as fast as filling the scores of all heads
+
+
+def capturing_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA that records its inputs and outputs where the layer's attention asks for it."""
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    wanted = getattr(module, "headfuse_captures", None)
+    if wanted is not None:
+        captures, weight = wanted
+        if kwargs.get("s_aux") is not None:
+            raise UnsupportedModelError("attention sinks are not supported", fix="choose a model without them")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        before_norm = getattr(module, "headfuse_key", None)
+        if before_norm is not None:
+            before_norm = before_norm.view(*before_norm.shape[:2], -1, query.shape[-1])
+        order: Any = module.headfuse_order
+        if order is not None:
+            query, key = query[..., order], key[..., order]
+        capture = AttentionCapture(query, key, value, output, attention_mask, scale, weight, before_norm)
+        captures.append(capture)
+    return output, None

@@ -1,0 +1,108 @@
+"""Reads a model's config.json."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from headfuse.checkpoint.inputs import read_json
+from headfuse.checkpoint.quantised import refuse_gguf, refuse_quantised_config
+from headfuse.checkpoint.reader import INDEX, SINGLE
+from headfuse.errors import CheckpointError, UnsupportedModelError
+from headfuse.models.families import ARCHITECTURES
+
+MAX_LAYERS = 10_000
+"""transformers' configs make lists of so many entries, so a damaged number could fill the memory."""
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model config of `folder`.
+
+    Raises:
+        CheckpointError: when config.json is missing, is not JSON, or holds values that the family refuses.
+        UnsupportedModelError: when transformers does not know the model type.
+    """
+    path = folder / "config.json"
+    if not os.path.exists(path):  # false, too, where the folder is closed
+        refuse_gguf(folder)
+    raw = read_json(path, "this is not a model folder; give the one that holds config.json and the weights")
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError("has no model_type", where=path, fix="use the config.json that came with the model")
+    refuse_quantised_config(raw, path)
+    _check_class(raw, path)
+    named = raw.get("transformers_weights")
+    if named not in (None, SINGLE, INDEX):
+        raise UnsupportedModelError(
+            f"transformers_weights names {named!r}, and headfuse reads {SINGLE} or {INDEX}", where=path,
+            fix=f"load the model with transformers and save_pretrained it, which writes {SINGLE}",
+        )  # fmt: skip
+    fused = "headfuse_format" in raw
+    if "auto_map" in raw and not fused and not trust_remote_code and not _is_known(model_type):
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} needs its own code", where=path, fix="pass --trust-remote-code if you trust it"
+        )
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"num_hidden_layers is {layers}", where=path, fix="use the config.json that came with the model"
+        )
+    if fused:
+        import headfuse.modeling  # noqa: F401  registers the layouts that have code of their own
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=needs_code(model_type, trust_remote_code))
+    except Exception as error:  # the strict configs of transformers raise many kinds
+        if not _is_known(model_type):
+            raise UnsupportedModelError(
+                f"model_type {model_type!r} is not known to the installed transformers",
+                where=path,
+                fix=f"supported: {', '.join(sorted(ARCHITECTURES))}",
+            ) from None
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(reason, where=path, fix="use the config.json that came with the model") from None
+
+
+def _check_class(raw: Mapping[str, Any], path: Path) -> None:
+    """Refuse a model with another head than that of a language model; a base model has none, and may do without."""
+    names = raw.get("architectures")
+    for name in names if isinstance(names, list) else ():
+        if isinstance(name, str) and re.search(r"For(?!CausalLM)[A-Z]\w*$|RewardModel$", name):
+            raise UnsupportedModelError(
+                f"{name} is not a causal language model: it has another head",
+                where=path,
+                fix="give a causal language model, such as the one that this model was trained from",
+            )
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    """config.json for an output: without the source's path, and without names of files that the output does not hold.
+
+    What headfuse writes is loaded by transformers' own classes, or by code that comes with headfuse.
+    """
+    raw = read_json(folder / "config.json", "this is not a model folder")
+    for part in (raw, raw.get("source_config")):
+        if isinstance(part, dict):
+            for field in ("_name_or_path", "transformers_weights"):
+                part.pop(field, None)
+            if "headfuse_format" not in part:
+                part.pop("auto_map", None)
+    return raw
+
+
+def needs_code(model_type: str, trust_remote_code: bool) -> bool:
+    """Whether a model runs by code of its own: where that is trusted and transformers has no class for the type.
+
+    The fused model has transformers' class, so the source is measured by the same.
+    """
+    return trust_remote_code and not _is_known(model_type)
+
+
+def _is_known(model_type: str) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING

@@ -1,0 +1,175 @@
+"""ARCHITECTURES: the supported model families, one entry each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from headfuse.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a family keeps its attention projections, and what it does to queries and keys before they meet.
+
+    Tensor names are relative to the attention module; `{layer_idx}` stands for the layer.
+    """
+
+    layer: str = "model.layers.{layer_idx}"
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    packed: str | None = None
+    """The one projection that holds query, key and value instead of three."""
+    packing: Literal["blocks", "heads"] = "blocks"
+    """Rows of `packed`: all queries, then all keys, then all values; or query, key and value of one head after another.
+    """
+    transposed: bool = False
+    """`packed` and `output` are stored `[in, out]` (Conv1D)."""
+    rotary: Literal["half", "interleaved", "none"] = "half"
+    """Planes of RoPE among r rotated channels: (i, i + r / 2), (2 i, 2 i + 1), or no RoPE at all."""
+    partial_rotary: bool = False
+    """The family reads `partial_rotary_factor`: only that share of a head's channels, the first ones, is rotated."""
+    key_norm: Literal["head", "layer"] | None = None
+    """`q_norm` and `k_norm` before RoPE: over the channels of each head, or over those of all heads at once."""
+    stock_gqa: bool = True
+    """The family's own class has `num_key_value_heads`."""
+    legacy: bool = False
+    """The attention does not go through the attention interface of all supported versions of transformers, and the
+    layers may give tuples: the source is read as the decoupled model that it equals."""
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parameters of a layer's module that checkpoints hold in parts: their names, relative to the layer; `{expert}`
+    counts from 0, its parts are stacked, and several names are concatenated within each expert."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of tensor names in checkpoints, and in the model."""
+    refused: tuple[str, ...] = ()
+    """Options of the family's config that change the attention in a way that is not supported."""
+
+    def layer_prefix(self, layer_idx: int) -> str:
+        """Name of one decoder layer."""
+        return self.layer.format(layer_idx=layer_idx)
+
+    def attention_prefix(self, layer_idx: int) -> str:
+        """Name of one layer's attention module."""
+        return f"{self.layer_prefix(layer_idx)}.{self.attention}"
+
+    def model_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """The model's name of each stored tensor; checkpoints of the base model alone lack the first part."""
+        base = self.layer.partition(".")[0] + "."
+        names = {name: name for name in stored}
+        for old, new in self.renamed.items():
+            names = {name: new + n.removeprefix(old) if n.startswith(old) else n for name, n in names.items()}
+        if not any(name.startswith(base) for name in names.values()):
+            names = {name: n if n.startswith("lm_head.") else base + n for name, n in names.items()}
+        return names if len(set(names.values())) == len(names) else {name: name for name in names}
+
+    def decoupled(self) -> Architecture:
+        """How the model code of layout decoupled stores this family: as modules hold it, in the canonical order."""
+        return replace(
+            self, packed=None, query="q_proj", key="k_proj", value="v_proj", rotary="half", stacked={}, renamed={}
+        )
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the projections in front of the attention."""
+        return (self.query, self.key, self.value) if self.packed is None else (self.packed,)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of the norms of queries and keys."""
+        return () if self.key_norm is None else ("q_norm", "k_norm")
+
+    def owns(self, name: str) -> bool:
+        """Whether AttentionWeights holds the tensor of this name, relative to the layer."""
+        modules = (*self.projections, self.output, *self.norms)
+        return name.rpartition(".")[0] in [f"{self.attention}.{module}" for module in modules]
+
+
+_EXPERTS = {
+    "mlp.experts.gate_up_proj": ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
+    "mlp.experts.down_proj": ("mlp.experts.{expert}.down_proj.weight",),
+}
+_MIXTRAL = {
+    "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
+    "mlp.experts.gate_up_proj": (
+        "block_sparse_moe.experts.{expert}.w1.weight",
+        "block_sparse_moe.experts.{expert}.w3.weight",
+    ),
+    "mlp.experts.down_proj": ("block_sparse_moe.experts.{expert}.w2.weight",),
+}
+# fmt: off
+ARCHITECTURES: dict[str, Architecture] = {
+    "bloom": Architecture(
+        layer="transformer.h.{layer_idx}", attention="self_attention", packed="query_key_value", packing="heads",
+        output="dense", rotary="none", stock_gqa=False, legacy=True,
+    ),
+    "cohere": Architecture(rotary="interleaved", refused=("use_qk_norm",)),
+    "gemma": Architecture(),
+    "gpt2": Architecture(
+        layer="transformer.h.{layer_idx}", attention="attn", packed="c_attn", transposed=True, output="c_proj",
+        rotary="none", stock_gqa=False,
+    ),
+    "gpt_neox": Architecture(
+        layer="gpt_neox.layers.{layer_idx}", attention="attention", packed="query_key_value", packing="heads",
+        output="dense", partial_rotary=True, stock_gqa=False, renamed={"embed_out.": "lm_head."},
+    ),
+    "gptj": Architecture(
+        layer="transformer.h.{layer_idx}", attention="attn", output="out_proj", rotary="interleaved",
+        partial_rotary=True, stock_gqa=False, legacy=True,
+    ),
+    "granite": Architecture(),
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "mixtral": Architecture(stacked=_MIXTRAL),
+    "olmo": Architecture(),
+    "olmo2": Architecture(key_norm="layer"),
+    "olmoe": Architecture(key_norm="layer", stacked=_EXPERTS),
+    "opt": Architecture(
+        layer="model.decoder.layers.{layer_idx}", output="out_proj", rotary="none", stock_gqa=False
+    ),
+    "phi": Architecture(output="dense", partial_rotary=True, refused=("qk_layernorm",)),
+    "phi3": Architecture(packed="qkv_proj", partial_rotary=True),
+    "qwen2": Architecture(),
+    "qwen2_moe": Architecture(stacked=_EXPERTS),
+    "qwen3": Architecture(key_norm="head"),
+    "qwen3_moe": Architecture(key_norm="head", stacked=_EXPERTS),
+    "stablelm": Architecture(partial_rotary=True, refused=("qk_layernorm",)),
+}
+_MLA = "its keys and values are already compressed together (multi-head latent attention)"
+UNSUPPORTED: dict[str, str] = {
+    "headfuse": "is already a model with heads of its own in every layer",
+    "nemotron-nas": "is already a model with heads of its own in every layer",
+    "mpt": "its attention has a bias (ALiBi) and projections of a form that is not known here",
+    "falcon": "its class repeats keys and values for every query head before it caches them, so no cache would shrink",
+    "gpt_bigcode": "it has a single key head and value head, or its layout of fused projections is not known here",
+    "deepseek_v2": _MLA,
+    "deepseek_v3": _MLA,
+    "minicpm3": _MLA,
+    "mamba": "it has no attention",
+    "mamba2": "it has no attention",
+    "rwkv": "it has no attention",
+}
+"""Why a family that people ask for is not in the table."""
+
+
+def architecture_of(model_type: str, where: object = None) -> Architecture:
+    """The table entry of a family.
+
+    Raises:
+        UnsupportedModelError: saying why, and naming the families that are supported.
+    """
+    if model_type not in ARCHITECTURES:
+        if model_type in ("headfuse", "nemotron-nas"):
+            raise UnsupportedModelError(
+                UNSUPPORTED[model_type], where=where, fix="fuse the source model at the budget you want"
+            )
+        reason = UNSUPPORTED.get(model_type, "nothing is known about where its heads are and how it rotates keys")
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not supported: {reason}",
+            where=where,
+            fix=f"supported: {', '.join(sorted(ARCHITECTURES))}; docs/add_an_architecture.md tells how to add one",
+        )
+    return ARCHITECTURES[model_type]

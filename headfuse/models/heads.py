@@ -1,0 +1,74 @@
+"""Reads the heads of a model from its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headfuse.errors import CheckpointError, UnsupportedModelError
+from headfuse.models.families import Architecture, architecture_of
+from headfuse.plan import HeadLayout
+
+
+def head_layout(config: Any, where: object = None) -> HeadLayout:
+    """Read the heads of a supported model from its transformers config.
+
+    Raises:
+        UnsupportedModelError: for a family, an option or a rotary style that is not supported.
+        CheckpointError: for head counts that do not divide.
+    """
+    arch = architecture_of(config.model_type, where)
+    num_heads = config.num_attention_heads
+    num_kv = (getattr(config, "num_key_value_heads", None) or num_heads) if arch.stock_gqa else num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    for name, value in (
+        ("num_hidden_layers", config.num_hidden_layers),
+        ("hidden_size", config.hidden_size),
+        ("num_attention_heads", num_heads),
+        ("num_key_value_heads", num_kv),
+        ("head_dim", head_dim),
+    ):
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{name} is {value}", where=where, fix="restore the model's own config.json")
+    if num_heads % num_kv:
+        raise CheckpointError(
+            f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv}",
+            where=where,
+            fix="restore the model's own config.json",
+        )
+    for option in arch.refused:
+        if getattr(config, option, None):
+            raise UnsupportedModelError(
+                f"model_type {config.model_type!r} is not supported with {option}: a LayerNorm over each head of "
+                "queries and keys (docs/architectures.md)",
+                where=where,
+                fix=f"choose a model without {option}",
+            )
+    return HeadLayout(
+        model_type=config.model_type,
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv,
+        head_dim=head_dim,
+        rotary_dim=_rotary_dim(config, arch, head_dim, where),
+    )
+
+
+def _rotary_dim(config: Any, arch: Architecture, head_dim: int, where: object) -> int:
+    if arch.rotary == "none":
+        return 0
+    factor = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0
+    if factor != 1.0 and not arch.partial_rotary:
+        raise UnsupportedModelError(
+            f"keys that are rotated only in part are not supported for model_type {config.model_type!r}",
+            where=where,
+            fix="choose a model whose whole heads are rotated",
+        )
+    rotated = getattr(config, "rotary_dim", None) or int(head_dim * factor)
+    if rotated % 2 or not 0 < rotated <= head_dim:
+        raise CheckpointError(
+            f"{rotated} channels of a head's {head_dim} are rotated, which are no pairs",
+            where=where,
+            fix="restore the model's own config.json",
+        )
+    return rotated

@@ -1,0 +1,40 @@
+"""Losses on logits, in chunks of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_CHUNK_LOGITS, _CHUNK_TOKENS = 2**22, 256
+"""Logits are computed in chunks of at most so many, or of so few tokens: small blocks of memory are used again."""
+
+
+def kl_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Forward divergence KL(teacher || student), summed over tokens; both logits are `[tokens, vocabulary]`."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_student = F.log_softmax(logits.to(dtype), dim=-1)
+    log_teacher = F.log_softmax(teacher_logits.to(dtype), dim=-1)
+    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are computed at once."""
+    return max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary)
+
+
+@torch.no_grad()
+def window_nll(hidden: torch.Tensor, head: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Mean NLL of the predictions inside each window, `[windows]`, float64.
+
+    `hidden [windows, length, D]` is what the head reads, `batch [windows, length]` the tokens.
+    """
+    states, targets = hidden[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+    weight: Any = head.weight
+    size = chunk_tokens(weight.shape[0])
+    chunks = zip(states.split(size), targets.split(size), strict=True)
+    losses = [F.cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in chunks]
+    # float32 first: mps has no float64
+    return torch.cat(losses).view(len(batch), -1).cpu().double().mean(dim=1)

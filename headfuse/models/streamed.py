@@ -1,0 +1,218 @@
+"""Runs a checkpoint one decoder layer at a time, so that a model larger than memory can be measured and converted."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from headfuse.checkpoint.reader import Checkpoint, is_finite
+from headfuse.errors import CheckpointError
+from headfuse.models.attention import canonical_order
+from headfuse.models.canonical import CanonicalCheckpoint, decoupled_config
+from headfuse.models.capture import CAPTURE, AttentionCapture, capturing_attention
+from headfuse.models.decoder_layers import HiddenStates, compute_buffers, load_layer
+from headfuse.models.families import architecture_of
+from headfuse.models.heads import head_layout
+from headfuse.models.heap import keep_freed_blocks, release_freed_blocks
+from headfuse.models.loading import model_without_weights
+from headfuse.models.states import logit_scale
+
+BATCH_TOKENS = 512
+"""Tokens that go through a layer at once; one window where it is longer."""
+
+
+class StreamedModel:
+    """A causal language model whose decoder layers are loaded one after another, computed in float32.
+
+    Args:
+        checkpoint: the weights, as `weights.ModelWeights` shows them.
+        config: the model's transformers config.
+        device: where layers are computed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: PreTrainedConfig, device: torch.device) -> None:
+        keep_freed_blocks()
+        AttentionInterface.register(CAPTURE, capturing_attention)
+        AttentionMaskInterface.register(CAPTURE, sdpa_mask)
+        self.config, self.device = config, device
+        self.arch, self.heads = architecture_of(config.model_type), head_layout(config)
+        self.checkpoint: Checkpoint | CanonicalCheckpoint = checkpoint
+        if self.arch.legacy:
+            self.checkpoint = CanonicalCheckpoint(checkpoint, self.arch, self.heads)
+            self.arch, config = self.arch.decoupled(), decoupled_config(config, self.heads)
+        self.order = canonical_order(self.arch, self.heads)
+        self.num_layers = config.num_hidden_layers
+        self.model = model_without_weights(config, checkpoint.folder, "eager" if self.arch.legacy else CAPTURE)
+        self.model.config._attn_implementation = CAPTURE
+        self.layers: list[nn.Module] = [
+            self.model.get_submodule(self.arch.layer_prefix(i)) for i in range(self.num_layers)
+        ]
+        self._load_outer()
+
+    def _load_outer(self) -> None:
+        """Materialise everything outside the layers: embeddings, final norm, head, rotary tables."""
+        layer_names = tuple(self.arch.layer_prefix(i) + "." for i in range(self.num_layers))
+        outer = {
+            name: self.checkpoint.read(name).to(self.device, torch.float32)
+            for name in self.model.state_dict()
+            if not name.startswith(layer_names) and name in self.checkpoint
+        }
+        self.model.load_state_dict(outer, strict=False, assign=True)
+        self.model.tie_weights()
+        outside = (m for name, m in self.model.named_modules() if not f"{name}.".startswith(layer_names))
+        compute_buffers(self.model, outside, self.device)
+
+    def embed(self, windows: torch.Tensor, weight: float = 1.0) -> HiddenStates:
+        """Token windows `[n, T]` -> input of layer 0, with the masks and positions of this length."""
+        hidden: list[torch.Tensor] = []
+        positional: list[tuple[Any, ...]] = [() for _ in self.layers]
+        recorded: list[dict[str, Any]] = [{} for _ in self.layers]
+
+        def recorder(index: int) -> Callable[..., torch.Tensor]:
+            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+                positional[index], recorded[index] = args, kwargs
+                if index == 0:
+                    hidden.append(hidden_states)
+                return hidden_states
+
+            return forward
+
+        with _forwards(self.layers, recorder, self.arch.legacy), torch.no_grad():
+            for window in windows:
+                self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
+        width = self.model.config.hidden_size
+        none = torch.empty(0, windows.shape[1], width, device=self.device)
+        return HiddenStates(torch.cat([none, *hidden]), positional, recorded, weight)
+
+    def layer_tensors(self, layer_idx: int) -> dict[str, torch.Tensor]:
+        """The stored tensors of one layer, in their own dtype, names relative to the layer."""
+        release_freed_blocks()  # of the layer before
+        prefix = self.arch.layer_prefix(layer_idx) + "."
+        return {
+            name.removeprefix(prefix): self.checkpoint.read(name)
+            for name in self.checkpoint.shapes
+            if name.startswith(prefix)
+        }
+
+    @contextlib.contextmanager
+    def layer(
+        self, layer_idx: int, tensors: Mapping[str, torch.Tensor]
+    ) -> Iterator[Callable[[HiddenStates, list[AttentionCapture] | None], HiddenStates]]:
+        """One layer with the given weights, as a function of hidden states that appends a capture per batch."""
+        layer = self.layers[layer_idx]
+        load_layer(layer, tensors, self.arch, self.device)
+        compute_buffers(self.model, layer.modules(), self.device)
+        attention: Any = layer.get_submodule(self.arch.attention)
+        attention.headfuse_order, hooks = self.order, []
+        if self.arch.norms:
+            norm = attention.get_submodule(self.arch.norms[1])
+            hooks.append(norm.register_forward_pre_hook(lambda _, args: setattr(attention, "headfuse_key", args[0])))
+
+        def run(states: HiddenStates, captures: list[AttentionCapture] | None = None) -> HiddenStates:
+            if not len(states):
+                return states
+            outputs, earlier = [], len(captures or ())
+            attention.headfuse_captures = None if captures is None else (captures, states.weight)
+            with torch.no_grad():
+                for batch in states.hidden.split(max(1, BATCH_TOKENS // states.hidden.shape[1])):
+                    result = layer(batch, *states.args[layer_idx], **states.kwargs[layer_idx])
+                    outputs.append(result[0] if isinstance(result, tuple) else result)
+            hidden = torch.cat(outputs)
+            seen = [x for capture in (captures or ())[earlier:] for x in (capture.query, capture.key, capture.value)]
+            if not all(map(is_finite, [hidden, *seen])):  # attention may hide what its scores are not
+                raise CheckpointError(
+                    f"layer {layer_idx} computes NaN or infinity",
+                    where=self.checkpoint.folder,
+                    fix="weights or config.json are damaged: take a checkpoint that generates text",
+                )
+            return replace(states, hidden=hidden)
+
+        try:
+            yield run
+        finally:
+            attention.headfuse_captures = attention.headfuse_key = None
+            for hook in hooks:
+                hook.remove()
+            layer.to("meta")
+
+    @torch.no_grad()
+    def nll(self, states: HiddenStates, windows: torch.Tensor) -> tuple[float, ...]:
+        """NLL per token of each of `windows [n, T]` given what the last layer made of them."""
+        losses = []
+        for state, window in zip(states.hidden, windows.to(self.device), strict=True):
+            logits = self._after_layers(self.model, state, window[None]).logits[0, :-1]
+            losses.append(nn.functional.cross_entropy(logits.float(), window[1:]).item())
+        return tuple(losses)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model's head, with its scale, makes of last hidden states `[..., D]`."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden * logit_scale(self.model.config))
+        return logits
+
+    def last_hidden_state(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the output embeddings read `[n, T, D]`, given what the last layer made of the windows `[n, T, D]`."""
+        tokens = torch.zeros(hidden.shape[1], dtype=torch.long, device=self.device)[None]  # of no effect
+        outputs = [self._after_layers(self.model.base_model, h, tokens).last_hidden_state for h in hidden]
+        return torch.cat(outputs)
+
+    def end_gradient(
+        self, states: HiddenStates, loss: Callable[[torch.Tensor, slice], torch.Tensor], chunk_tokens: int = 128
+    ) -> torch.Tensor:
+        """Gradient `[1, T, D]` with respect to the last layer's output, of a loss that is a sum over tokens.
+
+        `loss` gets logits `[chunk, vocabulary]` and the place of their tokens in the window: never all logits at once.
+        """
+        end = states.hidden.detach().requires_grad_(True)
+        with torch.enable_grad():
+            final = self.last_hidden_state(end)[0]
+            hidden = final.detach().requires_grad_(True)
+            for start in range(0, len(hidden), chunk_tokens):
+                part = slice(start, start + chunk_tokens)
+                loss(self.logits(hidden[part]), part).backward()
+            final.backward(hidden.grad)
+        assert end.grad is not None
+        return end.grad
+
+    def _after_layers(self, model: nn.Module, state: torch.Tensor, tokens: torch.Tensor) -> Any:
+        """The output of a model whose last layer gives `state [T, D]`."""
+        last = self.num_layers - 1
+
+        def injector(index: int) -> Callable[..., torch.Tensor]:
+            return lambda hidden_states, *args, **kwargs: state[None] if index == last else hidden_states
+
+        with _forwards(self.layers, injector, self.arch.legacy):
+            return model(input_ids=tokens, use_cache=False)
+
+
+class _forwards:
+    """Replace the layers' forward functions while a block runs."""
+
+    def __init__(
+        self, layers: list[nn.Module], make: Callable[[int], Callable[..., torch.Tensor]], tuples: bool
+    ) -> None:
+        self.layers, self.make, self.tuples = layers, make, tuples
+
+    def __enter__(self) -> None:
+        def in_tuple(forward: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor]]:
+            return lambda *args, **kwargs: (forward(*args, **kwargs),)
+
+        for index, layer in enumerate(self.layers):
+            layer.forward = in_tuple(self.make(index)) if self.tuples and _gives_tuple(layer) else self.make(index)
+
+    def __exit__(self, *exc: object) -> None:
+        for layer in self.layers:
+            del layer.forward
+
+
+def _gives_tuple(layer: nn.Module) -> bool:
+    """Whether a legacy family's layer gives a tuple in the installed transformers; gptj's does so up to 5.23."""
+    return inspect.signature(type(layer).forward).return_annotation is not torch.Tensor

@@ -1,0 +1,102 @@
+"""Similarity, redundancy and the proposed plan of a model, from one streamed pass over calibration text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headfuse.config.fuse import FuseConfig
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.loading import pick_device
+from headfuse.models.source import Source
+from headfuse.models.streamed import StreamedModel
+from headfuse.plan import FusionPlan
+from headfuse.planning.planner import ProgressCallback, check_budget, make_plan, survey
+from headfuse.planning.similarity import aligned_similarity, linear_cka, redundancy
+
+
+@dataclass(frozen=True)
+class SideAnalysis:
+    """Similarity matrices `[n, n]` of one layer's key heads or value heads, and their mean over pairs."""
+
+    cka: list[list[float]]
+    aligned: list[list[float]]
+    cka_redundancy: float
+    redundancy: float
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Per layer, for keys and for values, the similarities; and the plan that the budget leads to."""
+
+    keys: list[SideAnalysis]
+    values: list[SideAnalysis]
+    plan: FusionPlan
+
+
+def analyze(
+    model: str,
+    config: FuseConfig | None = None,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    on_progress: ProgressCallback = lambda phase, done, total: None,
+) -> Analysis:
+    """Measure how alike the heads of every layer are, and propose a plan for the budget.
+
+    Raises:
+        HeadfuseError: for every kind of bad input.
+    """
+    config = config or FuseConfig()
+    source = Source.open(model, trust_remote_code)
+    check_budget(config, source)
+    text = source.calibration_text(config, trust_remote_code)
+    streamed = StreamedModel(source.checkpoint, source.config, pick_device(device))
+    surveys = survey(source, streamed, text, config, on_progress)
+    plan = make_plan(source, config, surveys)
+    keys, values = [], []
+    for layer_idx, layer in enumerate(surveys):
+        tensors = streamed.layer_tensors(layer_idx)
+        weights = AttentionWeights.of_layer(tensors, streamed.arch, source.heads)
+        keys.append(_side(weights.key, layer.key_pairs, layer.key_energy))
+        values.append(_side(weights.value, layer.value_pairs, layer.value_energy))
+    return Analysis(keys, values, plan)
+
+
+def _side(weight: torch.Tensor, pairs: list[list[float]], energy: list[float]) -> SideAnalysis:
+    cka, aligned = linear_cka(weight), aligned_similarity(torch.tensor(pairs), torch.tensor(energy))
+    return SideAnalysis(cka.tolist(), aligned.tolist(), redundancy(cka), redundancy(aligned))
+
+
+def plot(analysis: Analysis, folder: Path) -> list[Path]:
+    """Heat maps of the head similarities, one PNG for keys and one for values."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    paths = []
+    for side, layers in (("key", analysis.keys), ("value", analysis.values)):
+        figure, axes = pyplot.subplots(
+            2, len(layers), figsize=(1.6 * len(layers) + 1.5, 4), squeeze=False, layout="constrained"
+        )
+        image: Any = None
+        for index, layer in enumerate(layers):
+            for row, (name, matrix) in enumerate((("CKA", layer.cka), ("aligned", layer.aligned))):
+                axis = axes[row][index]
+                image = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+                axis.set(xticks=[], yticks=[])
+                if row == 0:
+                    axis.set_title(f"layer {index}", fontsize=8)
+                if index == 0:
+                    axis.set_ylabel(name)
+        figure.colorbar(image, ax=axes, shrink=0.8)
+        figure.suptitle(f"Similarity of {side} heads")
+        path = folder / f"{side}_similarity.png"
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+        paths.append(path)
+    return paths

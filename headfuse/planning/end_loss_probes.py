@@ -1,0 +1,127 @@
+"""Costs of head counts by the divergence of the model's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headfuse.fusion.refit import refit_output
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.capture import AttentionCapture
+from headfuse.models.decoder_layers import HiddenStates
+from headfuse.models.logits import kl_divergence
+from headfuse.models.streamed import StreamedModel
+from headfuse.plan import HeadBudget
+from headfuse.planning.fused_variants import Costs, Fused, captures_for_refit, with_heads
+
+
+@dataclass(frozen=True)
+class Probe:
+    """KL(source || model of equal counts with one side of one layer fused to `count` heads instead), in nats."""
+
+    layer_idx: int
+    side: str
+    count: int
+    divergence: float
+
+
+class EndLossProbes:
+    """Hidden states of fused variants on their way through the layers (mathematics.md section 8.4).
+
+    Costs add up near the point where they were measured, and errors of fused layers compound. So one side of one layer
+    is fused more or less not in the source but in a model that is fused to the same budget with equal counts. All
+    variants advance together, so every layer is loaded once.
+
+    Args:
+        streamed: the source.
+        windows: the tokens that the probes see, `[k, T]`.
+        equal: the counts of the model that the variants differ from; those that are not given to `advance` are lowered
+            to the next one that is.
+    """
+
+    def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget) -> None:
+        self.streamed, self.worth = streamed, float(windows.numel())
+        self.equal = {"key": list(equal.key_heads), "value": list(equal.value_heads)}
+        self.source = self.fused = streamed.embed(windows)
+        self.variants: list[tuple[int, str, int, HiddenStates]] = []
+
+    def advance(
+        self,
+        layer_idx: int,
+        tensors: Mapping[str, torch.Tensor],
+        fused: Fused,
+        captures: Sequence[AttentionCapture] = (),
+    ) -> None:
+        """Take every variant through a layer, and start one for each `(side, count)` of this layer.
+
+        Args:
+            layer_idx: of the layer.
+            tensors: the source's.
+            fused: maps and groups of each `(side, count)` with fewer heads than the source.
+            captures: the source's layer on calibration text, to refit output projections; without, they stay as folded.
+        """
+        n = self.streamed.heads.num_key_value_heads
+        counts = {side: sorted({n} | {count for s, count in fused if s == side}) for side in self.equal}
+        for side, row in self.equal.items():
+            row[layer_idx] = max(count for count in counts[side] if count <= row[layer_idx] or count == counts[side][0])
+
+        equal = {side: row[layer_idx] for side, row in self.equal.items()}
+        output = AttentionWeights.of_layer(tensors, self.streamed.arch, self.streamed.heads).output
+        fitted = captures_for_refit(captures, output)
+
+        def variant(**changed: int) -> Mapping[str, torch.Tensor]:
+            chosen = {side: fused[side, c] for side, c in {**equal, **changed}.items() if c < n}
+            if not chosen:
+                return tensors
+            refitted = refit_output(output, fitted, chosen) if fitted else None
+            return with_heads(tensors, self.streamed, chosen, refitted)
+
+        started = []
+        for side in self.equal:
+            for count in counts[side]:
+                if count != equal[side]:
+                    with self.streamed.layer(layer_idx, variant(**{side: count})) as run:
+                        started.append((layer_idx, side, count, run(self.fused, None)))
+        with self.streamed.layer(layer_idx, tensors) as run:
+            self.source = run(self.source, None)
+        with self.streamed.layer(layer_idx, variant()) as run:
+            self.fused = run(self.fused, None)
+            self.variants = [(i, side, count, run(states, None)) for i, side, count, states in self.variants]
+        self.variants += started
+
+    def results(self) -> list[Probe]:
+        """Every count of every side, after the last layer; the divergence of equal counts stands in each row."""
+        states = [self.fused, *(states for *_, states in self.variants)]
+        equal, *others = divergences(self.streamed, self.source, states)
+        probes = [Probe(i, side, count, d) for (i, side, count, _), d in zip(self.variants, others, strict=True)]
+        rows = dict.fromkeys((probe.layer_idx, probe.side) for probe in probes)
+        return probes + [Probe(i, side, self.equal[side][i], equal) for i, side in rows]
+
+    def costs(self) -> Costs:
+        """The costs that the results say."""
+        return costs(self.results())
+
+
+@torch.no_grad()
+def divergences(streamed: StreamedModel, source: HiddenStates, variants: Sequence[HiddenStates]) -> list[float]:
+    """KL(source || variant) of each variant, in nats per position, given what the last layers made of the windows."""
+
+    def logits(states: HiddenStates, window: int) -> torch.Tensor:  # float64: that of equal models is 0, not rounding
+        return streamed.logits(streamed.last_hidden_state(states.hidden[window : window + 1])).flatten(0, 1).double()
+
+    sums = [0.0] * len(variants)
+    for window in range(len(source)):
+        wanted = logits(source, window)
+        for index, states in enumerate(variants):
+            sums[index] += kl_divergence(logits(states, window), wanted).item()
+    return [total / source.hidden.shape[:2].numel() for total in sums]
+
+
+def costs(probes: Iterable[Probe]) -> Costs:
+    """What each count of a layer's side costs, in nats: its divergence less that of all heads, at least 0."""
+    rows = Costs()
+    for probe in probes:
+        rows.setdefault((probe.layer_idx, probe.side), {})[probe.count] = probe.divergence
+    return {place: {count: max(0.0, d - row[max(row)]) for count, d in row.items()} for place, row in rows.items()}

@@ -1,0 +1,124 @@
+"""Costs of head counts by the error of the attention output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from headfuse.fusion.refit import FusedHeads, reconstructed_outputs, refit_output
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.capture import AttentionCapture
+from headfuse.models.streamed import StreamedModel
+from headfuse.plan import HeadBudget
+from headfuse.planning.end_loss_probes import divergences
+from headfuse.planning.fused_variants import Costs, Fused, captures_for_refit, with_heads
+
+ERRORS_WORTH = 1000.0
+"""Tokens on which the end loss tells as much of a count as the error of the attention output does: the error is biased,
+the end loss of few tokens is noise (docs/experiments.md)."""
+TINY = 1e-30
+
+
+class ErrorProbes:
+    """Errors of the attention output, made comparable across the sides by the end loss.
+
+    The closed form tells apart the layers of one side, but an error of values costs more than one of keys that is as
+    large (docs/experiments.md). So the errors of a side are scaled to add up to the divergence of a model in which that
+    side alone is fused, to equal counts.
+
+    Args:
+        streamed: the source.
+        windows: the tokens that the two models see, `[k, T]`.
+        equal: their counts; lowered to the next that is measured.
+        refit: whether the conversion refits output projections.
+    """
+
+    worth = ERRORS_WORTH
+
+    def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget, refit: bool) -> None:
+        self.streamed, self.refit, self.errors = streamed, refit, Costs()
+        self.equal = {"key": equal.key_heads, "value": equal.value_heads}
+        self.source = streamed.embed(windows)
+        self.fused = dict.fromkeys(self.equal, self.source)
+        self.summed = dict.fromkeys(self.equal, 0.0)
+
+    def advance(
+        self,
+        layer_idx: int,
+        tensors: Mapping[str, torch.Tensor],
+        fused: Fused,
+        captures: Sequence[AttentionCapture],
+        hidden: torch.Tensor,
+    ) -> None:
+        """Measure the counts of a layer, and take the two models through it.
+
+        Args:
+            layer_idx: of the layer.
+            tensors: the source's.
+            fused: maps and groups of each `(side, count)` with fewer heads than the source.
+            captures: the source's layer on calibration text.
+            hidden: the residual stream before the layer, of the windows of weight 1, `[k, T, D]`.
+        """
+        output = AttentionWeights.of_layer(tensors, self.streamed.arch, self.streamed.heads).output
+        ordinary = [capture for capture in captures if capture.weight == 1]
+        seen = ordinary[: max(1, len(ordinary) // 4)]
+        others = ordinary[len(seen) :] + [c for c in captures if c.weight != 1] if len(ordinary) > 1 else captures
+        fitted = captures_for_refit(others, output)
+        targets = [capture.output.flatten(2) @ output.to(capture.output).flatten(1).T for capture in seen]
+        for side, counts in self.equal.items():
+            measured = sorted(count for s, count in fused if s == side)
+            equal = max([count for count in measured if count <= counts[layer_idx]] or measured[:1], default=None)
+            layer = tensors
+            row = self.errors.setdefault((layer_idx, side), {})
+            for count in measured:
+                changed = {side: fused[side, count]}
+                refitted = refit_output(output, fitted, changed) if self.refit else output
+                row[count] = output_error(seen, targets, hidden, refitted, changed)
+                if count == equal:
+                    self.summed[side] += row[count]
+                    layer = with_heads(tensors, self.streamed, changed, refitted)
+            with self.streamed.layer(layer_idx, layer) as run:
+                self.fused[side] = run(self.fused[side], None)
+        with self.streamed.layer(layer_idx, tensors) as run:
+            self.source = run(self.source, None)
+
+    def costs(self) -> Costs:
+        """The scaled errors of each layer's sides, 0 for all heads; unscaled where nothing was lost."""
+        n, scales = self.streamed.heads.num_key_value_heads, dict.fromkeys(self.fused, 1.0)
+        found = divergences(self.streamed, self.source, list(self.fused.values()))
+        for side, divergence in zip(self.fused, found, strict=True):
+            if divergence > 0 and self.summed[side] > 0:
+                scales[side] = divergence / self.summed[side]
+        return {
+            (i, side): {**{count: scales[side] * error for count, error in row.items()}, n: 0.0}
+            for (i, side), row in self.errors.items()
+        }
+
+
+def output_error(
+    captures: Sequence[AttentionCapture],
+    targets: Sequence[torch.Tensor],
+    hidden: torch.Tensor,
+    output: torch.Tensor,
+    fused: FusedHeads,
+) -> float:
+    """Mean of |e|^2 / (|e|^2 + |x|^2) over tokens: e the error of the attention output, x the residual stream.
+
+    Token by token, because a few tokens with massive activations hold nearly all of the energy.
+
+    Args:
+        captures: the source's layer on the text to measure on, of all or the first of `hidden`.
+        targets: the source's attention output of each of them, `[B, T, D]`.
+        hidden: the residual stream before the layer, `[k, T, D]`.
+        output: output projection that reads the fused heads, `[D, n_q, d]`.
+        fused: maps and groups of the sides that are fused.
+    """
+    share, tokens, first = 0.0, 0, 0
+    for capture, target in zip(captures, targets, strict=True):
+        z = reconstructed_outputs(capture, fused).transpose(1, 2)  # [B, T, n_q, d]
+        error = z.flatten(2) @ output.to(z).flatten(1).T - target
+        squared, energy = error.square().sum(-1), hidden[first : first + len(z)].square().sum(-1)
+        share += (squared / (squared + energy).clamp_min(TINY)).sum().item()
+        tokens, first = tokens + energy.numel(), first + len(z)
+    return share / tokens

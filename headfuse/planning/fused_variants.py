@@ -1,0 +1,95 @@
+"""Source layers with some heads fused, on the text that they are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from headfuse.fusion.maps import HeadMaps
+from headfuse.fusion.refit import FusedHeads
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.capture import AttentionCapture
+from headfuse.models.streamed import StreamedModel
+from headfuse.plan import Groups
+
+PROBE_COST = 2.0
+"""Price of all probes of the end loss together, in forward passes over the calibration text; it decides how many tokens
+they see."""
+WEIGHED = 1 / 16
+"""Tokens that weigh keys against values, over those of the calibration text."""
+PROBE_LENGTH = 128
+"""Tokens of a probe's window: different texts tell more than a long one."""
+ROWS_PER_UNKNOWN = 4
+"""Rows of text behind a refit that only tells what a count costs, for each number in a row of the projection."""
+Costs = dict[tuple[int, str], dict[int, float]]
+"""Of a layer's side: cost of each measured count."""
+Fused = Mapping[tuple[str, int], tuple[HeadMaps, Groups]]
+"""Maps and groups of each `(side, count)` with fewer heads than the source."""
+
+
+def probe_tokens(tokens: float, layers: int, counts: int) -> int:
+    """How many tokens each of `2 layers counts` probes may see; a probe costs half a forward pass on average."""
+    return max(64, int(PROBE_COST * tokens / max(1, layers * counts)))
+
+
+def weighing_tokens(tokens: int) -> int:
+    """How many tokens the two models see whose end loss weighs keys against values."""
+    return max(64, int(WEIGHED * tokens))
+
+
+def probe_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The beginnings of as many windows `[k, T]` as `tokens` reach for, longer ones where there are too few."""
+    used = min(len(windows), max(1, round(tokens / PROBE_LENGTH)))
+    return windows[:used, : tokens // used]
+
+
+def captures_for_refit(captures: Sequence[AttentionCapture], output: torch.Tensor) -> Sequence[AttentionCapture]:
+    """The short windows, and of the others as many as a refit of `output [D, n_q, d]` for a cost needs."""
+    rows, enough = 0, list[AttentionCapture]()
+    for capture in captures:
+        if capture.weight != 1 or rows < ROWS_PER_UNKNOWN * output[0].numel():
+            enough.append(capture)
+            rows += capture.output.shape[:2].numel() if capture.weight == 1 else 0
+    return enough
+
+
+def with_heads(
+    tensors: Mapping[str, torch.Tensor],
+    streamed: StreamedModel,
+    fused: FusedHeads,
+    output: torch.Tensor | None = None,
+) -> Mapping[str, torch.Tensor]:
+    """A source layer's tensors with keys, values or both replaced by what their fused heads give back of them.
+
+    `output [D, n_q, d]` takes the place of the output projection, where it is given.
+    """
+    for side, maps in fused.items():
+        tensors = reconstructed(tensors, streamed, side, *maps)
+    if output is None:
+        return tensors
+    weights = AttentionWeights.of_layer(tensors, streamed.arch, streamed.heads)
+    weights.output = output
+    return weights.in_layer(tensors, streamed.arch, streamed.heads)
+
+
+def reconstructed(
+    tensors: Mapping[str, torch.Tensor], streamed: StreamedModel, side: str, maps: HeadMaps, groups: Groups
+) -> dict[str, torch.Tensor]:
+    """A source layer's tensors with `key` or `value` heads replaced by what the fused heads give back of them.
+
+    It has the source's shapes, so the source's own class computes the fused layer: read maps of keys commute with RoPE.
+    """
+    arch, heads = streamed.arch, streamed.heads
+    weights = AttentionWeights.of_layer(tensors, arch, heads)
+
+    def back(weight: torch.Tensor) -> torch.Tensor:
+        return maps.reconstruct(weight.double().mT, groups).mT.float()
+
+    if side == "key":
+        weights.key = back(weights.key)
+        weights.key_bias = None if weights.key_bias is None else back(weights.key_bias[..., None])[..., 0]
+    else:
+        weights.value = back(weights.value)
+        weights.value_bias = None if weights.value_bias is None else back(weights.value_bias[..., None])[..., 0]
+    return weights.in_layer(tensors, arch, heads)

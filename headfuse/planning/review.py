@@ -1,0 +1,63 @@
+"""Applies a plan that somebody reviewed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from headfuse.checkpoint.plan_file import read_plan
+from headfuse.config.fuse import BudgetConfig, FuseConfig
+from headfuse.errors import ConfigError
+from headfuse.fusion import FUSION_METHODS
+from headfuse.layouts import LAYOUTS
+from headfuse.models.source import Source
+from headfuse.plan import FusionPlan
+
+logger = logging.getLogger(__name__)
+
+
+def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[FusionPlan, FuseConfig]:
+    """A plan that somebody reviewed, and the options with what it decides in them: heads, method, layout.
+
+    Raises:
+        ConfigError: when it is for a model of another shape, or options were given that contradict it.
+    """
+    plan = read_plan(path)
+    if plan.heads != source.heads:
+        raise ConfigError(
+            "the plan is for a model of another shape", where=path, fix="make one with `headfuse analyze`"
+        )
+    if plan.method not in FUSION_METHODS:
+        raise ConfigError(f"unknown method {plan.method!r}", where=path, fix=f"choose from {', '.join(FUSION_METHODS)}")
+    LAYOUTS[plan.layout].check(source.config)
+    given = config.model_fields_set
+    changed: list[str] = [
+        name for name in ("method", "layout") if name in given and getattr(config, name) != getattr(plan, name)
+    ]
+    if "budget" in given and not _keeps_the_same(config, plan):
+        changed.append("budget")
+    if changed:
+        raise ConfigError(
+            f"the options contradict the plan in {', '.join(changed)}",
+            where=path,
+            fix="leave these options out, or make a plan with them: `headfuse analyze --output`",
+        )
+    counts = plan.head_budget
+    budget = BudgetConfig(key_heads=counts.key_heads, value_heads=counts.value_heads)
+    return plan, config.model_copy(update={"method": plan.method, "layout": plan.layout, "budget": budget})
+
+
+def _keeps_the_same(config: FuseConfig, plan: FusionPlan) -> bool:
+    """Whether the budget of the options is the plan's: by its counts, or by the share that the plan is named after."""
+    if config.budget.rules.total is not None:
+        return "total" not in config.budget.model_fields_set or config.budget.label == plan.budget
+    counts = plan.head_budget
+    return (config.budget.key_heads, config.budget.value_heads) == (counts.key_heads, counts.value_heads)
+
+
+def adopt(plan: FusionPlan, source: Source) -> FusionPlan:
+    """The plan as one of this source; warns where it was measured on other weights of the same shape."""
+    identity = source.identity()
+    if plan.source.fingerprint != identity.fingerprint:
+        logger.warning("the plan was made on other weights (%s): its groups may not suit these", plan.source.name)
+    return plan.model_copy(update={"source": identity, "files": {}, "seal": None})

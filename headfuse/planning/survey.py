@@ -1,0 +1,160 @@
+"""Survey of one layer: what pairs of heads share, the groups for every head count, and the costs of the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headfuse.fusion import FusionMethod, Maps
+from headfuse.fusion.losses import lost_key_energy, lost_value_energy
+from headfuse.fusion.moments import KeyMoments, ValueMoments, key_moments, value_moments
+from headfuse.models.capture import AttentionCapture
+from headfuse.plan import Groups, HeadLayout
+from headfuse.planning.costs import SideCosts, measured_counts
+from headfuse.planning.grouping import GROUPERS
+
+
+def key_pair_cost(moments: KeyMoments, slots: bool) -> torch.Tensor:
+    """`[n, n]`: share of the layer's key energy lost when two heads become one, with rotary slots or without."""
+    weight = moments.query_energy.T.sqrt()
+    gram = weight[:, :, None] * moments.gram * weight[:, None, :]  # [F, n, n]
+    energy = gram.diagonal(dim1=1, dim2=2).real
+    tail, tail_energy = (0.0, 0.0) if moments.tail is None else _pair_energy(moments.tail)
+    scale = (energy.sum() + tail_energy).clamp_min(1e-300)
+    if moments.normed:
+        return _normed_pair_energy(moments) / scale
+    total, difference = energy[:, :, None] + energy[:, None, :], energy[:, :, None] - energy[:, None, :]
+    root = (difference.square() + 4 * gram.abs().square()).sqrt()
+    lost = (total - root) / 2  # the smaller eigenvalue
+    if slots:  # the smaller half of all eigenvalues
+        lost = torch.cat([lost, (total + root) / 2]).sort(dim=0).values[: len(lost)]
+    return (lost.clamp_min(0).sum(0).fill_diagonal_(0) + tail) / scale
+
+
+def _normed_pair_energy(moments: KeyMoments) -> torch.Tensor:
+    """`[n, n]`: energy lost when two heads behind a norm become their weighted mean, sum_f E|k_i - k_j|^2 ab/(a+b)."""
+    energy = moments.query_energy.T  # [F, n]
+    own = moments.gram.diagonal(dim1=1, dim2=2).real
+    apart = own[:, :, None] + own[:, None, :] - 2 * moments.gram.real
+    share = energy[:, :, None] * energy[:, None, :] / (energy[:, :, None] + energy[:, None, :]).clamp_min(1e-300)
+    return (apart.clamp_min(0) * share).sum(0).fill_diagonal_(0)
+
+
+def value_pair_cost(moments: ValueMoments) -> torch.Tensor:
+    """`[n, n]`: share of the layer's output energy lost when two value heads become one (rank d of 2d)."""
+    cost, energy = _pair_energy(moments)
+    return cost / energy.clamp_min(1e-300)
+
+
+def _pair_energy(moments: ValueMoments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energy lost when two heads become one, `[n, n]`, and that of all heads."""
+    n, d = moments.output_gram.shape[:2]
+    eigenvalues, vectors = torch.linalg.eigh(moments.output_gram)
+    root = vectors * eigenvalues.clamp_min(0).sqrt()[:, None] @ vectors.mT  # [n, d, d]
+    weighted = torch.einsum("iac,icjd,jdb->iajb", root, moments.covariance, root)
+    cost = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        for j in range(i + 1, n):
+            pair = weighted[[i, j]][:, :, [i, j]].reshape(2 * d, 2 * d)
+            cost[i, j] = cost[j, i] = torch.linalg.eigvalsh(pair)[:d].clamp_min(0).sum()
+    return cost, torch.einsum("iaia->", weighted)
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """One layer's pair costs, the groups for each count, and the measured cost of each count."""
+
+    key_pairs: list[list[float]]
+    value_pairs: list[list[float]]
+    key_energy: list[float]
+    value_energy: list[float]
+    key_groups: list[Groups]
+    key_slots: list[Groups | None]
+    value_groups: list[Groups]
+    shared_groups: dict[int, Groups]
+    costs: dict[str, SideCosts]
+    """Of the sides `key` and `value`, where the allocator reads costs of fusing."""
+
+
+def survey_layer(
+    captures: Sequence[AttentionCapture],
+    output: torch.Tensor,
+    heads: HeadLayout,
+    method: FusionMethod,
+    grouping: str,
+    costs: bool,
+    slots: bool,
+    every_count: bool = False,
+    shared_groups: bool = False,
+) -> LayerSurvey:
+    """Measure one source layer: groups for every head count, and what fusing to that count costs.
+
+    `slots` lets fused key heads choose their rotary slots; with `shared_groups` counts that divide the source's are
+    those of one partition of keys and values into groups of one size, and are the ones measured. `costs` asks for the
+    lost energy of every count, and for the maps of those whose cost is to be measured (probes.py).
+
+    Args:
+        captures: the layer on the calibration windows.
+        output: output projection `[D, n_q, d]`.
+        heads: the source's heads.
+        method: of fusion.
+        grouping: name of the grouping.
+        costs: whether the allocator reads costs of fusing.
+        slots: whether key heads choose their slots.
+        every_count: whether every count is to be measured.
+        shared_groups: whether keys and values have the same groups.
+    """
+    n = heads.num_key_value_heads
+    keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
+    key_pairs, value_pairs = key_pair_cost(keys, slots).tolist(), value_pair_cost(values).tolist()
+    grouper = GROUPERS[grouping]
+    both = [[a + b for a, b in zip(r, s, strict=True)] for r, s in zip(key_pairs, value_pairs, strict=True)]
+    key_groups = [grouper(key_pairs, count, False) for count in range(1, n + 1)]
+    value_groups = [grouper(value_pairs, count, False) for count in range(1, n + 1)]
+    shared = {count: grouper(both, count, True) for count in range(1, n + 1) if n % count == 0}
+    if shared_groups:
+        key_groups = [shared.get(count, groups) for count, groups in enumerate(key_groups, start=1)]
+        value_groups = [shared.get(count, groups) for count, groups in enumerate(value_groups, start=1)]
+    key_slots = [method.rotary_slots(groups, keys) if slots else None for groups in key_groups]
+    measured = {side: SideCosts([0.0] * n, {}, []) for side in ("key", "value")} if costs else {}
+    counts = set(shared) if shared_groups else measured_counts(n, every_count)
+    known, lost = dict[tuple[int, ...], Maps](), dict[tuple[int, ...], float]()  # most groups are those of other counts
+    for count in range(1, n) if costs else ():
+        groups = {"key": key_groups[count - 1], "value": value_groups[count - 1]}
+        maps = {
+            "key": method.key_maps(groups["key"], keys, key_slots[count - 1]),
+            "value": method.value_maps(groups["value"], values, known),
+        }
+        for group in groups["value"]:
+            if group not in lost:
+                lost[group] = lost_value_energy(maps["value"], (group,), values)
+        measured["key"].lost[count - 1] = lost_key_energy(maps["key"], groups["key"], keys)
+        measured["value"].lost[count - 1] = sum(lost[group] for group in groups["value"])
+        if count in counts:
+            for side, row in measured.items():
+                row.maps[count] = maps[side], groups[side]
+    return LayerSurvey(
+        key_pairs,
+        value_pairs,
+        _key_energy(keys),
+        _value_energy(values),
+        key_groups,
+        key_slots,
+        value_groups,
+        shared,
+        measured,
+    )
+
+
+def _key_energy(moments: KeyMoments) -> list[float]:
+    energy = (moments.gram.diagonal(dim1=1, dim2=2).real.T * moments.query_energy).sum(1)
+    if moments.tail is not None:
+        energy = energy + torch.einsum("iaib,iab->i", moments.tail.covariance, moments.tail.output_gram)
+    return (energy / energy.sum().clamp_min(1e-300)).tolist()
+
+
+def _value_energy(moments: ValueMoments) -> list[float]:
+    energy = torch.einsum("iaib,iab->i", moments.covariance, moments.output_gram)
+    return (energy / energy.sum().clamp_min(1e-300)).tolist()

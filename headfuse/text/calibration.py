@@ -1,0 +1,56 @@
+"""The windows that statistics are taken on, their short starts, and those held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from headfuse.text.windows import with_start
+
+START_LENGTH, STARTS_PER_WINDOW, START_WEIGHT = 4, 16, 4.0
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token windows: `statistics [n, T]`, `starts [m, START_LENGTH]` cut from them, and `held_out [k, T]`.
+
+    With a BOS token (`bos`), all of them begin with it.
+    """
+
+    statistics: torch.Tensor
+    starts: torch.Tensor
+    held_out: torch.Tensor
+    bos: int | None = None
+
+    @classmethod
+    def split(cls, windows: torch.Tensor, held_out: int, bos: int | None = None) -> CalibrationText:
+        """Keep the last `held_out` of the windows `[samples, T]` from the statistics."""
+        used = len(windows) - held_out
+        return cls(windows[:used], start_windows(windows[:used], bos), windows[used:], bos)
+
+    def part(self, share: float) -> CalibrationText:
+        """The first `share` of the statistics windows, at least one, and nothing held out."""
+        used = max(1, round(len(self.statistics) * share))
+        windows = self.statistics[:used]
+        return CalibrationText(windows, start_windows(windows, self.bos), self.held_out[:0], self.bos)
+
+
+def start_windows(windows: torch.Tensor, bos: int | None = None) -> torch.Tensor:
+    """Short windows from all over the text; with `bos`, windows begin with it, and so do the short ones.
+
+    The token at position 0 sees only itself, and in many models its attention outputs set off the massive activations
+    that serve all later tokens as attention sink. A long window has one such token, so a fit on long windows alone
+    breaks on first tokens that it never saw (docs/experiments.md).
+    """
+    if bos is not None:
+        return with_start(_spread(windows[:, 1:], START_LENGTH - 1), bos)
+    return _spread(windows, START_LENGTH)
+
+
+def _spread(windows: torch.Tensor, longest: int) -> torch.Tensor:
+    """Pieces of at most `longest` tokens from evenly spread places of windows `[n, T]`."""
+    length = min(longest, windows.shape[1])
+    stride = max(length, windows.shape[1] // STARTS_PER_WINDOW)
+    offset = stride // 2 if windows.shape[1] >= stride // 2 + length else 0
+    return windows[:, offset:].unfold(1, length, stride).flatten(0, 1)

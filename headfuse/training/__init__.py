@@ -1,0 +1,1 @@
+"""Recovery: continued pre-training of a fused model."""

@@ -1,0 +1,91 @@
+"""The parameters that are trained, and their optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from headfuse.config.uptrain import UptrainConfig
+from headfuse.errors import ConfigError, MissingExtraError
+from headfuse.models.attention import packed_keys_and_values
+from headfuse.models.heads import head_layout
+from headfuse.models.weights import stored_architecture
+
+
+def prepare_training(student: PreTrainedModel, recipe: UptrainConfig) -> Callable[[], None]:
+    """Choose the weights that are trained; returns what folds adapters into the weights at the end."""
+    if recipe.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.train == "all":
+        return lambda: None
+    config, arch = student.config, stored_architecture(student.config)
+    prefixes = tuple(f"{arch.attention_prefix(i)}." for i in range(config.get_text_config().num_hidden_layers))
+    if recipe.train == "attention":
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name.startswith(prefixes))
+        return lambda: None
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingExtraError(
+            "peft is not installed", where="train: lora", fix="pip install 'headfuse[lora]'"
+        ) from None
+    kinds = (torch.nn.Linear, Conv1D)
+    linear = [n for n, m in student.named_modules() if isinstance(m, kinds) and n.startswith(prefixes)]
+    torch.manual_seed(recipe.seed)
+    adapted = get_peft_model(
+        student, LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=linear)
+    )
+
+    def merge() -> None:
+        adapted.merge_and_unload()
+
+    return merge
+
+
+def make_optimizer(model: PreTrainedModel, recipe: UptrainConfig, sharded: bool = False) -> torch.optim.Optimizer:
+    """AdamW over all trained weights; keys and values have a rate of their own, in packed projections by rows.
+
+    Raises:
+        ConfigError: for packed projections that are sharded.
+    """
+    arch, rate = stored_architecture(model.config), recipe.fused_learning_rate
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parts = () if arch.packed else (f".{arch.key}.", f".{arch.value}.")
+    fused = [parameter for name, parameter in named if any(part in name for part in parts)]
+    others = [parameter for name, parameter in named if not any(part in name for part in parts)]
+    groups = [{"params": others, "factor": 1.0}, {"params": fused, "factor": rate}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
+    if arch.packed and rate != 1:
+        if sharded:
+            fix = "give a recipe with fused_learning_rate: 1, or fuse the source with --layout decoupled"
+            raise ConfigError(f"rows of a sharded {arch.packed} have one rate", where="fused_learning_rate", fix=fix)
+        heads, packed = head_layout(model.config), list[tuple[torch.Tensor, int, torch.Tensor]]()
+        for name, parameter in named:
+            if f".{arch.packed}." in name and ".lora_A." not in name:  # what an adapter reads is not of any head
+                dim = int(arch.transposed and parameter.ndim == 2 and ".lora_" not in name)
+                rows = packed_keys_and_values(arch, heads, parameter.shape[dim])
+                packed.append((parameter, dim, rows.to(parameter.device)))
+        _scale_steps(optimizer, packed, rate)
+    return optimizer
+
+
+def _scale_steps(
+    optimizer: torch.optim.Optimizer, parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]], factor: float
+) -> None:
+    """Multiply the steps of some rows; `parts` are parameters, the dimension of their rows, and indices."""
+    before = list[torch.Tensor]()
+
+    def keep(*_: object) -> None:
+        before[:] = [parameter.detach().index_select(dim, rows) for parameter, dim, rows in parts]
+
+    def scale(*_: object) -> None:
+        for (parameter, dim, rows), old in zip(parts, before, strict=True):
+            new = parameter.detach()
+            new.index_copy_(dim, rows, old.lerp(new.index_select(dim, rows), factor))
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(scale)

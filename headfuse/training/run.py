@@ -1,0 +1,154 @@
+"""The state and the log of a training run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from headfuse.checkpoint.folder import TRAIN_LOG
+from headfuse.checkpoint.output import RESUME, STATE, read_resume, sync, write_resume
+from headfuse.config.uptrain import UptrainConfig
+from headfuse.errors import ConfigError, OutputError
+from headfuse.text.stream import Batch
+
+logger = logging.getLogger(__name__)
+
+_ANEW = "start anew with --overwrite, without --resume"
+
+
+class Run:
+    """An output in the making: its log, and the states from which an interrupted run goes on.
+
+    A state is a folder `state/step-N` that gets its name when it is complete; resume.json, replaced in one step, says
+    which one counts, and which one is the best. With several processes the first one writes, and all read.
+
+    Args:
+        folder: where the output is made.
+        recipe: what is trained.
+        inputs: what else the result depends on.
+        resume: go on with the run that is in the folder.
+        main: whether this process writes.
+
+    Raises:
+        ConfigError: when the run in the folder had other options.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: UptrainConfig, inputs: dict[str, Any], resume: bool, main: bool = True
+    ) -> None:
+        self.folder, self.recipe, self.inputs, self.main = folder, recipe, inputs, main
+        self.step, self.best, self.stopped = 0, 0, False
+        self.text: dict[str, Any] | None = None
+        self.epochs = 0
+        self.validations: dict[int, float] = {}
+        self.figures: dict[str, float | None] = {}
+        saved = read_resume(folder, "uptrain") if resume else None
+        if saved is not None:
+            try:
+                self._go_on(saved)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise OutputError("is damaged", where=folder / RESUME, fix=_ANEW) from None
+        elif main:
+            shutil.rmtree(folder / STATE, ignore_errors=True)
+            (folder / RESUME).unlink(missing_ok=True)
+        if main:
+            self._keep_log()
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        now, before = {**self.recipe.named(), **self.inputs}, {**saved["recipe"], **saved["inputs"]}
+        rate, saved_rate = now.pop("learning_rate"), before.pop("learning_rate")
+        changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if now[name] != before.get(name)]
+        if changed:
+            raise ConfigError(
+                f"the interrupted run had other options: {', '.join(changed)}",
+                where=self.folder,
+                fix="resume with the same options, or start anew with --overwrite",
+            )
+        if rate not in (None, saved_rate):
+            logger.warning("going on with learning rate %g instead of %g", rate, saved_rate)
+        self.recipe = self.recipe.model_copy(update={"learning_rate": rate or saved_rate})
+        self.step, self.best, self.stopped = saved["step"], saved["best"], saved["stopped"]
+        self.text, self.epochs, self.figures = saved["text"], saved["epochs"], saved["figures"]
+        self.validations = {int(step): nll for step, nll in saved["validations"].items()}
+
+    def load(self, accelerator: Accelerator, step: int) -> None:
+        """Restore model, optimizer and random numbers of a state.
+
+        Raises:
+            OutputError: when it is missing or damaged.
+        """
+        if not self._state(step).is_dir():
+            raise OutputError("the state of the interrupted run is missing", where=self._state(step), fix=_ANEW)
+        try:
+            accelerator.load_state(str(self._state(step)))
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # torch.load and accelerate raise many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise OutputError(f"cannot be read: {reason}", where=self._state(step), fix=_ANEW) from None
+
+    def save(self, accelerator: Accelerator, step: int, batch: Batch) -> None:
+        """Write the state after `step` steps; the last one, and the best, stay until this one is complete."""
+        new, path = self.folder / STATE / "new", self._state(step)
+        if self.main:
+            shutil.rmtree(new, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(str(new), safe_serialization=False)  # keeps tied weights
+            accelerator.wait_for_everyone()
+            if self.main:
+                for file in (*new.iterdir(), new):
+                    sync(file)
+        except RuntimeError as error:  # how torch.save reports a full disk
+            shutil.rmtree(new, ignore_errors=True)
+            kept = f"; the state after step {self.step} is kept" if self.step else ""
+            reason = f"the checkpoint after step {step} cannot be written{kept}: {error}"
+            raise OutputError(reason, where=self.folder, fix="free some space, then go on with --resume") from None
+        self.step, self.text, self.epochs = step, batch.state, batch.epochs
+        if self.main:
+            shutil.rmtree(path, ignore_errors=True)
+            new.rename(path)
+            names = ("step", "best", "stopped", "text", "epochs", "inputs", "figures", "validations")
+            write_resume(
+                self.folder, "uptrain", {"recipe": self.recipe.named(), **{n: getattr(self, n) for n in names}}
+            )
+            for old in (self.folder / STATE).glob("step-*"):
+                if old not in (path, self._state(self.best)):
+                    shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def validated(self, step: int, nll: float) -> None:
+        """Note a validation; it may be the best, or one too many without a better one."""
+        self.validations[step] = nll
+        if not self.best or nll < self.validations[self.best]:
+            self.best = step
+        since = sum(later > self.best for later in self.validations)
+        self.stopped = self.recipe.patience is not None and since >= self.recipe.patience
+        self.log("validation", step=step, nll=nll, best=self.best == step)
+
+    def _state(self, step: int) -> Path:
+        return self.folder / STATE / f"step-{step:07d}"
+
+    def log(self, event: str, **values: Any) -> None:
+        """Add a line to the log."""
+        if self.main:
+            with (self.folder / TRAIN_LOG).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"event": event, **values}) + "\n")
+
+    def _keep_log(self) -> None:
+        """Drop the lines of steps that the state does not hold."""
+        path, kept = self.folder / TRAIN_LOG, []
+        if self.step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                with contextlib.suppress(json.JSONDecodeError):
+                    record = json.loads(line)
+                    if record["event"] == "start" or record.get("step", self.step + 1) <= self.step:
+                        kept.append(line)
+        path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,123 @@
+"""The source model as a teacher."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from headfuse.checkpoint.folder import resolve_model
+from headfuse.checkpoint.plan_file import read_plan
+from headfuse.checkpoint.reader import DTYPE_NAMES, Checkpoint, fingerprint
+from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
+from headfuse.models.config import read_config
+from headfuse.models.loading import load_tokenizer, model_name
+from headfuse.models.states import States, document_positions, model_states
+
+logger = logging.getLogger(__name__)
+
+
+class LiveTeacher:
+    """A teacher in memory.
+
+    Args:
+        model: the source, which may lie on another device and in another dtype than the student.
+        device: where its states are wanted.
+        eos: the token that ends a document, where documents do not see each other; else None.
+        layers: give inputs and outputs of the layers as well.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, eos: int | None, layers: bool) -> None:
+        self.model, self.device, self.eos, self.layers = model.requires_grad_(False).eval(), device, eos, layers
+        head = model.get_output_embeddings()
+        self.head: nn.Module = head if model.device == device else copy.deepcopy(head).to(device)
+
+    @torch.no_grad()
+    def states(self, batch: torch.Tensor, place: int | None, layers: bool = True) -> States:
+        """The states of windows; `place` is None for windows of validation, which are read as one document."""
+        batch = batch.to(self.model.device)
+        positions = None if self.eos is None or place is None else document_positions(batch, self.eos)
+        found = model_states(self.model, batch, positions, layers=self.layers and layers)
+        move = [tuple(t.to(self.device) for t in part) for part in (found.inputs, found.outputs)]
+        return States(found.last.to(self.device), *move)
+
+
+def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str]:
+    """The teacher's folder and name: what was asked for, else the source of the plan, known by its content.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    if teacher is not None:
+        chosen, name = resolve_model(teacher), model_name(teacher)
+        if (folder / "plan.json").exists():
+            source = read_plan(folder).source
+            if fingerprint(chosen) != source.fingerprint:
+                logger.warning("the teacher %s is not the source that plan.json names, %s", name, source.name)
+        return chosen, name
+    if not (folder / "plan.json").exists():
+        fix = "give the source model with --teacher, or train without one with --loss ce"
+        raise ConfigError("has no plan.json that names its source", where=folder, fix=fix)
+    source = read_plan(folder).source
+    short = source.name.rsplit("/", 1)[-1]
+    tried = []
+    for candidate in dict.fromkeys((folder.resolve().parent / short, Path(short), Path(source.name))):
+        if (candidate / "config.json").is_file():
+            if fingerprint(candidate) == source.fingerprint:
+                return candidate, source.name
+            tried.append(f"{candidate} is another model")
+    for revision in dict.fromkeys((source.revision, None)) if "/" in source.name else ():
+        try:
+            candidate = resolve_model(source.name, revision)
+            if fingerprint(candidate) == source.fingerprint:
+                return candidate, source.name
+            tried.append(f"{source.name} on the hub is another model")
+        except CheckpointError as error:
+            tried.append(error.what)
+    reason = "; ".join(tried) or "no such folder beside it or in the working directory"
+    raise ConfigError(
+        f"its source {source.name}, the teacher, was not found ({reason})",
+        where=folder,
+        fix="give the source model with --teacher, or train without one with --loss ce",
+    )
+
+
+def check_teacher(
+    folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: bool, trust_remote_code: bool
+) -> None:
+    """Raise ConfigError for a teacher whose states, `layers` those of its layers too, the student cannot learn from."""
+    fix = "give the model that this one was fused from"
+    if load_tokenizer(folder, trust_remote_code).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError("the teacher has another tokenizer", where=folder, fix=fix)
+    text, mine = (c.get_text_config() for c in (read_config(folder, trust_remote_code), student.config))
+    rows = student.get_output_embeddings().weight.shape[0]
+    if text.vocab_size != rows:
+        raise ConfigError(f"the teacher predicts {text.vocab_size} tokens, the model {rows}", where=folder, fix=fix)
+    shapes = [(c.num_hidden_layers, c.hidden_size) for c in (text, mine)]
+    if layers and shapes[0] != shapes[1]:
+        what = f"the teacher has (layers, hidden size) {shapes[0]}, the model {shapes[1]}"
+        raise ConfigError(what, where=folder, fix="leave `hidden` and `layerwise` at 0, or " + fix)
+
+
+def computing_dtype(folder: Path, device: str) -> str:
+    """The dtype in which `load_model` computes on a device, where none is asked for."""
+    if device == "cpu":
+        return "float32"
+    stored = set(Checkpoint(folder).dtypes.values())
+    return next((name for name, kind in DTYPE_NAMES.items() if stored == {kind}), "float32")
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, folder: Path) -> None:
+    """The loss reads logits as `output embeddings (scaled last hidden state)`: refuse a model that caps them."""
+    batch = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    if not torch.allclose(
+        model(batch).logits, model.get_output_embeddings()(model_states(model, batch).last), rtol=1e-3
+    ):
+        raise UnsupportedModelError(
+            "caps its logits, which uptrain does not support", where=folder, fix="choose another model"
+        )
