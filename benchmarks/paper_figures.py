@@ -19,6 +19,7 @@ from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadBudget
 from headfuse.planning.analysis import Analysis, plot
+from headfuse.planning.budget import budget_rules
 from headfuse.planning.planner import survey
 from headfuse.planning.survey import LayerSurvey
 
@@ -48,7 +49,7 @@ def main() -> None:
     streamed = StreamedModel(source.checkpoint, source.config, pick_device())
     surveys = survey(source, streamed, source.calibration_text(config), config, lambda phase, done, total: None)
     table = [layer.costs[side].row() for side in SIDES for layer in surveys]
-    budgets = {name: config.rules.allocate(name, source.heads, table) for name in ("sensitivity", "dha-greedy")}
+    budgets = {name: budget_rules(config).allocate(name, source.heads, table) for name in ("sensitivity", "dha-greedy")}
     # the allocator of the analysis is not drawn; `uniform` needs no second measurement
     similar = headfuse.analyze(options.model, load_config(None, {**overrides, "budget.allocator": "uniform"}))
     options.output.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from headfuse.choices import Layout
 from headfuse.errors import ConfigError
 
 Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
 
-Layout = Literal["decoupled", "layerwise", "gqa"]
-SHARED: tuple[Layout, ...] = ("layerwise", "gqa")
+SHARED_PARTITION: tuple[Layout, ...] = ("layerwise", "gqa")
 """Layouts whose keys and values share one partition of a layer's heads, into groups of one size."""
 LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
     "transformers": ("decoupled", "layerwise", "gqa"),
@@ -136,7 +136,7 @@ class FusionPlan(_Frozen):
                 check_partition(groups, heads.num_key_value_heads, f"layer {layer.layer_idx}, {side}_groups")
             if layer.rotary_slots is not None:
                 _check_slots(layer, heads.rotary_dim // 2)
-            if self.layout in SHARED:
+            if self.layout in SHARED_PARTITION:
                 where = f"layer {layer.layer_idx}: layout {self.layout}"
                 if layer.rotary_slots is not None:
                     raise ValueError(f"{where} has rotary slots in the stock order only")

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.conversion.export import Target, check_export, export, plan_export
+from headfuse.choices import Target
+from headfuse.conversion.export import check_export, export, plan_export
 from headfuse.models.model_code import refresh
 from headfuse.reporting.progress import stages
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,15 +10,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, model_validator
 
+from headfuse.choices import Allocator, Grouping, Layout, Loss, Method, Preset, StartingBasis, names
 from headfuse.config.loading import Options, SideBudget, load_options, one_of
-from headfuse.config.presets import PRESETS
 from headfuse.config.values import Count, Rate, Share, Steps
-from headfuse.plan import Layout
-from headfuse.planning.budget import ALLOCATORS, BudgetRules
-from headfuse.planning.grouping import GROUPERS
-
-METHODS = ("mean", "first", "align", "subspace", "dha")
-"""The names in FUSION_METHODS, written out because that table needs torch."""
 
 
 class BudgetConfig(Options):
@@ -31,7 +24,7 @@ class BudgetConfig(Options):
     keep_layers: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = ()
     min_key_heads: Count = 1
     min_value_heads: Count = 1
-    allocator: Annotated[str, one_of(*ALLOCATORS)] = "sensitivity"
+    allocator: Annotated[str, one_of(*names(Allocator))] = "sensitivity"
     layerwise: bool = False
 
     @model_validator(mode="after")
@@ -46,27 +39,18 @@ class BudgetConfig(Options):
         return self
 
     @property
-    def rules(self) -> BudgetRules:
-        """These options as the allocators take them."""
-        total: Fraction | tuple[Fraction, Fraction] | None = None
+    def shares(self) -> Fraction | tuple[Fraction, Fraction] | None:
+        """The share of the cache, or one for keys and one for values; None where counts are given outright."""
         if isinstance(self.total, SideBudget):
-            total = Fraction(self.total.key), Fraction(self.total.value)
-        elif self.total is not None and (self.key_heads is None or self.value_heads is None):
-            total = Fraction(self.total)
-        return BudgetRules(
-            total,
-            self.key_heads,
-            self.value_heads,
-            self.keep_layers,
-            self.min_key_heads,
-            self.min_value_heads,
-            self.layerwise,
-        )
+            return Fraction(self.total.key), Fraction(self.total.value)
+        if self.total is None or (self.key_heads is not None and self.value_heads is not None):
+            return None
+        return Fraction(self.total)
 
     @property
     def label(self) -> str:
         """A short name of the budget, for folders and plans."""
-        if self.rules.total is None:
+        if self.shares is None:
             return "custom"
         if isinstance(self.total, SideBudget):
             return f"{self.total.key}-{self.total.value}".replace("/", "-")
@@ -108,8 +92,8 @@ class DhaConfig(Options):
     """The fusion loss at which a round ends."""
     raw_fusion_loss: bool = False
     """The paper's sum over channels, pairs, groups and layers, instead of the mean."""
-    loss: Annotated[str, one_of("ce", "kl")] = "ce"
-    start: Annotated[str, one_of("raw", "align", "subspace")] = "raw"
+    loss: Annotated[str, one_of(*names(Loss))] = "ce"
+    start: Annotated[str, one_of(*names(StartingBasis))] = "raw"
     """The basis in which heads are mixed: their own, or that of another method's maps."""
     learning_rate: Rate = 1e-4
     omega_learning_rate: Rate = 1e-2
@@ -125,10 +109,10 @@ class FuseConfig(Options):
     """Every option of `headfuse fuse`."""
 
     budget: BudgetConfig = BudgetConfig()
-    method: Annotated[str, one_of(*METHODS)] = "subspace"
-    grouping: Annotated[str, one_of(*GROUPERS)] = "cluster"
+    method: Annotated[str, one_of(*names(Method))] = "subspace"
+    grouping: Annotated[str, one_of(*names(Grouping))] = "cluster"
     layout: Layout = "decoupled"
-    preset: Annotated[str, one_of(*PRESETS)] = "balanced"
+    preset: Annotated[str, one_of(*names(Preset))] = "balanced"
     calibration: CalibrationConfig = CalibrationConfig()
     dha: DhaConfig = DhaConfig()
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
@@ -152,18 +136,12 @@ class FuseConfig(Options):
             raise ValueError(f"method dha gives keys and values heads of their own: layout {self.layout} has none")
         return self
 
-    @property
-    def rules(self) -> BudgetRules:
-        """What the budget asks for and the layout allows."""
-        rules = self.budget.rules
-        return replace(rules, layerwise=True, equal_groups=True) if self.layout == "layerwise" else rules
-
     def to_yaml(self) -> str:
         """The YAML that reproduces this config; text at an absolute path is named by its file alone."""
         data = self.model_dump(mode="json", exclude_none=True)
         if Path(self.calibration.data).is_absolute():
             data["calibration"]["data"] = Path(self.calibration.data).name
-        if self.budget.rules.total is None:
+        if self.budget.shares is None:
             data["budget"].pop("total", None)
         if self.method != "dha":
             data.pop("dha")

@@ -9,13 +9,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field
 
+from headfuse.choices import Loss, Packing, Trained, names
 from headfuse.config.loading import Options, load_options, one_of
 from headfuse.config.values import Count, data_name, mixture_name, parse_data, parse_tokens
 from headfuse.errors import DataError
-
-LOSSES = ("kl", "ce")
-PACKING = ("joined", "separate")
-TRAINED = ("all", "attention", "lora")
 
 
 def _tokens(value: Any) -> Any:
@@ -43,13 +40,13 @@ class UptrainConfig(Options):
     """The texts with their shares of the tokens."""
     tokens: Annotated[int, BeforeValidator(_tokens), Field(ge=1, strict=True)]
     """How many tokens to train on; the text is read again, shuffled anew, where it ends before."""
-    packing: Annotated[str, one_of(*PACKING)] = "joined"
+    packing: Annotated[str, one_of(*names(Packing))] = "joined"
     """Whether a token sees the documents before its own in the window (`joined`), or its own alone (`separate`)."""
     sequence_length: Annotated[int, Field(ge=2, strict=True)] = 512
     batch_size: Count | None = None
     """Windows in a forward pass of one process; by default 8, fewer where the tokens would not give 500 steps."""
     gradient_accumulation: Count = 1
-    loss: Annotated[str, one_of(*LOSSES)] = "kl"
+    loss: Annotated[str, one_of(*names(Loss))] = "kl"
     """Forward divergence from the teacher over the full vocabulary at every token, or cross-entropy."""
     cross_entropy: Weight = 0.0
     """Weight of cross-entropy beside the divergence."""
@@ -57,7 +54,7 @@ class UptrainConfig(Options):
     """Weight of the hidden-state term: squared relative error of every layer's output."""
     layerwise: Share = 0.0
     """Share of the steps, at the start, in which each layer alone learns the teacher's output from its input."""
-    train: Annotated[str, one_of(*TRAINED)] = "all"
+    train: Annotated[str, one_of(*names(Trained))] = "all"
     lora_rank: Count = 16
     lora_alpha: Count = 32
     learning_rate: Rate | None = None

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,6 +18,7 @@ from headfuse.checkpoint.hub import default_parent
 from headfuse.checkpoint.output import check_output, check_output_file, output_file, output_folder
 from headfuse.checkpoint.plan_file import write_plan
 from headfuse.checkpoint.writer import SafetensorsWriter
+from headfuse.choices import Target
 from headfuse.errors import ConfigError, UnsupportedModelError
 from headfuse.layouts import LAYOUTS, layerwise
 from headfuse.layouts.assignment import StockHeads, common_group
@@ -30,7 +31,6 @@ from headfuse.plan import FusionPlan, LayerPlan, query_order
 from headfuse.reporting.card import extended_card
 
 logger = logging.getLogger(__name__)
-Target = Literal["gqa", "layerwise", "gguf"]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from headfuse.dha.operator import MixedProjection, single_heads
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan, Groups, HeadLayout, LayerPlan
+from headfuse.planning.budget import budget_rules
 from headfuse.planning.grouping import GROUPERS, anneal, canonical
 from headfuse.planning.planner import ProgressCallback, survey
 from headfuse.text.calibration import CalibrationText
@@ -56,7 +57,7 @@ def decide(
     else:
         surveys = survey(source, streamed, text, config, on_progress)
         table = [s.costs[side].row() for side in ("key", "value") for s in surveys if s.costs]
-    budget = config.rules.allocate(config.budget.allocator if table else "uniform", source.heads, table or None)
+    budget = budget_rules(config).allocate(config.budget.allocator if table else "uniform", source.heads, table or None)
     groups, alone = list[Groups](), single_heads(n)
     for cost, count in zip(costs, budget.key_heads + budget.value_heads, strict=True):
         rounds = divide(cost, count, config.grouping, config.dha.progressive, config.seed)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from headfuse.config.fuse import FuseConfig
 from headfuse.errors import BudgetError
 from headfuse.plan import HeadBudget, HeadLayout
 
@@ -154,6 +155,21 @@ class BudgetRules:
             budget = min(_head_count(t, heads.total_heads // 2, smallest, "--budget") for t in totals)
             count = max(c for c in shapes if c * heads.num_hidden_layers <= budget)
         return HeadBudget(key_heads=(count,) * heads.num_hidden_layers, value_heads=(count,) * heads.num_hidden_layers)
+
+
+def budget_rules(config: FuseConfig) -> BudgetRules:
+    """What the budget of some options asks for and their layout allows."""
+    budget, layerwise = config.budget, config.layout == "layerwise"
+    return BudgetRules(
+        budget.shares,
+        budget.key_heads,
+        budget.value_heads,
+        budget.keep_layers,
+        budget.min_key_heads,
+        budget.min_value_heads,
+        layerwise=layerwise or budget.layerwise,
+        equal_groups=layerwise,
+    )
 
 
 def _divisors(n: int) -> list[int]:

@@ -14,7 +14,8 @@ from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
-from headfuse.plan import SHARED, FusionPlan, HeadBudget, HeadLayout, LayerPlan
+from headfuse.plan import SHARED_PARTITION, FusionPlan, HeadBudget, HeadLayout, LayerPlan
+from headfuse.planning.budget import budget_rules
 from headfuse.planning.costs import SideCosts, measured_counts
 from headfuse.planning.end_loss_probes import EndLossProbes
 from headfuse.planning.error_probes import ErrorProbes
@@ -38,7 +39,7 @@ def check_budget(config: FuseConfig, source: Source) -> HeadBudget:
         BudgetError: saying which budget works.
     """
     LAYOUTS[config.layout].check(source.config)
-    rules, heads = config.rules, source.heads
+    rules, heads = budget_rules(config), source.heads
     return rules.allocate_gqa(heads) if config.layout == "gqa" else rules.allocate("uniform", heads)
 
 
@@ -53,7 +54,7 @@ def survey(
     costs = needed and allocator not in HEAD_IMPORTANCE
     slots = LAYOUTS[config.layout].free_slots and method.slots is not None
     preset = PRESETS[config.preset]
-    shared = config.layout in SHARED
+    shared = config.layout in SHARED_PARTITION
     errors, end_losses = _probes(source, streamed, text, config) if costs else (None, None)
     every, few = preset.end_loss_probes == "all", measured_counts(source.heads.num_key_value_heads, False)
     for layer_idx in range(streamed.num_layers):
@@ -89,7 +90,7 @@ def _probes(
     source: Source, streamed: StreamedModel, text: CalibrationText, config: FuseConfig
 ) -> tuple[ErrorProbes, EndLossProbes | None]:
     """Those of the preset, on as many tokens as it can pay for, of text that nothing in the survey is fitted to."""
-    preset, equal = PRESETS[config.preset], config.rules.allocate("uniform", source.heads)
+    preset, equal = PRESETS[config.preset], budget_rules(config).allocate("uniform", source.heads)
     used, tokens = len(text.part(SURVEYED).statistics), text.statistics.numel()
     unseen = text.statistics[used:] if used < len(text.statistics) else text.statistics
     refit = FUSION_METHODS[config.method].refits_output
@@ -103,16 +104,18 @@ def _probes(
 
 def _needs_costs(config: FuseConfig, heads: HeadLayout) -> bool:
     """Whether the allocator reads a cost table."""
-    return config.budget.allocator != "uniform" and config.layout != "gqa" and config.rules.leave_a_choice(heads)
+    return (
+        config.budget.allocator != "uniform" and config.layout != "gqa" and budget_rules(config).leave_a_choice(heads)
+    )
 
 
 def make_plan(source: Source, config: FuseConfig, surveys: list[LayerSurvey]) -> FusionPlan:
     """Budget and groups -> the plan of every layer."""
-    heads, rules = source.heads, config.rules
+    heads, rules = source.heads, budget_rules(config)
     table = [s.costs[side].row() for side in ("key", "value") for s in surveys if s.costs]
     allocator = config.budget.allocator if table else "uniform"  # without a choice they all agree
     budget = rules.allocate_gqa(heads) if config.layout == "gqa" else rules.allocate(allocator, heads, table)
-    if config.layout in SHARED:
+    if config.layout in SHARED_PARTITION:
         layers = [
             LayerPlan(layer_idx=i, key_groups=groups, value_groups=groups)
             for i, groups in enumerate(s.shared_groups[budget.key_heads[i]] for i, s in enumerate(surveys))

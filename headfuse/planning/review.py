@@ -49,7 +49,7 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
 
 def _keeps_the_same(config: FuseConfig, plan: FusionPlan) -> bool:
     """Whether the budget of the options is the plan's: by its counts, or by the share that the plan is named after."""
-    if config.budget.rules.total is not None:
+    if config.budget.shares is not None:
         return "total" not in config.budget.model_fields_set or config.budget.label == plan.budget
     counts = plan.head_budget
     return (config.budget.key_heads, config.budget.value_heads) == (counts.key_heads, counts.value_heads)

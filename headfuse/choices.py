@@ -1,0 +1,38 @@
+"""The names that options take, written once: the types of YAML, command line and Python. No imports of the package."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+Method = Literal["mean", "first", "align", "subspace", "dha"]
+"""Names in FUSION_METHODS."""
+Allocator = Literal["uniform", "dha-greedy", "sensitivity", "taylor", "shapley"]
+"""Names in ALLOCATORS."""
+Grouping = Literal["cluster", "neighbours", "anneal"]
+"""Names in GROUPERS."""
+Layout = Literal["decoupled", "layerwise", "gqa"]
+"""Names in LAYOUTS."""
+Preset = Literal["fast", "balanced", "best"]
+"""Names in PRESETS."""
+Runtime = Literal["transformers", "vllm", "llama.cpp", "sglang"]
+"""Names in LAYOUT_FOR."""
+Target = Literal["gqa", "layerwise", "gguf"]
+"""What `export` writes."""
+FileType = Literal["f16", "f32", "q8_0"]
+"""Numbers in a GGUF file; names in TYPES of layouts/gguf."""
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+"""Dtypes of written weights; names in DTYPE_NAMES."""
+Loss = Literal["kl", "ce"]
+Trained = Literal["all", "attention", "lora"]
+"""What `uptrain` trains."""
+Packing = Literal["joined", "separate"]
+"""Whether documents in a window see each other."""
+StartingBasis = Literal["raw", "align", "subspace"]
+"""The basis in which method `dha` mixes heads."""
+Side = Literal["key", "value"]
+
+
+def names(choice: Any) -> tuple[str, ...]:
+    """The names of one of these types."""
+    return get_args(choice)
