@@ -69,11 +69,13 @@ def digests(output: Path) -> dict[str, str]:
     return found
 
 
-def record() -> dict[str, dict[str, str]]:
-    """Run every command; the digests of each output by its name."""
+def record(only: list[str]) -> dict[str, dict[str, str]]:
+    """Run the commands of these names, or every one where none is named; the digests of each output by its name."""
     with tempfile.TemporaryDirectory() as scratch:
         found = {}
         for name, arguments in commands(Path(scratch)):
+            if only and name not in only:
+                continue
             output = Path(scratch) / name
             threads = [] if arguments[0] == "export" else ["--threads", "1"]
             command = [sys.executable, "-m", "headfuse", *arguments, *threads, "--output", str(output), "--quiet"]
@@ -88,13 +90,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run these commands alone")
     options = parser.parse_args()
-    found = record()
+    found = record(options.only)
     if not options.check:
         options.file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return 0
     wanted = json.loads(options.file.read_text(encoding="utf-8"))
-    different = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+    compared = options.only or wanted | found
+    different = [name for name in compared if wanted.get(name) != found.get(name)]
     print(f"different: {', '.join(different)}" if different else f"the same bytes: {len(found)} outputs")
     return bool(different)
 
