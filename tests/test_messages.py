@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -58,6 +59,14 @@ def test_bad_input_is_refused_before_torch_is_imported(folder: Path) -> None:
         (1, ["eval", model, "--baseline", missing]),
         (1, ["eval", model, "--gate", "perplexty<=3"]),
         (1, ["eval", model, "--gate", missing]),
+        (1, ["eval", model, "--gate", ""]),
+        (1, ["fuse", model, "--gate", " , "]),
+        (1, ["eval", model, "--tasks", ""]),
+        (1, ["eval", model, "--passkey", ""]),
+        (1, ["eval", model, "--report", str(folder)]),
+        (1, ["eval", model, "--junit", f"{missing}/junit.xml"]),
+        (1, ["fuse", model, "--junit", f"{missing}/junit.xml"]),
+        (1, ["report", model, "-o", str(folder)]),
         (1, ["eval", model, "--data", missing]),
         (1, ["eval", model, "--tasks", "x", "--tasks-path", missing]),
         (1, ["eval", model, "--passkey", "x"]),
@@ -156,6 +165,16 @@ def test_arguments_that_are_not_utf8_are_named_as_such(command: str) -> None:
     assert done.returncode == 2
     assert r"b'mod\xff' is not UTF-8" in json.loads(done.stdout)["error"]["what"]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_named_as_one(folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    text = ("--data", folder / "text.txt", "--samples", 4, "--sequence-length", 32)
+    message = run("fuse", tmp_path / "model", "-o", tmp_path / "out", *text, code=1)
+    assert f"{name}: is a pointer of Git LFS" in message
+    assert "git lfs pull" in message
 
 
 # ---------------------------------------------------------------- stdout that cannot be written

@@ -3,6 +3,8 @@ import copy
 import gzip
 import json
 import lzma
+import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice, takewhile
@@ -534,6 +536,15 @@ def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfthe head\r\n")
     assert list(read_documents(str(tmp_path / "a.txt"))) == ["the head\r\n"]
     assert list(open_document(str(tmp_path / "a.txt"), None, 100)) == ["the head\r\n"]
+
+
+def test_a_named_pipe_is_read_whole(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    lines = "".join(record(f"document {i}") for i in range(100))
+    writer = threading.Thread(target=(tmp_path / "a.jsonl").write_text, args=(lines,))
+    writer.start()
+    assert len(list(read_documents(str(tmp_path / "a.jsonl")))) == 100
+    writer.join()
 
 
 def test_a_name_that_is_too_long_is_one_error() -> None:

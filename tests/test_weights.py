@@ -292,7 +292,7 @@ def test_a_base_model_is_what_transformers_makes_of_it(model: Path, tmp_path: Pa
     fuse(model, tmp_path / "out", "--budget", 1, "--layout", "gqa")
     torch.testing.assert_close(in_transformers(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
     edit_json(model / "config.json", tie_word_embeddings=False)
-    assert "model without a head" in run("fuse", model, "--dry-run", code=1)
+    assert "LlamaModel is a model without a head" in run("fuse", model, "--dry-run", code=1)
 
 
 # ---------------------------------------------------------------- a tokenizer with more tokens than embeddings

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from headfuse.checkpoint.hub import parse_hub_id
-from headfuse.errors import CheckpointError, ConfigError
+from headfuse.errors import CheckpointError, ConfigError, OutputError
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def local_model(name: str) -> Path | None:
@@ -58,11 +62,26 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
         raise CheckpointError("no such file", where=path, fix=fix) from None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path, fix="check its permissions") from None
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5000 digits
+    except (ValueError, RecursionError) as error:
+        if is_pointer(path):
+            fix = "fetch the model with git lfs pull"
+            raise CheckpointError("is a pointer of Git LFS, not the file itself", where=path, fix=fix) from None
+        # not UTF-8, not JSON, or a number of 5000 digits
         raise CheckpointError(f"is not valid JSON: {error}", where=path, fix="restore the original file") from None
     if not isinstance(value, dict):
         raise CheckpointError("must hold a JSON object", where=path, fix="restore the original file")
     return value
+
+
+def begins_as_pointer(stream: BufferedReader) -> bool:
+    """Whether a file holds only what Git LFS knows the data by, as after a clone without it; takes nothing."""
+    return stream.peek(len(_POINTER)).startswith(_POINTER)
+
+
+def is_pointer(path: Path) -> bool:
+    """The same of a file by its name."""
+    with path.open("rb") as stream:
+        return begins_as_pointer(stream)
 
 
 def check_exists(path: Path | None, fix: str, *, folder: bool = False) -> None:
@@ -75,3 +94,15 @@ def check_exists(path: Path | None, fix: str, *, folder: bool = False) -> None:
         raise ConfigError(f"cannot be read: {error.strerror}", where=path, fix="check the path") from None
     if not found:
         raise ConfigError("no such folder" if folder else "no such file", where=path, fix=fix)
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Raise OutputError for a file that cannot be written where its name says: before the work, not after it."""
+    for path in filter(None, paths):
+        parent = path.absolute().parent
+        if path.is_dir():
+            raise OutputError("is a folder", where=path, fix="give the name of a file")
+        if not parent.is_dir():
+            raise OutputError("its folder does not exist", where=path, fix=f"create {parent}, or choose another name")
+        if not os.access(path if path.exists() else parent, os.W_OK):
+            raise OutputError("may not be written", where=path, fix="check the permissions of it and its folder")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from headfuse.checkpoint.inputs import read_json
+from headfuse.checkpoint.inputs import is_pointer, read_json
 from headfuse.checkpoint.quantised import refuse_gguf, refuse_quantised
 from headfuse.errors import CheckpointError, UnsupportedModelError
 
@@ -151,6 +151,9 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
         reason = error.strerror or str(error)
         raise CheckpointError(f"cannot be read: {reason}", where=path, fix="check its permissions") from None
     except (SafetensorError, ValueError, RecursionError) as error:
+        if is_pointer(path):
+            fix = "fetch the model with git lfs pull"
+            raise CheckpointError("is a pointer of Git LFS, not the weights", where=path, fix=fix) from None
         raise CheckpointError(f"is not a complete safetensors file ({error})", where=path, fix=damaged) from None
     header.pop("__metadata__", None)
     if header.keys() != names:  # the library read other names than a JSON parser does

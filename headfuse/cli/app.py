@@ -176,12 +176,16 @@ def _memory(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+def _names(text: str | None, where: str) -> list[str]:
+    """Names between commas; none of an option that is not given."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    if text is not None and not names:  # an unset variable of a script: nothing would be measured
+        raise HeadfuseError("names nothing", where=where, fix="give one or more, or leave the option out")
+    return names
 
 
 def _lengths(text: str | None) -> list[int]:
-    parts = _names(text)
+    parts = _names(text, "--passkey")
     if not all(part.isdigit() for part in parts):
         raise HeadfuseError(
             f"{text!r} is not a list of token counts", where="--passkey", fix="give counts such as 512,2048"
@@ -325,19 +329,20 @@ def fuse(
     """Write a checkpoint with a smaller KV cache."""
 
     def work() -> tuple[dict[str, Any], Any]:
-        from headfuse.checkpoint.inputs import check_exists, check_model
+        from headfuse.checkpoint.inputs import check_exists, check_model, check_writable
         from headfuse.config.fuse import load_config
         from headfuse.evaluation.gates import FUSE_METRICS, read_gates
         from headfuse.text.documents import check_data
 
+        if gate is not None:
+            read_gates(gate, FUSE_METRICS)
         check_model(model)
         overrides = _overrides(
             budget, method, allocator, grouping, layout, runtime, preset, data, samples, sequence_length, seed
         )
         check_data(load_config(config, overrides).calibration.data)
         check_exists(plan, "`headfuse analyze --output` writes plans; so does `headfuse fuse`")
-        if gate:
-            read_gates(gate, FUSE_METRICS)
+        check_writable(junit)
         _prepare(threads, verbose)
         from headfuse.commands import fuse as command
 
@@ -526,17 +531,18 @@ def evaluate(
     """Perplexity, agreement, tasks, retrieval, memory, speed; gates for CI."""
 
     def work() -> tuple[dict[str, Any], Any]:
-        from headfuse.checkpoint.inputs import check_exists, check_model
+        from headfuse.checkpoint.inputs import check_exists, check_model, check_writable
         from headfuse.evaluation.gates import read_gates
         from headfuse.text.documents import check_data
 
+        if gate is not None:
+            read_gates(gate)
         check_model(model, baseline)
         check_data("default" if data is None else data)
-        if gate:
-            read_gates(gate)
         for folder in tasks_path or []:
             check_exists(Path(folder), "give the folder of the task files", folder=True)
-        lengths = _lengths(passkey)
+        check_writable(report, junit)
+        names, lengths = _names(tasks, "--tasks"), _lengths(passkey)
         _prepare(threads, verbose)
         from headfuse.commands import eval as command
 
@@ -544,7 +550,7 @@ def evaluate(
             model=at_revision(model, revision),
             data="default" if data is None else data, baseline=baseline, gate=gate, junit=junit,
             github_summary=github_summary, report=report, verify=verify, samples=samples or 24,
-            sequence_length=sequence_length or 512, stride=stride, tasks=_names(tasks), tasks_path=tasks_path or (),
+            sequence_length=sequence_length or 512, stride=stride, tasks=names, tasks_path=tasks_path or (),
             limit=limit, passkey=lengths, passkey_trials=passkey_trials, memory=memory, speed=speed,
             seed=seed, device=device.value, dtype=dtype and dtype.value, threads=threads,
             trust_remote_code=trust_remote_code, json_output=json_output, quiet=quiet, verbose=verbose,
@@ -573,11 +579,12 @@ def report(
     """Write what is known of a fused model as one HTML file."""
 
     def work() -> tuple[dict[str, Any], Any]:
-        from headfuse.checkpoint.inputs import check_exists
+        from headfuse.checkpoint.inputs import check_exists, check_writable
 
         check_exists(folder, "give the folder of a model", folder=True)
         check_exists(figures, "write it with `headfuse eval ... --json > FILE`")
         check_exists(analysis, "write it with `headfuse analyze -o FOLDER`", folder=True)
+        check_writable(output)
         _prepare(None, verbose)
         from headfuse.commands import report as command
 

@@ -54,7 +54,7 @@ def run(
     from headfuse.evaluation.evaluate import evaluate
     from headfuse.models.model_code import code_state
 
-    gates = read_gates(gate) if gate else []
+    gates = [] if gate is None else read_gates(gate)
     check_summary(github_summary)
     if verify:
         verify_folder(resolve_model(model))

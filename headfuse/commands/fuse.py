@@ -43,7 +43,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the command; the result document."""
     settings = load_config(config, overrides)
-    gates = read_gates(gate, FUSE_METRICS) if gate else []
+    gates = [] if gate is None else read_gates(gate, FUSE_METRICS)
     check_summary(github_summary)
     if dry_run:
         prepared = prepare(

@@ -99,6 +99,8 @@ def read_gates(text: str, known: Sequence[str] | None = None) -> list[Gate]:
     Raises:
         ConfigError: naming every problem at once.
     """
+    if not text.strip(" ,"):  # an unset variable of a script: nothing would be judged
+        raise ConfigError("no gates are given", where="--gate", fix='give gates such as "ppl_ratio<=1.05", or none')
     if "=" in text:
         return _parse([part for part in text.split(",") if part.strip()], "--gate", known)
     path = Path(text)

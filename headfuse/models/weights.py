@@ -21,10 +21,6 @@ logger = logging.getLogger(__name__)
 _COMPUTED = r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$"
 """Stored tensors that transformers computes, besides those that a class names in _keys_to_ignore_on_load_unexpected."""
 _OTHER_SOURCE = "config.json and the weights do not belong together: restore both from one source"
-_NO_HEAD = (
-    "a model without a head, such as an embedding model, is no causal language model; if this one is, restore its "
-    "config.json (tie_word_embeddings)"
-)
 _NAMED = 3
 """Tensors that a message names."""
 
@@ -57,7 +53,8 @@ class ModelWeights:
     @classmethod
     def choose(cls, checkpoint: Checkpoint, config: PreTrainedConfig) -> ModelWeights:
         """As `open`, of an opened checkpoint that shows its tensors as they are stored."""
-        arch, model = stored_architecture(config), model_without_weights(config, checkpoint.folder, "eager")
+        arch = stored_architecture(config, checkpoint.folder / "config.json")
+        model = model_without_weights(config, checkpoint.folder, "eager")
         names = arch.model_names(checkpoint.shapes)
         shapes = {names[stored]: shape for stored, shape in checkpoint.shapes.items()}
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -115,11 +112,15 @@ def untie(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "tie_word_embeddings": False}
 
 
-def stored_architecture(config: Any) -> Architecture:
-    """How a model of any layout stores its attention."""
+def stored_architecture(config: Any, where: object = None) -> Architecture:
+    """How a model of any layout stores its attention.
+
+    Raises:
+        UnsupportedModelError: for a family that is not supported.
+    """
     if config.model_type == "headfuse":
         return architecture_of(config.source_config.model_type).decoupled()
-    return architecture_of(getattr(config, "source_model_type", None) or config.model_type)
+    return architecture_of(getattr(config, "source_model_type", None) or config.model_type, where)
 
 
 def _held(shapes: dict[str, tuple[int, ...]], arch: Architecture, num_layers: int) -> dict[str, tuple[int, ...]]:
@@ -143,7 +144,7 @@ def _check(
 ) -> None:
     """Raise CheckpointError for tensors that are missing, of another shape or kind, or of layers that are too many."""
     problems = [f"{name} is missing" for name in expected if name not in held and name not in ties]
-    fix = _NO_HEAD if problems == ["lm_head.weight is missing"] else _OTHER_SOURCE
+    fix = _no_head(config) if problems == ["lm_head.weight is missing"] else _OTHER_SOURCE
     problems += [
         f"{name} has shape {list(shape)}, config.json makes it {list(expected[name])}"
         for name, shape in held.items()
@@ -164,6 +165,14 @@ def _check(
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(f"tensor {problems[0]}{more}", where=checkpoint.folder, fix=fix)
+
+
+def _no_head(config: PreTrainedConfig) -> str:
+    names = getattr(config, "architectures", None) or ["this"]
+    return (
+        f"{names[0]} is a model without a head, such as an embedding model: give a causal language model; if it "
+        "is one, restore its config.json (tie_word_embeddings)"
+    )
 
 
 def _equal(checkpoint: Checkpoint, name: str, other: str) -> bool:

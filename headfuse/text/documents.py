@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from headfuse.checkpoint.inputs import begins_as_pointer
 from headfuse.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ _METADATA = re.compile(
 """Files that lie beside data and hold none."""
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 _FIELD = 'each record needs its text in a field "text", like {"text": "..."}, or a chat in "messages"'
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HUB_TIMEOUT = 10
 """Seconds."""
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
@@ -261,11 +261,10 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
     name = _COMPRESSIONS.get(path.suffix.lower())
     with path.open("rb") as stored:
-        if stored.read(len(_LFS_POINTER)) == _LFS_POINTER:
+        if begins_as_pointer(stored):
             raise DataError(
                 "is a pointer of Git LFS, not the data itself", where=path, fix="fetch it with git lfs pull"
             )
-        stored.seek(0)
         if name is None:
             yield stored
             return
