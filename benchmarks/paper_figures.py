@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import headfuse
+from headfuse.choices import Side
 from headfuse.config.fuse import load_config
 from headfuse.models.loading import pick_device
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadBudget
 from headfuse.planning.analysis import Analysis, plot
-from headfuse.planning.budget import budget_rules
-from headfuse.planning.planner import survey
-from headfuse.planning.survey import LayerSurvey
+from headfuse.planning.fused_variants import Costs
+from headfuse.planning.planner import plan_options, survey
 
-SIDES = ("key", "value")
+SIDES: tuple[Side, ...] = ("key", "value")
 
 
 def main() -> None:
@@ -47,42 +47,44 @@ def main() -> None:
     config = load_config(None, overrides)
     source = Source.open(options.model)
     streamed = StreamedModel(source.checkpoint, source.config, pick_device())
-    surveys = survey(source, streamed, source.calibration_text(config), config, lambda phase, done, total: None)
-    table = [layer.costs[side].row() for side in SIDES for layer in surveys]
-    budgets = {name: budget_rules(config).allocate(name, source.heads, table) for name in ("sensitivity", "dha-greedy")}
+    text, decisions = source.calibration_text(config.calibration, config.seed), plan_options(config)
+    found = survey(streamed, text, decisions, lambda phase, done, total: None)
+    rules, (_, end_losses) = decisions.rules, found.measured[-1]
+    budgets = {name: rules.allocate(name, source.heads, found.costs) for name in ("sensitivity", "dha-greedy")}
     # the allocator of the analysis is not drawn; `uniform` needs no second measurement
     similar = headfuse.analyze(options.model, load_config(None, {**overrides, "budget.allocator": "uniform"}))
     options.output.mkdir(parents=True, exist_ok=True)
     plot(similar, options.output)
-    redundancy(surveys, similar, options.method, options.output / "redundancy.png")
+    redundancy(end_losses, similar, options.method, options.output / "redundancy.png")
     head_budget(budgets, source.heads.num_key_value_heads, options.budget, options.output / "head_budget.png")
     for side, layers in zip(SIDES, (similar.keys, similar.values), strict=True):
         means = [
             sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("cka_redundancy", "redundancy")
         ]
-        half = sum(layer.costs[side].measured[-1][1][(source.heads.num_key_value_heads + 1) // 2] for layer in surveys)
+        middle = (source.heads.num_key_value_heads + 1) // 2
+        half = sum(end_losses[i, side][middle] for i in range(streamed.num_layers))
         print(f"{side}: redundancy by CKA {means[0]:.3f}, aligned {means[1]:.3f}; KL at half, summed {half:.4f}")
     for name, budget in budgets.items():
         print(name, "keys", budget.key_heads, "values", budget.value_heads)
 
 
-def redundancy(surveys: list[LayerSurvey], similar: Analysis, method: str, path: Path) -> None:
+def redundancy(end_losses: Costs, similar: Analysis, method: str, path: Path) -> None:
     """Figure 3: loss against the share of heads, layer by layer; redundancy of every layer."""
     from matplotlib import colormaps, pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    colours = colormaps["viridis"].resampled(len(surveys))
+    colours = colormaps["viridis"].resampled(len(similar.keys))
     for axis, side in zip(axes, SIDES, strict=False):
-        for index, layer in enumerate(surveys):
-            _, measured = layer.costs[side].measured[-1]  # the end loss
+        for index in range(len(similar.keys)):
+            measured = end_losses[index, side]
             shares = [count / max(measured) for count in sorted(measured)]
             losses = [measured[count] for count in sorted(measured)]
             axis.plot(shares, losses, "o-", ms=3, color=colours(index), label=f"layer {index}")
         axis.set(
             title=f"{side} heads of one layer, `{method}`", xlabel="share of heads kept", ylabel="KL from the source"
         )
-        axis.set_ylim(0, 1.05 * max(max(layer.costs[s].measured[-1][1].values()) for s in SIDES for layer in surveys))
-        axis.legend(fontsize=7, ncols=1 + len(surveys) // 16)
+        axis.set_ylim(0, 1.05 * max(max(row.values()) for row in end_losses.values()))
+        axis.legend(fontsize=7, ncols=1 + len(similar.keys) // 16)
     for side, layers, style in (("key", similar.keys, "o-"), ("value", similar.values, "s--")):
         for name, attribute, colour in (("CKA", "cka_redundancy", "C0"), ("aligned", "redundancy", "C1")):
             figures = [getattr(layer, attribute) for layer in layers]

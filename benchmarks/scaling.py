@@ -74,13 +74,12 @@ def forward(model: str, samples: int) -> None:
     torch.set_num_threads(1)
     source = Source.open(model)
     config: FuseConfig = load_config(None, {"calibration.samples": samples, "calibration.sequence_length": LENGTH})
-    windows = source.calibration_text(config)
+    windows = source.calibration_text(config.calibration, config.seed)
     everything = torch.cat([windows.statistics, windows.held_out])
     streamed = StreamedModel(source.checkpoint, source.config, torch.device("cpu"))
     states = streamed.embed(everything)
-    for layer_idx in range(streamed.num_layers):
-        with streamed.layer(layer_idx, streamed.layer_tensors(layer_idx)) as run:
-            states = run(states, None)
+    for layer in streamed.walk((), [states]):
+        states = layer.outputs[0]
     streamed.nll(states, everything)
 
 

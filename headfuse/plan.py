@@ -19,7 +19,9 @@ Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
 
 SHARED_PARTITION: tuple[Layout, ...] = ("layerwise", "gqa")
-"""Layouts whose keys and values share one partition of a layer's heads, into groups of one size."""
+"""Layouts whose keys and values share one partition of a layer's heads, into groups of one size; as in LAYOUTS."""
+ONE_COUNT: tuple[Layout, ...] = ("gqa",)
+"""Layouts with the same number of heads in every layer; as in LAYOUTS."""
 LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
     "transformers": ("decoupled", "layerwise", "gqa"),
     "vllm": ("gqa", "layerwise"),
@@ -144,8 +146,8 @@ class FusionPlan(_Frozen):
                     raise ValueError(f"{where} needs key_groups equal to value_groups")
                 if len({len(group) for group in layer.key_groups}) > 1:
                     raise ValueError(f"{where} needs groups of one size")
-        if self.layout == "gqa" and len({len(layer.key_groups) for layer in self.layers}) > 1:
-            raise ValueError("layout gqa needs the same number of heads in every layer")
+        if self.layout in ONE_COUNT and len({len(layer.key_groups) for layer in self.layers}) > 1:
+            raise ValueError(f"layout {self.layout} needs the same number of heads in every layer")
         return self
 
     @property

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import headfuse
 from headfuse.checkpoint.plan_file import read_plan
+from headfuse.choices import Side
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.values import parse_budget
 from headfuse.errors import BudgetError
@@ -20,22 +21,21 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.fusion.losses import lost_value_energy
 from headfuse.fusion.maps import HeadMaps, plane_matrix
 from headfuse.fusion.moments import value_moments
-from headfuse.fusion.refit import reconstructed_outputs, refit_output
-from headfuse.models.attention import AttentionWeights
+from headfuse.fusion.refit import FusedHeads, reconstructed_outputs, refit_output
 from headfuse.models.capture import AttentionCapture
 from headfuse.models.logits import kl_divergence
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
-from headfuse.plan import HeadBudget, HeadLayout
+from headfuse.plan import Groups, HeadBudget, HeadLayout
 from headfuse.planning import importance as importance_module
 from headfuse.planning import planner as planning
-from headfuse.planning.budget import BudgetRules
-from headfuse.planning.costs import SideCosts, measured_counts
+from headfuse.planning.budget import BudgetRules, CostTable
+from headfuse.planning.costs import cost_row, measured_counts
 from headfuse.planning.end_loss_probes import EndLossProbes, Probe, costs
 from headfuse.planning.error_probes import ErrorProbes, output_error
-from headfuse.planning.fused_variants import probe_windows, reconstructed, with_heads
-from headfuse.planning.importance import HEAD_IMPORTANCE, cost_rows
-from headfuse.planning.survey import survey_layer
+from headfuse.planning.fused_variants import probe_windows, with_heads
+from headfuse.planning.importance import HEAD_IMPORTANCE, cost_table
+from headfuse.planning.survey import SurveyOptions, survey_layer
 from headfuse.text.calibration import CalibrationText
 
 WINDOWS = torch.randint(300, (4, 24), generator=torch.Generator().manual_seed(3))
@@ -52,9 +52,9 @@ def test_a_probe_is_the_divergence_of_the_fused_model(tmp_path: Path, model_type
     model = tiny_model(tmp_path / "model", model_type, layers=3)
     _, streamed = opened(model)
     equal = HeadBudget(key_heads=(3, 2, 4), value_heads=(4, 3, 4))
-    probes = EndLossProbes(streamed, WINDOWS, equal)
+    probes = EndLossProbes(streamed, WINDOWS, equal, refit=False)
     generator, n, d = torch.Generator().manual_seed(4), 4, 8
-    fused = {}
+    fused: dict[tuple[Side, int], tuple[HeadMaps, Groups]] = {}
     for count, groups in ((3, ((0, 2), (1,), (3,))), (1, ((0, 1, 2, 3),))):
         phases = torch.randn(n, d // 2, dtype=torch.complex128, generator=generator)
         fused["key", count] = (
@@ -62,9 +62,9 @@ def test_a_probe_is_the_divergence_of_the_fused_model(tmp_path: Path, model_type
             groups,
         )
         fused["value", count] = HeadMaps(*torch.randn(2, n, d, d, dtype=torch.float64, generator=generator)), groups
-    for layer_idx in range(3):
-        probes.advance(layer_idx, streamed.layer_tensors(layer_idx), fused if layer_idx < 2 else {})
-    lowered = {(0, "key"): 3, (0, "value"): 4, (1, "key"): 1, (1, "value"): 3}
+    for layer in streamed.walk([streamed.embed(WINDOWS)]):
+        probes.advance(layer, fused if layer.index < 2 else {})
+    lowered: dict[tuple[int, Side], int] = {(0, "key"): 3, (0, "value"): 4, (1, "key"): 1, (1, "value"): 3}
     results = {(p.layer_idx, p.side, p.count): p.divergence for p in probes.results()}
     assert set(results) == {(*place, count) for place in lowered for count in (1, 3, 4)}
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_a_probe_is_the_divergence_of_the_fused_model(tmp_path: Path, model_type
                 if here < n:
                     module = changed.model.layers[i]
                     stored = {name: tensor.float() for name, tensor in module.state_dict().items()}
-                    module.load_state_dict(reconstructed(stored, streamed, s, *fused[s, here]))
+                    module.load_state_dict(with_heads(stored, streamed, {s: fused[s, here]}))
             got = changed(WINDOWS).logits.flatten(0, 1).double()
             assert divergence == pytest.approx(kl_divergence(got, wanted).item() / len(wanted), rel=1e-3)
             assert divergence > 1e-6
@@ -96,26 +96,23 @@ def test_errors_are_scaled_to_the_end_loss_of_their_side(tmp_path: Path, refit: 
     _, streamed = opened(model)
     text = torch.randint(300, (16, 48), generator=torch.Generator().manual_seed(5))
     probes = ErrorProbes(streamed, WINDOWS, HeadBudget(key_heads=(2, 2, 4), value_heads=(2, 3, 1)), refit)
-    pairs, states = ((0, 1), (2, 3)), streamed.embed(text)
-    changed = {side: headfuse.load(model) for side in ("key", "value")}
-    for layer_idx in range(3):
-        tensors, captures, hidden = streamed.layer_tensors(layer_idx), list[AttentionCapture](), states.hidden
-        with streamed.layer(layer_idx, tensors) as run:
-            states = run(states, captures)
-        maps = random_maps(layer_idx)
-        fused = {
+    pairs: Groups = ((0, 1), (2, 3))
+    changed: dict[Side, Any] = {"key": headfuse.load(model), "value": headfuse.load(model)}
+    for layer in streamed.walk([streamed.embed(text)]):
+        tensors, captures, maps = layer.tensors, layer.captures, random_maps(layer.index)
+        fused: dict[tuple[Side, int], tuple[HeadMaps, Groups]] = {
             (side, count): (maps, groups) for side in changed for count, groups in ((2, pairs), (1, ((0, 1, 2, 3),)))
         }
-        probes.advance(layer_idx, tensors, fused, captures, hidden)
+        probes.advance(layer, fused)
         for side, other in changed.items():
-            count = 1 if (layer_idx, side) == (2, "value") else 2
-            layer = dict(reconstructed(tensors, streamed, side, *fused[side, count]))
+            count = 1 if (layer.index, side) == (2, "value") else 2
+            weights = dict(with_heads(tensors, streamed, {side: fused[side, count]}))
             if refit:
                 output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
                 seen = captures[max(1, len(captures) // 4) :] or captures
                 refitted = refit_output(output, seen, {side: fused[side, count]})
-                layer["self_attn.o_proj.weight"] = refitted.flatten(1)
-            other.model.layers[layer_idx].load_state_dict(layer)
+                weights["self_attn.o_proj.weight"] = refitted.flatten(1)
+            other.model.layers[layer.index].load_state_dict(weights)
     table = probes.costs()
     with torch.no_grad():
         wanted = headfuse.load(model)(WINDOWS).logits.flatten(0, 1).double()
@@ -131,13 +128,12 @@ def test_errors_are_scaled_to_the_end_loss_of_their_side(tmp_path: Path, refit: 
 def test_a_token_of_massive_energy_hides_no_error(tmp_path: Path) -> None:
     """An error of a token counts by that token's own energy, not by the mean over all."""
     _, streamed = opened(tiny_model(tmp_path / "model", "llama"))
-    states, captures = streamed.embed(WINDOWS), list[AttentionCapture]()
-    tensors = streamed.layer_tensors(0)
+    states, tensors = streamed.embed(WINDOWS), streamed.layer_tensors(0)
     with streamed.layer(0, tensors) as run:
-        run(states, captures)
+        _, captures = run.capture(states)
     output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
     targets = [capture.output.flatten(2) @ output.flatten(1).T for capture in captures]
-    fused = {"value": (random_maps(), ((0, 1), (2, 3)))}
+    fused: FusedHeads = {"value": (random_maps(), ((0, 1), (2, 3)))}
 
     def error(hidden: torch.Tensor) -> float:
         return output_error(captures, targets, hidden, output, fused)
@@ -156,12 +152,12 @@ def test_probes_see_text_that_nothing_was_fitted_to(tmp_path: Path, monkeypatch:
         return seen[-1]
 
     monkeypatch.setattr(planning, "probe_windows", watched)
-    source, streamed = opened(tiny_model(tmp_path / "model"))
+    _, streamed = opened(tiny_model(tmp_path / "model"))
     config = FuseConfig.model_validate({"preset": "balanced", "budget": {"total": "1/2"}})
     for windows, apart in ((torch.arange(9 * 16).view(9, 16), True), (torch.arange(16).view(1, 16), False)):
         seen.clear()
         text = CalibrationText.split(windows, 0)
-        planning.survey(source, streamed, text, config, lambda *_: None)
+        planning.survey(streamed, text, planning.plan_options(config), lambda *_: None)
         surveyed = text.part(planning.SURVEYED).statistics
         assert [not torch.isin(part, surveyed).any() for part in seen] == [apart, apart]
 
@@ -180,7 +176,7 @@ def test_probe_windows(tokens: int, shape: tuple[int, int]) -> None:
 def test_a_row_is_the_mean_of_its_measurements() -> None:
     """Counts that a measurement left out lie between its neighbours, as the lost energy does."""
     measured = [(1.0, {1: 4.0, 2: 2.0, 4: 0.0}), (3.0, {1: 1.0, 2: 1.0, 3: 0.5, 4: 0.0})]
-    assert SideCosts([8.0, 4.0, 2.0, 0.0], {}, measured).row() == pytest.approx([1.75, 1.25, 0.625, 0.0])
+    assert cost_row([8.0, 4.0, 2.0, 0.0], measured) == pytest.approx([1.75, 1.25, 0.625, 0.0])
 
 
 @pytest.mark.parametrize(("heads", "every", "counts"), [(8, False, [1, 2, 4]), (4, True, [1, 2, 3]), (1, True, [])])
@@ -191,17 +187,18 @@ def test_measured_counts(heads: int, every: bool, counts: list[int]) -> None:
 def test_maps_of_groups_that_several_counts_have(tmp_path: Path) -> None:
     """They are computed once, and give each count's maps and lost energy as if that were the only one."""
     source, streamed = opened(tiny_model(tmp_path / "model", "llama", kv_heads=8, query_heads=8))
-    captures, tensors, method = list[AttentionCapture](), streamed.layer_tensors(0), FUSION_METHODS["subspace"]
-    with streamed.layer(0, tensors) as run:
-        run(streamed.embed(WINDOWS), captures)
-    output = AttentionWeights.of_layer(tensors, streamed.arch, source.heads).output
-    found = survey_layer(captures, output, source.heads, method, "cluster", True, False, every_count=True)
-    moments, seen = value_moments(captures, output, source.heads, None), list[tuple[int, ...]]()
-    for count, (maps, groups) in found.costs["value"].maps.items():
+    method = FUSION_METHODS["subspace"]
+    options = SurveyOptions(method, "cluster", costs=True, every_count=True)
+    layer = next(streamed.walk([streamed.embed(WINDOWS)]))
+    found, fused = survey_layer(layer.captures, layer.weights.output, source.heads, options)
+    moments = value_moments(layer.captures, layer.weights.output, source.heads, None)
+    measured, seen = {c: maps for (side, c), maps in fused.items() if side == "value"}, list[tuple[int, ...]]()
+    assert sorted(measured) == list(range(1, 8))
+    for count, (maps, groups) in measured.items():
         alone = method.value_maps(groups, moments)
         assert torch.equal(alone.write, maps.write)
         assert torch.equal(alone.read, maps.read)
-        assert found.costs["value"].lost[count - 1] == pytest.approx(lost_value_energy(alone, groups, moments))
+        assert found.lost["value"][count - 1] == pytest.approx(lost_value_energy(alone, groups, moments))
         seen += [group for group in groups if len(group) > 1]
     assert len(set(seen)) < len(seen)
 
@@ -212,9 +209,9 @@ def test_a_refit_on_few_rows(tmp_path: Path) -> None:
     captures, tensors = list[AttentionCapture](), streamed.layer_tensors(0)
     with streamed.layer(0, tensors) as run:
         for window, weight in ((WINDOWS[:1, :12], 1.0), (WINDOWS[1:2, :8], 4.0)):
-            run(replace(streamed.embed(window), weight=weight), captures)
+            captures += run.capture(streamed.embed(window, weight))[1]
     output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
-    fused = {"value": (random_maps(), ((0, 1), (2, 3)))}
+    fused: FusedHeads = {"value": (random_maps(), ((0, 1), (2, 3)))}
     few = refit_output(output, captures, fused)  # 20 rows, 32 unknowns
     gram, cross = torch.zeros(32, 32).double(), torch.zeros(32, 32).double()
     for capture in captures:
@@ -228,20 +225,20 @@ def test_a_refit_on_few_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", ["key", "value"])
-def test_probes_refit_the_output_projection(tmp_path: Path, side: str) -> None:
+def test_probes_refit_the_output_projection(tmp_path: Path, side: Side) -> None:
     """With it a fused layer is nearer to the source's, and only the output projection differs."""
     _, streamed = opened(tiny_model(tmp_path / "model", "llama"))
     windows = torch.randint(300, (16, 48), generator=torch.Generator().manual_seed(5))
-    tensors, captures, states = streamed.layer_tensors(0), list[AttentionCapture](), streamed.embed(windows)
+    tensors, states = streamed.layer_tensors(0), streamed.embed(windows)
     with streamed.layer(0, tensors) as run:
-        wanted = run(states, captures).hidden
-    fused = {side: (random_maps(), ((0, 1), (2, 3)))}
+        reached, captures = run.capture(states)
+    wanted, fused = reached.hidden, {side: (random_maps(), ((0, 1), (2, 3)))}
     output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
     errors, layers = [], []
     for refitted in (None, refit_output(output, captures, fused)):
         layers.append(with_heads(tensors, streamed, fused, refitted))
         with streamed.layer(0, layers[-1]) as run:
-            errors.append((run(states, None).hidden - wanted).square().sum().item())
+            errors.append((run(states).hidden - wanted).square().sum().item())
     assert 0 < errors[1] < 0.95 * errors[0]
     assert [name for name in tensors if not torch.equal(layers[0][name], layers[1][name])] == [
         "self_attn.o_proj.weight"
@@ -250,11 +247,10 @@ def test_probes_refit_the_output_projection(tmp_path: Path, side: str) -> None:
 
 def test_probes_of_a_model_that_keeps_all_heads_start_from_the_source(tmp_path: Path) -> None:
     _, streamed = opened(tiny_model(tmp_path / "model"))
-    probes = EndLossProbes(streamed, WINDOWS, HeadBudget(key_heads=(4, 4), value_heads=(4, 4)))
+    probes = EndLossProbes(streamed, WINDOWS, HeadBudget(key_heads=(4, 4), value_heads=(4, 4)), refit=False)
     maps = HeadMaps(*torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
-    for layer_idx in range(2):
-        fused = {("value", 2): (maps, ((0, 1), (2, 3)))}
-        probes.advance(layer_idx, streamed.layer_tensors(layer_idx), fused)
+    for layer in streamed.walk([streamed.embed(WINDOWS)]):
+        probes.advance(layer, {("value", 2): (maps, ((0, 1), (2, 3)))})
     found = costs(probes.results())
     assert [row[4] for row in found.values()] == [0, 0]
     assert all(row[2] > 1e-6 for row in found.values())
@@ -275,8 +271,8 @@ def test_a_head_that_nobody_reads_has_no_importance(
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.self_attn.o_proj.weight"][:, 2 * 16 : 3 * 16] = 0  # both query heads of KV head 2
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    source, streamed = opened(model)
-    importance = HEAD_IMPORTANCE[score](streamed, WINDOWS, source.heads, 0)
+    _, streamed = opened(model)
+    importance = HEAD_IMPORTANCE[score](streamed, WINDOWS, 0)
     assert importance.shape == (2, 2, 4)
     others = importance[:, 1, [0, 1, 3]]
     assert importance[:, 1, 2].abs().max() < (1e-9 if score == "taylor" else 0.3 * others.abs().max())
@@ -285,9 +281,9 @@ def test_a_head_that_nobody_reads_has_no_importance(
 def test_taylor_is_the_gradient_of_a_mask(tmp_path: Path) -> None:
     """Against finite differences of the loss in a factor on one head's values."""
     model = tiny_model(tmp_path / "model", "qwen2")
-    source, streamed = opened(model)
+    _, streamed = opened(model)
     window = WINDOWS[:1]
-    importance = HEAD_IMPORTANCE["taylor"](streamed, window, source.heads, 0)
+    importance = HEAD_IMPORTANCE["taylor"](streamed, window, 0)
     changed, losses = headfuse.load(model).double(), []
     attention = changed.model.layers[0].self_attn.v_proj
     for factor in (1 - 1e-4, 1 + 1e-4):
@@ -300,9 +296,9 @@ def test_taylor_is_the_gradient_of_a_mask(tmp_path: Path) -> None:
     assert importance[1, 0, 1].item() == pytest.approx(abs(losses[1] - losses[0]) / 2e-4, rel=1e-2)
 
 
-def test_cost_rows() -> None:
+def test_a_cost_table_of_scores() -> None:
     scores = torch.tensor([[[0.5, 0.1, 0.2]], [[0.0, 3.0, -1.0]]])
-    assert cost_rows(scores) == [pytest.approx([0.3, 0.1, 0.0]), pytest.approx([0.0, 0.0, 0.0])]
+    assert cost_table(scores).rows == [pytest.approx([0.3, 0.1, 0.0]), pytest.approx([0.0, 0.0, 0.0])]
 
 
 @pytest.mark.parametrize("allocator", ["taylor", "shapley", "sensitivity"])
@@ -324,7 +320,7 @@ def test_layerwise_is_optimal() -> None:
     generator = torch.Generator().manual_seed(0)
     table = (torch.rand(6, 4, generator=generator).cumsum(1).flip(1)).tolist()
     rules = BudgetRules(total=parse_budget("0.5"), layerwise=True)
-    chosen = rules.allocate("sensitivity", LAYOUT, table)
+    chosen = rules.allocate("sensitivity", LAYOUT, CostTable(table[:3], table[3:]))
     assert chosen.key_heads == chosen.value_heads
     assert chosen.total == 12
 

@@ -25,7 +25,7 @@ from headfuse.models.loading import load_model
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadLayout
-from headfuse.planning.budget import BudgetRules
+from headfuse.planning.budget import BudgetRules, CostTable
 from headfuse.planning.grouping import anneal
 
 SHORT = {"search_steps": 2, "fusion_steps": 6, "batch_size": 2, "micro_batch_size": 1, "checkpoint_every": 2}
@@ -125,7 +125,7 @@ def test_another_basis_changes_no_output(tmp_path: Path, start: str, model_type:
     config = FuseConfig.model_validate(
         {"calibration": {"data": str(tmp_path / "text.txt"), "samples": 4, "sequence_length": 32}}
     )
-    text = Source.open(str(folder)).calibration_text(config)
+    text = Source.open(str(folder)).calibration_text(config.calibration, config.seed)
     stages.rebase(model, streamed, read_plan(Path(document["output"])), text, start)
     torch.testing.assert_close(outputs(model), wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(model.model.layers[0].self_attn.k_proj.weight, before, atol=1e-2)
@@ -169,8 +169,8 @@ def test_greedy_gives_the_largest_losses_the_largest_shares() -> None:
         model_type="llama", num_hidden_layers=4, hidden_size=64, num_attention_heads=16, num_key_value_heads=16,
         head_dim=4,
     )  # fmt: skip
-    losses = [8.0, 6.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0]
-    budget = BudgetRules(Fraction(1, 4)).allocate("dha-greedy", heads, [[loss] * 16 for loss in losses])
+    rows = [[loss] * 16 for loss in (8.0, 6.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0)]
+    budget = BudgetRules(Fraction(1, 4)).allocate("dha-greedy", heads, CostTable(rows[:4], rows[4:]))
     counts = budget.key_heads + budget.value_heads
     assert sum(counts) == 32
     assert counts[0] >= 8  # a share of n/2, and perhaps one of the last single heads

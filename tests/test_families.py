@@ -76,7 +76,7 @@ def test_streamed_logits_are_the_models(family: str, tmp_path: Path) -> None:
     states = streamed.embed(tokens)
     for layer_idx in range(streamed.num_layers):
         with streamed.layer(layer_idx, streamed.layer_tensors(layer_idx)) as run_layer:
-            states = run_layer(states, None)
+            states = run_layer(states)
     with torch.no_grad():
         have, want = streamed.logits(streamed.last_hidden_state(states.hidden)), headfuse.load(model)(tokens).logits
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)

@@ -22,7 +22,8 @@ from headfuse.errors import BudgetError, UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
 from headfuse.plan import FusionPlan, HeadLayout, check_partition
-from headfuse.planning.budget import ALLOCATORS, BudgetRules, least_cost
+from headfuse.planning.allocators import ALLOCATORS, least_cost
+from headfuse.planning.budget import BudgetRules, CostTable
 from headfuse.planning.grouping import GROUPERS
 from headfuse.planning.importance import HEAD_IMPORTANCE
 from headfuse.planning.similarity import aligned_similarity, linear_cka, redundancy
@@ -190,10 +191,11 @@ SHAPE = HeadLayout(
 )
 
 
-def falling_costs(seed: int) -> list[list[float]]:
+def falling_costs(seed: int) -> CostTable:
     table = torch.rand(2 * SHAPE.num_hidden_layers, 4, generator=torch.Generator().manual_seed(seed))
     table = table.flip(1).cumsum(1).flip(1)
-    return (table - table[:, -1:]).tolist()
+    rows = (table - table[:, -1:]).tolist()
+    return CostTable(rows[: SHAPE.num_hidden_layers], rows[SHAPE.num_hidden_layers :])
 
 
 @allocators
@@ -207,14 +209,14 @@ def test_allocators_spend_the_budget_and_no_more(allocator: str, seed: int) -> N
         counts = budget.key_heads + budget.value_heads
         assert sum(counts) == total
         assert all(1 <= count <= 4 for count in counts)
-        loss = sum(row[count - 1] for row, count in zip(costs, counts, strict=True))
+        loss = sum(row[count - 1] for row, count in zip(costs.rows, counts, strict=True))
         assert loss <= before + 1e-9
         before = loss
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_sensitivity_is_optimal(seed: int) -> None:
-    costs, choices = falling_costs(seed), [[1, 2, 3, 4], [2, 3], [1], [4], [1, 2, 3], [1, 2, 3, 4]]
+    costs, choices = falling_costs(seed).rows, [[1, 2, 3, 4], [2, 3], [1], [4], [1, 2, 3], [1, 2, 3, 4]]
     best: dict[int, float] = {}
     for counts in itertools.product(*choices):
         loss = sum(row[count - 1] for row, count in zip(costs, counts, strict=True))
@@ -270,7 +272,7 @@ def test_the_smallest_budget_that_a_refusal_names_works(allocator: str) -> None:
 
 @pytest.mark.parametrize(("budget", "count"), [("1/4", 1), ("1/3", 1), ("0.5", 2), ("0.9", 2), ("1", 4)])
 def test_gqa_takes_the_largest_shape_within_the_budget(budget: str, count: int) -> None:
-    result = BudgetRules(Fraction(budget)).allocate_gqa(SHAPE)
+    result = BudgetRules(Fraction(budget), one_count=True).allocate("uniform", SHAPE)
     assert result.key_heads == result.value_heads == (count,) * 3
 
 

@@ -21,7 +21,8 @@ import headfuse
 from headfuse.errors import BudgetError, CheckpointError
 from headfuse.layouts import LAYOUTS, layerwise
 from headfuse.plan import LAYOUT_FOR, FusionPlan, HeadLayout
-from headfuse.planning.budget import ALLOCATORS, BudgetRules
+from headfuse.planning.allocators import ALLOCATORS
+from headfuse.planning.budget import BudgetRules, CostTable
 
 SHAPE = HeadLayout(
     model_type="llama", num_hidden_layers=3, hidden_size=48, num_attention_heads=12, num_key_value_heads=12, head_dim=4
@@ -60,7 +61,7 @@ def test_the_cheapest_plan_of_dividing_counts(seed: int) -> None:
     before = float("inf")
     for pairs in range(3, 37):
         rules = BudgetRules(Fraction(pairs, 36), layerwise=True, equal_groups=True)
-        chosen = rules.allocate("sensitivity", SHAPE, table)
+        chosen = rules.allocate("sensitivity", SHAPE, CostTable(table[:3], table[3:]))
         assert chosen.key_heads == chosen.value_heads
         assert set(chosen.key_heads) <= set(DIVISORS)
 
@@ -78,7 +79,7 @@ GREEDY = ("uniform", "dha-greedy")
 
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
 def test_no_more_heads_fit(allocator: str) -> None:
-    flat = [[0.0] * 12] * 6  # all plans cost the same
+    flat = CostTable([[0.0] * 12] * 3, [[0.0] * 12] * 3)  # all plans cost the same
     for pairs in range(3, 37):
         chosen = BudgetRules(Fraction(pairs, 36), layerwise=True, equal_groups=True).allocate(allocator, SHAPE, flat)
         most = max(sum(c) for c in itertools.product(DIVISORS, repeat=3) if sum(c) <= pairs)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fuse, logits, plant, tiny_model
+from conftest import fuse, logits, plant, run, tiny_model
 
 from headfuse.checkpoint import plan_file
 from headfuse.checkpoint.reader import Checkpoint
@@ -23,19 +23,28 @@ from headfuse.fusion.moments import value_moments
 from headfuse.layouts import LAYOUTS
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
+from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadLayout
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch, model: Path) -> Counter[str]:
+    """How often each tensor of a model is read from now on."""
+    read, own_bytes = Counter[str](), Checkpoint._bytes
+
+    def count_read(self: Checkpoint, name: str) -> torch.Tensor:
+        read[name] += self.folder == model
+        return own_bytes(self, name)
+
+    monkeypatch.setattr(Checkpoint, "_bytes", count_read)
+    return read
 
 
 def test_weights_are_read_twice_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for the survey, once for the conversion; fingerprint, guard and checksums take what is there."""
     model = tiny_model(tmp_path / "model", layers=3)
-    read, written, hashed = Counter[str](), Counter[str](), Counter[str]()
-    own_bytes, own_write, own_hash = Checkpoint._bytes, SafetensorsWriter.write, plan_file.file_sha256
-
-    def count_read(self: Checkpoint, name: str) -> torch.Tensor:
-        read[name] += self.folder == model
-        return own_bytes(self, name)
+    read, written, hashed = count_reads(monkeypatch, model), Counter[str](), Counter[str]()
+    own_write, own_hash = SafetensorsWriter.write, plan_file.file_sha256
 
     def count_write(self: SafetensorsWriter, name: str, tensor: torch.Tensor) -> None:
         written[name] += 1
@@ -45,7 +54,6 @@ def test_weights_are_read_twice_and_written_once(tmp_path: Path, monkeypatch: py
         hashed[path.name] += 1
         return own_hash(path)
 
-    monkeypatch.setattr(Checkpoint, "_bytes", count_read)
     monkeypatch.setattr(SafetensorsWriter, "write", count_write)
     monkeypatch.setattr(SafetensorsWriter, "read", lambda self, name: pytest.fail(f"{name} is read back"))
     monkeypatch.setattr(plan_file, "file_sha256", count_hash)
@@ -58,9 +66,35 @@ def test_weights_are_read_twice_and_written_once(tmp_path: Path, monkeypatch: py
     plan_file.verify(tmp_path / "out")
 
 
+def test_analyze_reads_every_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The similarity of the weights is measured while the survey has them."""
+    model = tiny_model(tmp_path / "model", layers=3)
+    read = count_reads(monkeypatch, model)
+    text = ("--data", tmp_path / "text.txt", "--samples", 4, "--sequence-length", 32)
+    run("analyze", model, "--budget", "0.5", "--preset", "fast", *text)
+    assert read.keys() == Checkpoint(model).shapes.keys()
+    assert set(read.values()) == {1}
+
+
+def test_a_walk_lets_go_of_the_layer_before(tmp_path: Path) -> None:
+    """Even where somebody still names it, as the variable of a loop does; its use is an error, not an empty layer."""
+    source = Source.open(str(tiny_model(tmp_path / "model", layers=2)))
+    streamed = StreamedModel(source.checkpoint, source.config, torch.device("cpu"))
+    walk = streamed.walk([streamed.embed(torch.arange(8)[None])])
+    first = next(walk)
+    held = [*first.tensors.values(), first.weights, first.captures[0]]
+    alive = [weakref.ref(each) for each in held]
+    del held
+    assert all(ref() is not None for ref in alive)
+    next(walk)
+    assert not any(ref() is not None for ref in alive)
+    with pytest.raises(AttributeError):
+        _ = first.tensors
+
+
 GAPS = """
 import sys, torch
-from headfuse.streaming import keep_freed_blocks, release_freed_blocks
+from headfuse.models.heap import keep_freed_blocks, release_freed_blocks
 keep_freed_blocks()
 def resident():
     with open("/proc/self/status") as status:

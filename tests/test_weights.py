@@ -80,7 +80,7 @@ def streamed_logits(folder: Path) -> torch.Tensor:
     states = streamed.embed(TOKENS)
     for layer_idx in range(streamed.num_layers):
         with streamed.layer(layer_idx, streamed.layer_tensors(layer_idx)) as layer, torch.no_grad():
-            states = layer(states, None)
+            states = layer(states)
     with torch.no_grad():
         return streamed.logits(streamed.last_hidden_state(states.hidden))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,26 @@ import torch
 
 from headfuse.checkpoint.output import output_folder, read_resume, write_resume
 from headfuse.checkpoint.reader import Checkpoint
+from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.config.fuse import FuseConfig
+from headfuse.conversion.conversion import Conversion, FusedModel
 from headfuse.conversion.output import open_writer, write_beside_weights, write_config
 from headfuse.conversion.preflight import prepare
-from headfuse.conversion.refine import REFINED, Targets, refine, refines
+from headfuse.conversion.refine import REFINED, Refinement, Targets, refine, refines
 from headfuse.conversion.result import FuseResult, Stage
 from headfuse.conversion.resume import FinishedLayers, resumed_plan
 from headfuse.dha import pipeline as dha
 from headfuse.fusion import FUSION_METHODS
 from headfuse.fusion.layer import fuse_layer
 from headfuse.layouts import LAYOUTS
-from headfuse.models.attention import AttentionWeights
-from headfuse.models.capture import AttentionCapture
 from headfuse.models.decoder_layers import DecoderLayers, HiddenStates
-from headfuse.models.source import Source
+from headfuse.models.families import Architecture
+from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
-from headfuse.plan import FusionPlan, LayerPlan
-from headfuse.planning.planner import ProgressCallback, make_plan, survey
+from headfuse.plan import FusionPlan
+from headfuse.planning.planner import PlanOptions, ProgressCallback, make_plan, plan_options, survey
 from headfuse.planning.review import adopt
-from headfuse.text.calibration import START_WEIGHT, CalibrationText
+from headfuse.text.calibration import START_WEIGHT
 
 logger = logging.getLogger(__name__)
 
@@ -68,126 +70,118 @@ def fuse(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     source, config, output, text = prepared.source, prepared.config, prepared.output, prepared.text
-    ready = prepared.plan and adopt(prepared.plan, source)
-    options = {**prepared.options, "plan": None if ready is None else ready.to_json()}
+    reviewed = prepared.plan and adopt(prepared.plan, source)
+    options = {**prepared.options, "plan": None if reviewed is None else reviewed.to_json()}
     trained = FUSION_METHODS[config.method].trained
     if trained:
         options["source"] = source.identity().fingerprint
     streamed = StreamedModel(source.checkpoint, source.config, prepared.device)
     with output_folder(output, overwrite=overwrite, resume=resume, reads=[source.folder]) as partial:
+        conversion = Conversion(source, streamed, text, partial, on_progress)
         found = resumed_plan(partial, source, options)
         if trained:
-            training = _train(partial, source, streamed, text, config, ready, options, on_progress, trust_remote_code)
-            return _write_trained(partial, output, source, streamed, training, config, options)
-        ready = found or ready or make_plan(source, config, survey(source, streamed, text, config, on_progress))
-        writer, done = open_writer(source, streamed, ready, partial, options)
-        write_config(partial, source, ready, dtype)
-        as_written = LAYOUTS[ready.layout].config(streamed.config.to_dict(), ready)
-        guard = DecoderLayers(as_written, streamed.arch, writer, streamed.device)
-        before, closed_form, last = _convert(streamed, guard, text, ready, done, on_progress)
-        stages = [closed_form]
-        if refines(config, ready, before, closed_form) or (partial / REFINED).exists():
-            with torch.no_grad():
-                targets = Targets(text.statistics, streamed.last_hidden_state(last.hidden))
-            stages = refine(partial, streamed, guard, done, ready, text, targets, closed_form, config, on_progress)
-        itemsize = next(iter(writer.dtypes.values())).itemsize
-        kv_bytes = source.heads.kv_bytes_per_token(itemsize), ready.kv_bytes_per_token(itemsize)
-        result = FuseResult(output, ready, tuple(stages), before, *kv_bytes)
-        write_beside_weights(partial, source, result, config, writer)
-        Checkpoint(partial)  # what was written opens again: headers and index agree
+            written = _train(conversion, config, reviewed, options, trust_remote_code)
+        else:
+            planned = found or reviewed or _plan(conversion, plan_options(config))
+            written = _write(conversion, planned, options, Refinement(config.preset, config.seed))
+        return _finish(conversion, written, config, output)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The weights that lie in the folder, and the NLL of each held-out window with the source's."""
+
+    plan: FusionPlan
+    writer: SafetensorsWriter
+    stages: tuple[Stage, ...]
+    held_out_before: tuple[float, ...]
+
+
+def _finish(conversion: Conversion, written: _Written, config: FuseConfig, output: Path) -> FuseResult:
+    """Write what lies beside the weights; what came out, under the name that the folder gets."""
+    itemsize = next(iter(written.writer.dtypes.values())).itemsize
+    kv_bytes = [shape.kv_bytes_per_token(itemsize) for shape in (conversion.source.heads, written.plan)]
+    result = FuseResult(output, written.plan, written.stages, written.held_out_before, *kv_bytes)
+    write_beside_weights(conversion.folder, conversion.source, result, config, written.writer)
+    Checkpoint(conversion.folder)  # what was written opens again: headers and index agree
     return result
 
 
+def _plan(conversion: Conversion, options: PlanOptions) -> FusionPlan:
+    """Survey the source and plan every layer."""
+    found = survey(conversion.streamed, conversion.text, options, conversion.on_progress)
+    return make_plan(conversion.source, options, found)
+
+
 def _train(
-    partial: Path,
-    source: Source,
-    streamed: StreamedModel,
-    text: CalibrationText,
+    conversion: Conversion,
     config: FuseConfig,
     plan: FusionPlan | None,
     options: dict[str, Any],
-    on_progress: ProgressCallback,
     trust_remote_code: bool,
-) -> dha.Trained:
-    """The trained stages of method dha; resumable from their first step on."""
+) -> _Written:
+    """The trained stages of method dha, resumable from their first step on; where nothing is trained, the source."""
+    source, streamed, text, partial = conversion.source, conversion.streamed, conversion.text, conversion.folder
     if read_resume(partial, "fuse") is None:
         write_resume(partial, "fuse", {"options": options})
-    return dha.train(source, streamed, config, text, partial, plan, on_progress, trust_remote_code)
-
-
-def _write_trained(
-    partial: Path,
-    output: Path,
-    source: Source,
-    streamed: StreamedModel,
-    trained: dha.Trained,
-    config: FuseConfig,
-    options: dict[str, Any],
-) -> FuseResult:
-    """Write trained weights, where nothing was trained the source's, as the other methods' are written."""
+    trained = dha.train(source, streamed, config, text, partial, plan, conversion.on_progress, trust_remote_code)
     writer, _ = open_writer(source, streamed, trained.plan, partial, options)
     for name in writer.shapes:
         tensor = trained.weights.get(name)
         writer.write(name, source.checkpoint.read(name) if tensor is None else tensor)
     write_config(partial, source, trained.plan, options["dtype"])
-    itemsize = next(iter(writer.dtypes.values())).itemsize
-    kv_bytes = source.heads.kv_bytes_per_token(itemsize), trained.plan.kv_bytes_per_token(itemsize)
-    stages = (Stage("trained", trained.held_out_after),)
-    result = FuseResult(output, trained.plan, stages, trained.held_out_before, *kv_bytes)
-    write_beside_weights(partial, source, result, config, writer)
-    Checkpoint(partial)
-    return result
+    return _Written(trained.plan, writer, (Stage("trained", trained.held_out_after),), trained.held_out_before)
+
+
+def _write(conversion: Conversion, plan: FusionPlan, options: dict[str, Any], refinement: Refinement) -> _Written:
+    """Fuse layer after layer, then refine all of them together where that is worth it."""
+    source, streamed, partial = conversion.source, conversion.streamed, conversion.folder
+    writer, done = open_writer(source, streamed, plan, partial, options)
+    write_config(partial, source, plan, options["dtype"])
+    as_written = LAYOUTS[plan.layout].config(streamed.config.to_dict(), plan)
+    fused = FusedModel(plan, DecoderLayers.of_config(as_written, streamed.arch, writer, streamed.device))
+    before, closed_form, last = _convert(conversion, fused, done)
+    stages = [closed_form]
+    if refines(refinement, plan, before, closed_form) or (partial / REFINED).exists():
+        with torch.no_grad():
+            targets = Targets(conversion.text.statistics, streamed.last_hidden_state(last.hidden))
+        stages = refine(conversion, fused, writer, targets, closed_form, refinement)
+    return _Written(plan, writer, tuple(stages), before)
 
 
 def _convert(
-    streamed: StreamedModel,
-    guard: DecoderLayers,
-    text: CalibrationText,
-    plan: FusionPlan,
-    done: FinishedLayers,
-    on_progress: ProgressCallback,
+    conversion: Conversion, fused: FusedModel, done: FinishedLayers
 ) -> tuple[tuple[float, ...], Stage, HiddenStates]:
     """Fuse layer after layer.
 
     Returns the source's NLL on each held-out window, the stage, and what the source made of the statistics windows.
     """
-    windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
+    streamed, text, layers = conversion.streamed, conversion.text, fused.plan.layers
+    statistics = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
     before = after = streamed.embed(text.held_out)
-    for layer in plan.layers:
-        (windows, starts, before), written = _convert_layer(streamed, (windows, starts, before), layer, plan, done)
+    windows = statistics[0]
+    for layer in streamed.walk(statistics, [before]):
+        windows, _, before = layer.outputs
+        written = {} if layer.index in done.layers else _fuse_and_write(streamed.arch, layer, fused.plan, done)
         if len(after):
-            after = guard.run(layer.layer_idx, after, written)
+            after = fused.layers.run(layer.index, after, written)
         del written  # not beside the next layer
-        on_progress("fuse", layer.layer_idx + 1, len(plan.layers))
+        conversion.on_progress("fuse", layer.index + 1, len(layers))
     stage = Stage("closed form", streamed.nll(after, text.held_out))
     return streamed.nll(before, text.held_out), stage, windows
 
 
-def _convert_layer(
-    streamed: StreamedModel,
-    inputs: tuple[HiddenStates, HiddenStates, HiddenStates],
-    layer: LayerPlan,
-    plan: FusionPlan,
-    done: FinishedLayers,
-) -> tuple[tuple[HiddenStates, HiddenStates, HiddenStates], dict[str, torch.Tensor]]:
-    """Fuse and write one layer, unless that is done; what the source's makes of its inputs, and what was written.
-
-    The first two inputs are those of the statistics.
-    """
-    arch, method, layout = streamed.arch, FUSION_METHODS[plan.method], LAYOUTS[plan.layout]
-    prefix = arch.layer_prefix(layer.layer_idx) + "."
-    tensors, captures = streamed.layer_tensors(layer.layer_idx), list[AttentionCapture]()
-    weights = AttentionWeights.of_layer(tensors, arch, plan.heads)
-    windows, starts, before = inputs
-    with streamed.layer(layer.layer_idx, tensors) as run:
-        outputs = run(windows, captures), run(starts, captures), run(before, None)
-    if layer.layer_idx in done.layers:
-        return outputs, {}
+def _fuse_and_write(
+    arch: Architecture, source: SourceLayer, plan: FusionPlan, done: FinishedLayers
+) -> dict[str, torch.Tensor]:
+    """Fuse and write one layer; what was written, by full name."""
+    layout, layer, weights = LAYOUTS[plan.layout], plan.layers[source.index], source.weights
+    prefix = arch.layer_prefix(source.index) + "."
     if not layer.untouched:
-        weights = fuse_layer(weights, captures, layer, plan.heads, method)
-    tensors = layout.arrange(weights, layer, plan).in_layer(tensors, arch, plan.heads, layout.stored(arch))
+        weights = fuse_layer(weights, source.captures, layer, plan.heads, FUSION_METHODS[plan.method])
+    tensors = layout.arrange(weights, layer, plan).in_layer(source.tensors, arch, plan.heads, layout.stored(arch))
     written = {prefix + name: tensors[name].to(done.writer.dtypes[prefix + name]) for name in sorted(tensors)}
     for name, tensor in written.items():
         done.writer.write(name, tensor)
-    done.add(layer.layer_idx)
-    return outputs, written
+    done.add(source.index)
+    return written

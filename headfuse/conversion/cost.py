@@ -12,9 +12,11 @@ from headfuse.config.fuse import FuseConfig
 from headfuse.config.presets import PRESETS
 from headfuse.dha.loop import training_memory
 from headfuse.fusion import FUSION_METHODS
+from headfuse.layouts import LAYOUTS
 from headfuse.models.families import architecture_of
 from headfuse.models.loading import pick_device
 from headfuse.models.source import Source
+from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.costs import measured_counts
 from headfuse.planning.fused_variants import PROBE_COST, ROWS_PER_UNKNOWN, probe_tokens, weighing_tokens
 from headfuse.planning.planner import SURVEYED
@@ -94,7 +96,7 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
 
     preset = PRESETS[config.preset]
     refits = FUSION_METHODS[config.method].refits_output
-    if config.budget.allocator in ("sensitivity", "dha-greedy") and config.layout != "gqa":
+    if ALLOCATORS[config.budget.allocator].costs == "measured" and not LAYOUTS[config.layout].one_count:
         n = heads.num_key_value_heads
         counts, few = len(measured_counts(n, preset.end_loss_probes == "all")), len(measured_counts(n, False))
         rows = min(surveyed, ROWS_PER_UNKNOWN * queries)

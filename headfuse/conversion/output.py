@@ -97,7 +97,7 @@ def write_beside_weights(
     """Everything but weights and config: tokenizer and licence, headfuse.yaml, card, plan.json with checksums."""
     plan = result.plan
     copy_companions(source.folder, partial, source.trust_remote_code)
-    if plan.layout != "gqa":
+    if not LAYOUTS[plan.layout].stock_class:
         keep_tokenizer_class(source.folder, partial)
     head = f"# headfuse fuse --config headfuse.yaml {plan.source.model}\n"
     (partial / "headfuse.yaml").write_text(head + config.to_yaml(), encoding="utf-8")

@@ -75,7 +75,7 @@ def prepare(
     if FUSION_METHODS[config.method].trained:
         dha.check_family(source)
     check_space(output, _written_bytes(source, budget, dtype))
-    text = source.calibration_text(config, trust_remote_code)
+    text = source.calibration_text(config.calibration, config.seed, trust_remote_code)
     options = {
         "headfuse": headfuse.__version__,
         "config": config.to_yaml(),

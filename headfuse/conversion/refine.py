@@ -13,20 +13,17 @@ from pathlib import Path
 import torch
 
 from headfuse.checkpoint.output import STATE, sync, write_whole
-from headfuse.checkpoint.writer import mapped_tensor
-from headfuse.config.fuse import FuseConfig
+from headfuse.checkpoint.writer import SafetensorsWriter, mapped_tensor
 from headfuse.config.presets import PRESETS
+from headfuse.conversion.conversion import Conversion, FusedModel
 from headfuse.conversion.result import Stage
-from headfuse.conversion.resume import FinishedLayers
 from headfuse.estimates import average
 from headfuse.fusion import FUSION_METHODS
-from headfuse.models.decoder_layers import DecoderLayers, HiddenStates
+from headfuse.models.decoder_layers import DecoderLayers
 from headfuse.models.heap import release_freed_blocks
 from headfuse.models.logits import kl_divergence
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.planning.planner import ProgressCallback
-from headfuse.text.calibration import CalibrationText
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +92,7 @@ def refine_model(
     """
     steps, rate = round(len(text.windows) * passes), learning_rate(text.hidden.shape[-1])
     for step, index in zip(range(1, steps + 1), _shuffled(len(text.windows), seed), strict=False):
-        states, inputs = streamed.embed(text.windows[index : index + 1]), list[HiddenStates]()
-        for layer_idx in range(streamed.num_layers):
-            inputs.append(states)
-            states = layers.run(layer_idx, states, optimizer.weights)
+        *inputs, states = layers.forward(streamed.embed(text.windows[index : index + 1]), optimizer.weights)
 
         def divergence(logits: torch.Tensor, part: slice, target: torch.Tensor = text.hidden[index]) -> torch.Tensor:
             with torch.no_grad():
@@ -138,36 +132,46 @@ NEGLIGIBLE_NLL = 1e-4
 """NLL in nats; a difference this small is rounding, and training would only add noise to it."""
 
 
-def refines(config: FuseConfig, plan: FusionPlan, held_out: tuple[float, ...], closed_form: Stage) -> bool:
-    """Whether the preset refines this model: published baselines, and what has lost nothing, stay as they are."""
-    if not PRESETS[config.preset].model_passes or not FUSION_METHODS[plan.method].refits_output:
+@dataclass(frozen=True)
+class Refinement:
+    """Whether and how long a preset refines, and the seed of the order of the windows."""
+
+    preset: str
+    seed: int
+
+    @property
+    def passes(self) -> float:
+        """How often each window is used; 0 leaves the closed form."""
+        return PRESETS[self.preset].model_passes
+
+
+def refines(refinement: Refinement, plan: FusionPlan, held_out: tuple[float, ...], closed_form: Stage) -> bool:
+    """Whether this model is refined: published baselines, and what has lost nothing, stay as they are."""
+    if not refinement.passes or not FUSION_METHODS[plan.method].refits_output:
         return False
     before = average(held_out)
     if before is None or closed_form.nll is None:
-        logger.warning("preset %s refines only under the guard of held-out text, and none is held out", config.preset)
+        preset = refinement.preset
+        logger.warning("preset %s refines only under the guard of held-out text, and none is held out", preset)
         return False
     return closed_form.nll > before + NEGLIGIBLE_NLL
 
 
 def refine(
-    partial: Path,
-    streamed: StreamedModel,
-    guard: DecoderLayers,
-    done: FinishedLayers,
-    plan: FusionPlan,
-    text: CalibrationText,
+    conversion: Conversion,
+    fused: FusedModel,
+    writer: SafetensorsWriter,
     targets: Targets,
     closed_form: Stage,
-    config: FuseConfig,
-    on_progress: ProgressCallback,
+    refinement: Refinement,
 ) -> list[Stage]:
     """Refine the fused layers together; their weights are written only if the held-out loss falls.
 
     They are complete in the state folder before the first one is overwritten, so that an interrupted run goes on.
     """
-    record, writer = partial / REFINED, done.writer
-    folder, fused = record.parent, [layer.layer_idx for layer in plan.layers if not layer.untouched]
-    shapes = {name: writer.shapes[name] for name in guard.attention_weights(fused)}
+    record = conversion.folder / REFINED
+    folder, touched = record.parent, [layer.layer_idx for layer in fused.plan.layers if not layer.untouched]
+    shapes = {name: writer.shapes[name] for name in fused.layers.attention_weights(touched)}
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -177,19 +181,28 @@ def refine(
             weight.copy_(writer.read(name))
 
         def on_step(done: int, total: int) -> None:
-            on_progress("refine", done, total)
+            conversion.on_progress("refine", done, total)
 
-        refine_model(streamed, guard, optimizer, targets, PRESETS[config.preset].model_passes, config.seed, on_step)
-        states = streamed.embed(text.held_out)
-        for layer_idx in range(streamed.num_layers):
-            prefix = streamed.arch.layer_prefix(layer_idx) + "."
-            weights = {n: w.to(writer.dtypes[n]) for n, w in optimizer.weights.items() if n.startswith(prefix)}
-            states = guard.run(layer_idx, states, weights)
+        source, layers = conversion.streamed, fused.layers
+        refine_model(source, layers, optimizer, targets, refinement.passes, refinement.seed, on_step)
+        refined = _held_out_nll(conversion, layers, writer, optimizer.weights)
         optimizer.sync()
-        refined = streamed.nll(states, text.held_out)
         write_whole(record, json.dumps({"closed form": closed_form.held_out, "refined": refined}))
     figures = {name: tuple(held_out) for name, held_out in json.loads(record.read_text(encoding="utf-8")).items()}
     kept = math.fsum(figures["refined"]) < math.fsum(figures["closed form"])  # false for NaN, too
     for name, weight in optimizer.weights.items() if kept else ():
         writer.write(name, weight)
     return [Stage(closed_form.name, figures["closed form"]), Stage("refined", figures["refined"], kept)]
+
+
+def _held_out_nll(
+    conversion: Conversion, layers: DecoderLayers, writer: SafetensorsWriter, weights: Mapping[str, torch.Tensor]
+) -> tuple[float, ...]:
+    """NLL of each held-out window with some weights, rounded as they would be written."""
+    streamed, held_out = conversion.streamed, conversion.text.held_out
+    states = streamed.embed(held_out)
+    for layer_idx in range(len(layers)):
+        prefix = layers.arch.layer_prefix(layer_idx) + "."
+        own = {name: w.to(writer.dtypes[name]) for name, w in weights.items() if name.startswith(prefix)}
+        states = layers.run(layer_idx, states, own)
+    return streamed.nll(states, held_out)

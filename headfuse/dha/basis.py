@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedModel
 
 from headfuse.fusion import FUSION_METHODS
 from headfuse.fusion.moments import key_moments, value_moments
 from headfuse.models.attention import AttentionWeights
-from headfuse.models.capture import AttentionCapture
 from headfuse.models.streamed import StreamedModel
-from headfuse.plan import FusionPlan
+from headfuse.plan import FusionPlan, HeadLayout
 from headfuse.text.calibration import START_WEIGHT, CalibrationText
 
 LEAST_SCALE = 0.1
@@ -26,34 +27,45 @@ def rebase(
     The source's head is R fused in that method, so R^-1 source are heads that may be averaged.
     """
     arch, heads = streamed.arch, streamed.heads
-    windows, starts = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
-    for layer in plan.layers:
-        tensors, captures = streamed.layer_tensors(layer.layer_idx), list[AttentionCapture]()
-        with streamed.layer(layer.layer_idx, tensors) as run:
-            windows, starts = run(windows, captures), run(starts, captures)
-        own = AttentionWeights.of_layer({n: t.double() for n, t in tensors.items()}, arch, heads)
-        maps = FUSION_METHODS[method]
-        keys = maps.key_maps(layer.key_groups, key_moments(captures, heads)).read
-        values = maps.value_maps(layer.value_groups, value_moments(captures, own.output, heads, None)).read
-        length = keys.square().sum(1).sqrt()  # of every channel: maps of keys act on whole rotary planes
-        floor = LEAST_SCALE * length.amax(1, keepdim=True)
-        keys = torch.where((length > 1e-9)[:, None], keys / length.clamp_min(1e-9)[:, None], _eye_like(keys))
-        keys = keys * length.clamp_min(floor)[:, None]
-        u, s, v = torch.linalg.svd(values)
-        values = u * s.clamp_min(LEAST_SCALE * s.amax(1, keepdim=True))[:, None] @ v
-        reads = [heads.source_head(query) for query in range(heads.num_attention_heads)]
-        own.query = keys[reads].mT @ own.query
-        own.output = torch.einsum("Dhd,hde->Dhe", own.output, values[reads])
-        own.key, own.value = torch.linalg.solve(keys, own.key), torch.linalg.solve(values, own.value)
-        if own.query_bias is not None:
-            own.query_bias = (keys[reads].mT @ own.query_bias[..., None])[..., 0]
-        if own.key_bias is not None:
-            own.key_bias = torch.linalg.solve(keys, own.key_bias[..., None])[..., 0]
-        if own.value_bias is not None:
-            own.value_bias = torch.linalg.solve(values, own.value_bias[..., None])[..., 0]
-        attention = model.get_submodule(arch.attention_prefix(layer.layer_idx))
-        state = {name: tensor.float() for name, tensor in own.to_tensors(arch, heads).items()}
+    maps = FUSION_METHODS[method]
+    for layer in streamed.walk([streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)]):
+        own, captures, groups = layer.weights.double(), layer.captures, plan.layers[layer.index]
+        keys = maps.key_maps(groups.key_groups, key_moments(captures, heads)).read
+        values = maps.value_maps(groups.value_groups, value_moments(captures, own.output, heads, None)).read
+        turned = _turned(own, _invertible_keys(keys), _invertible_values(values), heads)
+        attention = model.get_submodule(arch.attention_prefix(layer.index))
+        state = {name: tensor.float() for name, tensor in turned.to_tensors(arch, heads).items()}
         attention.load_state_dict(state, strict=False)
+
+
+def _invertible_keys(keys: torch.Tensor) -> torch.Tensor:
+    """Maps of keys `[n, d, d]`, which act on whole rotary planes, with no channel shorter than LEAST_SCALE."""
+    length = keys.square().sum(1).sqrt()  # of every channel
+    floor = LEAST_SCALE * length.amax(1, keepdim=True)
+    keys = torch.where((length > 1e-9)[:, None], keys / length.clamp_min(1e-9)[:, None], _eye_like(keys))
+    return keys * length.clamp_min(floor)[:, None]
+
+
+def _invertible_values(values: torch.Tensor) -> torch.Tensor:
+    """Maps of values `[n, d, d]` with no singular value below LEAST_SCALE."""
+    u, s, v = torch.linalg.svd(values)
+    return u * s.clamp_min(LEAST_SCALE * s.amax(1, keepdim=True))[:, None] @ v
+
+
+def _turned(own: AttentionWeights, keys: torch.Tensor, values: torch.Tensor, heads: HeadLayout) -> AttentionWeights:
+    """Weights with the heads in the bases `[n, d, d]` of keys and of values, and with what reads them turned back."""
+    reads = [heads.source_head(query) for query in range(heads.num_attention_heads)]
+    queries, key, value = own.query_bias, own.key_bias, own.value_bias
+    return replace(
+        own,
+        query=keys[reads].mT @ own.query,
+        output=torch.einsum("Dhd,hde->Dhe", own.output, values[reads]),
+        key=torch.linalg.solve(keys, own.key),
+        value=torch.linalg.solve(values, own.value),
+        query_bias=None if queries is None else (keys[reads].mT @ queries[..., None])[..., 0],
+        key_bias=None if key is None else torch.linalg.solve(keys, key[..., None])[..., 0],
+        value_bias=None if value is None else torch.linalg.solve(values, value[..., None])[..., 0],
+    )
 
 
 def _eye_like(maps: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from headfuse.models.loading import guard_embeddings, load_tokenizer, unembedded
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.planning.planner import ProgressCallback
+from headfuse.planning.planner import ProgressCallback, plan_options
 from headfuse.text.calibration import CalibrationText
 from headfuse.text.stream import TrainingText
 from headfuse.training.teacher import LiveTeacher
@@ -101,7 +101,9 @@ def train(
         uninstall(model, source, streamed, trust_remote_code)
     costs = training.costs
     if plan is None:
-        plan = training.plan or decide(source, streamed, config, text, costs, on_progress)
+        plan = training.plan or decide(
+            source, streamed, plan_options(config), options.progressive, text, costs, on_progress
+        )
         rounds = [
             divide(cost, len(groups), config.grouping, options.progressive, config.seed)
             for cost, groups in zip(costs, sides_of(plan), strict=True)

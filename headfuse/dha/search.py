@@ -7,20 +7,16 @@ from functools import reduce
 
 import torch
 
-import headfuse
-from headfuse.config.fuse import FuseConfig
 from headfuse.dha import ratios as dha
 from headfuse.dha.operator import MixedProjection, single_heads
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan, Groups, HeadLayout, LayerPlan
-from headfuse.planning.budget import budget_rules
+from headfuse.planning.allocators import ALLOCATORS
+from headfuse.planning.budget import CostTable
 from headfuse.planning.grouping import GROUPERS, anneal, canonical
-from headfuse.planning.planner import ProgressCallback, survey
+from headfuse.planning.planner import PlanOptions, ProgressCallback, plan_of, survey
 from headfuse.text.calibration import CalibrationText
-
-FROM_SEARCH = ("dha-greedy", "uniform")
-"""Allocators that need no survey of the heads."""
 
 
 def distances(side: MixedProjection, heads: HeadLayout) -> torch.Tensor:
@@ -35,7 +31,8 @@ def distances(side: MixedProjection, heads: HeadLayout) -> torch.Tensor:
 def decide(
     source: Source,
     streamed: StreamedModel,
-    config: FuseConfig,
+    options: PlanOptions,
+    progressive: bool,
     text: CalibrationText,
     costs: list[list[list[float]]],
     on_progress: ProgressCallback,
@@ -45,35 +42,30 @@ def decide(
     Args:
         source: the opened source.
         streamed: for the survey of other allocators.
-        config: the options.
+        options: what decides the plan.
+        progressive: whether rounds halve the heads.
         text: windows for it.
         costs: `[2 layers, n, n]` distances, keys of all layers first.
         on_progress: as for `train`.
     """
     n, layers = source.heads.num_key_value_heads, source.heads.num_hidden_layers
-    if config.budget.allocator in FROM_SEARCH:
+    allocator, table = ALLOCATORS[options.allocator], None
+    if allocator.reads_search:
         losses = [sum(map(sum, cost)) / 2 for cost in costs]  # of a layer: the sum over its pairs
-        table = [[loss * (n - count) / max(1, n - 1) for count in range(1, n + 1)] for loss in losses]
-    else:
-        surveys = survey(source, streamed, text, config, on_progress)
-        table = [s.costs[side].row() for side in ("key", "value") for s in surveys if s.costs]
-    budget = budget_rules(config).allocate(config.budget.allocator if table else "uniform", source.heads, table or None)
+        rows = [[loss * (n - count) / max(1, n - 1) for count in range(1, n + 1)] for loss in losses]
+        table = CostTable(rows[:layers], rows[layers:])
+    elif allocator.costs != "none":
+        table = survey(streamed, text, options, on_progress).costs
+    budget = options.rules.allocate(options.allocator if table else "uniform", source.heads, table)
     groups, alone = list[Groups](), single_heads(n)
     for cost, count in zip(costs, budget.key_heads + budget.value_heads, strict=True):
-        rounds = divide(cost, count, config.grouping, config.dha.progressive, config.seed)
+        rounds = divide(cost, count, options.grouping, progressive, options.seed)
         groups.append(reduce(_merged, rounds, alone))
-    return FusionPlan(
-        headfuse_version=headfuse.__version__,
-        source=source.identity(),
-        heads=source.heads,
-        layout=config.layout,
-        method=config.method,
-        allocator=config.budget.allocator,
-        budget=config.budget.label,
-        layers=tuple(
-            LayerPlan(layer_idx=i, key_groups=groups[i], value_groups=groups[layers + i]) for i in range(layers)
-        ),
-    )
+    pairs = zip(groups[:layers], groups[layers:], strict=True)
+    layer_plans = [
+        LayerPlan(layer_idx=i, key_groups=keys, value_groups=values) for i, (keys, values) in enumerate(pairs)
+    ]
+    return plan_of(source, options, layer_plans)
 
 
 def sides_of(plan: FusionPlan) -> list[Groups]:

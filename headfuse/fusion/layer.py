@@ -9,7 +9,7 @@ from headfuse.fusion import FusionMethod
 from headfuse.fusion.fold import fold
 from headfuse.fusion.moments import key_moments, value_moments
 from headfuse.fusion.normed_keys import fit_normed_keys
-from headfuse.fusion.refit import refit_output
+from headfuse.fusion.refit import FusedHeads, refit_output
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import HeadLayout, LayerPlan
@@ -29,9 +29,9 @@ def fuse_layer(
     value_maps = method.value_maps(layer.value_groups, value_moments(captures, weights.output, heads, keys))
     refitted = weights
     if method.refits_output:
-        fused_heads = {"key": keys, "value": (value_maps, layer.value_groups)}
+        fused_heads: FusedHeads = {"key": keys, "value": (value_maps, layer.value_groups)}
         refitted = replace(weights, output=refit_output(weights.output, captures, fused_heads))
     fused = fold(refitted, key_maps, value_maps, layer, heads)
     if method.refits_output and moments.normed and len(layer.key_groups) < heads.num_key_value_heads:
-        fit_normed_keys(weights, fused, key_maps, layer.key_groups, moments, captures, heads)
+        return fit_normed_keys(weights, fused, key_maps, layer.key_groups, moments, captures, heads)
     return fused

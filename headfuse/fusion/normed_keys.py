@@ -7,6 +7,7 @@ plain copies of each other, up to a scale where each head has its own norm, fuse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -26,14 +27,14 @@ def fit_normed_keys(
     moments: KeyMoments,
     captures: Sequence[AttentionCapture],
     heads: HeadLayout,
-) -> None:
-    """Give `fused` the keys and the norm that come closest to the means of the normed keys.
+) -> AttentionWeights:
+    """`fused` with the keys and the norm that come closest to the means of the normed keys.
 
     The norm's weight minimises sum_j a_j^2 E|k_j - k~|^2 per channel, `a_j^2` the energy of the queries.
 
     Args:
         source: the layer's weights.
-        fused: the folded weights; `key`, `key_bias` and `key_norm` are replaced.
+        fused: the folded weights; their `key`, `key_bias` and `key_norm` are replaced in the result.
         maps: of the keys; their write maps are diagonal.
         groups: of the keys.
         moments: of the keys.
@@ -59,9 +60,12 @@ def fit_normed_keys(
             rescale = (energy[index].sum() / len(share) * len(groups) / mixed.clamp_min(1e-300)).sqrt()
             mix[index], own = mix[index] * rescale, own / rescale
         start[s] = own
-    fused.key = _mixed(source.key.double(), mix[..., None], groups)
-    fused.key_bias = None if source.key_bias is None else _mixed(source.key_bias.double(), mix, groups)
-    fused.key_norm = _fit_norm(norm, start, mix, groups, moments, captures, kind == "head")
+    return replace(
+        fused,
+        key=_mixed(source.key.double(), mix[..., None], groups),
+        key_bias=None if source.key_bias is None else _mixed(source.key_bias.double(), mix, groups),
+        key_norm=_fit_norm(norm, start, mix, groups, moments, captures, kind == "head"),
+    )
 
 
 def _before_norm(captures: Sequence[AttentionCapture]) -> torch.Tensor:

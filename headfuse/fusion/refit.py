@@ -6,20 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from headfuse.choices import Side
 from headfuse.fusion.maps import HeadMaps
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import Groups
 
 REFIT_RIDGE = 1.0
 """Ridge of the refit, in units of the mean diagonal times unknowns per row: what as many rows say of noise alone."""
-FusedHeads = Mapping[str, tuple[HeadMaps, Groups]]
+FusedHeads = Mapping[Side, tuple[HeadMaps, Groups]]
 """Maps and groups of `key`, `value` or both: the sides that are fused."""
 
 
 def reconstructed_outputs(capture: AttentionCapture, fused: FusedHeads) -> torch.Tensor:
     """Head outputs `[B, n_q, T, d]` with what fused heads give back in place of keys, values or both."""
 
-    def left(side: str, source: torch.Tensor) -> torch.Tensor:
+    def left(side: Side, source: torch.Tensor) -> torch.Tensor:
         return fused[side][0].reconstruct(source, fused[side][1]) if side in fused else source
 
     return capture.attend(left("key", capture.key), left("value", capture.value))

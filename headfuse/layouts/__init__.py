@@ -30,6 +30,12 @@ class LayoutFormat:
     """Names and order of the attention's tensors in the output, given the source's."""
     free_slots: bool = False
     """Fused key heads may choose which frequencies their rotary slots carry."""
+    shared_partition: bool = True
+    """Keys and values share one partition of a layer's heads, into groups of one size."""
+    one_count: bool = False
+    """All layers have the same number of heads."""
+    stock_class: bool = False
+    """The model is one of the source's own class."""
 
 
 LAYOUTS: dict[str, LayoutFormat] = {
@@ -40,6 +46,7 @@ LAYOUTS: dict[str, LayoutFormat] = {
         decoupled.check,
         decoupled.stored,
         free_slots=True,
+        shared_partition=False,
     ),
     "layerwise": LayoutFormat(
         layerwise.config,
@@ -53,5 +60,7 @@ LAYOUTS: dict[str, LayoutFormat] = {
         gqa.arrange,
         "transformers, vLLM, SGLang, TensorRT-LLM, llama.cpp (stock class)",
         gqa.check,
+        one_count=True,
+        stock_class=True,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from headfuse.errors import UnsupportedModelError
@@ -32,9 +33,11 @@ def check(config: Any) -> None:
 def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
     """Permute the query heads so that those of one group are adjacent, as stock attention reads them."""
     order = query_order(layer.key_groups, plan.heads)
-    weights.query, weights.output = weights.query[order], weights.output[:, order]
-    if weights.query_bias is not None:
-        weights.query_bias = weights.query_bias[order]
-    if weights.query_norm is not None and len(weights.query_norm) > 1:
-        weights.query_norm = weights.query_norm[order]
-    return weights
+    bias, norm = weights.query_bias, weights.query_norm
+    return replace(
+        weights,
+        query=weights.query[order],
+        output=weights.output[:, order],
+        query_bias=None if bias is None else bias[order],
+        query_norm=norm if norm is None or len(norm) == 1 else norm[order],
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def _numbered(tensors: Mapping[str, torch.Tensor], pattern: str) -> list[str]:
     return list(itertools.takewhile(tensors.__contains__, names))
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttentionWeights:
     """The projections of one layer, head by head; channels of queries and keys in the canonical order.
 
@@ -121,6 +121,12 @@ class AttentionWeights:
         for name, norm in zip(arch.norms, (own.query_norm, own.key_norm), strict=False):
             tensors[f"{name}.weight"] = None if norm is None else norm.flatten()
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def double(self) -> AttentionWeights:
+        """These weights in float64."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if part is None else part.double() for name, part in parts.items()}
+        return replace(self, **changed)
 
     def resized(self, num_key_heads: int, num_value_heads: int) -> AttentionWeights:
         """Weights of other head counts, without content."""

@@ -54,65 +54,105 @@ def compute_buffers(model: PreTrainedModel, modules: Iterable[nn.Module], device
 
 
 class DecoderLayers:
-    """The decoder layers of a fused model, one in memory at a time, computed in float32.
+    """The decoder layers of a model, one in memory at a time, computed in float32: a source or a fused model.
 
     Args:
-        config: the fused model's config.json.
+        model: the model, its layers on the meta device.
         arch: the family's table entry.
-        weights: the checkpoint that holds them, or that is being written.
+        weights: the checkpoint that holds the layers, or that is being written.
         device: where layers are computed.
+        batch_tokens: tokens that go through a layer at once; one window where it is longer.
     """
 
     def __init__(
         self,
+        model: PreTrainedModel,
+        arch: Architecture,
+        weights: Checkpoint | CanonicalCheckpoint | SafetensorsWriter,
+        device: torch.device,
+        batch_tokens: int = 1,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.arch, self.weights, self.device, self.batch_tokens = arch, weights, device, batch_tokens
+        layers = model.config.get_text_config().num_hidden_layers
+        self.modules: list[nn.Module] = [model.get_submodule(arch.layer_prefix(i)) for i in range(layers)]
+
+    @classmethod
+    def of_config(
+        cls,
         config: Mapping[str, Any],
         arch: Architecture,
         weights: Checkpoint | CanonicalCheckpoint | SafetensorsWriter,
         device: torch.device,
-    ) -> None:
+    ) -> DecoderLayers:
+        """The layers of the model that a config.json describes."""
         fields = dict(config)
-        fused = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        described = AutoConfig.for_model(fields.pop("model_type"), **fields)
         with torch.device("meta"):
             attention = "eager" if arch.legacy else "sdpa"
-            model = AutoModelForCausalLM.from_config(fused, attn_implementation=attention, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(described, attn_implementation=attention, dtype=torch.float32)
         model.config._attn_implementation = "sdpa"
-        self.model = model.eval().requires_grad_(False)
-        self.device, self.arch, self.weights = device, arch, weights
-        self.layers = [model.get_submodule(arch.layer_prefix(i)) for i in range(fused.num_hidden_layers)]
+        return cls(model, arch, weights, device)
+
+    def __len__(self) -> int:
+        return len(self.modules)
 
     def attention_weights(self, layers: Iterable[int]) -> list[str]:
         """Names of the attention weights of some layers."""
         prefixes = tuple(f"{self.arch.attention_prefix(i)}." for i in layers)
         return [name for name in self.weights.shapes if name.startswith(prefixes)]
 
+    def tensors(self, layer_idx: int, others: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """A layer's tensors, names relative to the layer: those of `others`, by full name, else as they are stored."""
+        prefix, others = self.arch.layer_prefix(layer_idx) + ".", others or {}
+        return {
+            name.removeprefix(prefix): others[name] if name in others else self.weights.read(name)
+            for name in self.weights.shapes
+            if name.startswith(prefix)
+        }
+
     @contextlib.contextmanager
-    def layer(self, layer_idx: int, weights: Mapping[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
-        """One layer on the device while the block runs; `weights`, by full name, replace the written ones."""
-        layer, prefix = self.layers[layer_idx], f"{self.arch.layer_prefix(layer_idx)}."
-        names = [name for name in self.weights.shapes if name.startswith(prefix)]
-        tensors = {name: weights[name] if name in weights else self.weights.read(name) for name in names}
-        load_layer(layer, {name.removeprefix(prefix): t for name, t in tensors.items()}, self.arch, self.device)
-        compute_buffers(self.model, layer.modules(), self.device)
-        for module in layer.modules():
-            if isinstance(module, HeadfuseAttention):
-                module.reset_tables()
-        yield layer
-        layer.to("meta")
+    def loaded(self, layer_idx: int, tensors: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
+        """One layer's module on the device, with the given tensors (names relative to it), while the block runs."""
+        module = self.modules[layer_idx]
+        load_layer(module, tensors, self.arch, self.device)
+        compute_buffers(self.model, module.modules(), self.device)
+        for part in module.modules():
+            if isinstance(part, HeadfuseAttention):
+                part.reset_tables()
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    @torch.no_grad()
+    def through(self, module: nn.Module, layer_idx: int, states: HiddenStates) -> HiddenStates:
+        """Run hidden states through a loaded layer."""
+        if not len(states):
+            return states
+        batches = states.hidden.split(max(1, self.batch_tokens // states.hidden.shape[1]))
+        return replace(states, hidden=torch.cat([_output(module, batch, states, layer_idx) for batch in batches]))
 
     def run(
         self, layer_idx: int, states: HiddenStates, weights: Mapping[str, torch.Tensor] | None = None
     ) -> HiddenStates:
-        """Run hidden states through one layer, with the written weights or with others in their place."""
-        with self.layer(layer_idx, weights or {}) as layer, torch.no_grad():
-            outputs = [_output(layer, window[None], states, layer_idx) for window in states.hidden]
-        return replace(states, hidden=torch.cat(outputs))
+        """Run hidden states through one layer, with the stored weights or, by full name, with others in their place."""
+        with self.loaded(layer_idx, self.tensors(layer_idx, weights)) as module:
+            return self.through(module, layer_idx, states)
+
+    def forward(self, states: HiddenStates, weights: Mapping[str, torch.Tensor] | None = None) -> list[HiddenStates]:
+        """The input of every layer, then the output of the last one, from the input `states` of the first one."""
+        reached = [states]
+        for layer_idx in range(len(self)):
+            reached.append(self.run(layer_idx, reached[-1], weights))
+        return reached
 
     def backward(
         self, layer_idx: int, states: HiddenStates, gradient: torch.Tensor, weights: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """From the gradient at a layer's output to those at its input `states` and, by full name, at `weights`."""
         hidden, gradients = states.hidden.detach().requires_grad_(True), dict[str, torch.Tensor]()
-        with self.layer(layer_idx, weights) as layer:
+        with self.loaded(layer_idx, self.tensors(layer_idx, weights)) as layer:
             for name, parameter in layer.named_parameters(prefix=self.arch.layer_prefix(layer_idx)):
                 parameter.requires_grad_(name in weights)
             _output(layer, hidden, states, layer_idx).backward(gradient)

@@ -11,7 +11,7 @@ from headfuse.checkpoint.folder import resolve_model
 from headfuse.checkpoint.generation import generation_config
 from headfuse.checkpoint.hub import folder_name, repository_of
 from headfuse.checkpoint.reader import Checkpoint
-from headfuse.config.fuse import FuseConfig
+from headfuse.config.fuse import CalibrationConfig
 from headfuse.errors import CheckpointError, ConfigError
 from headfuse.models.config import raw_config, read_config
 from headfuse.models.families import architecture_of
@@ -64,15 +64,16 @@ class Source:
         raw = raw_config(self.folder)
         return untie(raw) if self.untied else raw
 
-    def calibration_text(self, config: FuseConfig, trust_remote_code: bool = False) -> CalibrationText:
-        """The calibration text of a config as token windows.
+    def calibration_text(
+        self, calibration: CalibrationConfig, seed: int, trust_remote_code: bool = False
+    ) -> CalibrationText:
+        """The calibration text as token windows.
 
         Raises:
             DataError: for text that is missing or too short, or has tokens that the model does not embed.
             ConfigError: for windows longer than the model's positions.
             CheckpointError: for a tokenizer that does not load.
         """
-        calibration = config.calibration
         tokenizer = load_tokenizer(self.folder, trust_remote_code)
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit and calibration.sequence_length > limit:
@@ -81,9 +82,9 @@ class Source:
                 where="--sequence-length",
                 fix=f"choose {limit} or less",
             )
-        documents = read_documents(calibration.data, seed=config.seed, tokenizer=tokenizer)
+        documents = read_documents(calibration.data, seed=seed, tokenizer=tokenizer)
         length, samples = calibration.sequence_length, calibration.samples
-        windows = varied_windows(documents, tokenizer, length, samples, config.seed, required=2, where=calibration.data)
+        windows = varied_windows(documents, tokenizer, length, samples, seed, required=2, where=calibration.data)
         beyond = unembedded_tokens(tokenizer, self.config.vocab_size)
         warn_of_unembedded(beyond, self.folder)
         check_tokens(windows, beyond, self.folder)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +13,16 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from headfuse.checkpoint.reader import Checkpoint, is_finite
-from headfuse.errors import CheckpointError
-from headfuse.models.attention import canonical_order
+from headfuse.checkpoint.reader import Checkpoint
+from headfuse.models.attention import AttentionWeights, canonical_order
 from headfuse.models.canonical import CanonicalCheckpoint, decoupled_config
 from headfuse.models.capture import CAPTURE, AttentionCapture, capturing_attention
-from headfuse.models.decoder_layers import HiddenStates, compute_buffers, load_layer
+from headfuse.models.decoder_layers import DecoderLayers, HiddenStates, compute_buffers
 from headfuse.models.families import architecture_of
 from headfuse.models.heads import head_layout
 from headfuse.models.heap import keep_freed_blocks, release_freed_blocks
 from headfuse.models.loading import model_without_weights
+from headfuse.models.source_layer import LoadedLayer, SourceLayer
 from headfuse.models.states import logit_scale
 
 BATCH_TOKENS = 512
@@ -53,9 +52,7 @@ class StreamedModel:
         self.num_layers = config.num_hidden_layers
         self.model = model_without_weights(config, checkpoint.folder, "eager" if self.arch.legacy else CAPTURE)
         self.model.config._attn_implementation = CAPTURE
-        self.layers: list[nn.Module] = [
-            self.model.get_submodule(self.arch.layer_prefix(i)) for i in range(self.num_layers)
-        ]
+        self.layers = DecoderLayers(self.model, self.arch, self.checkpoint, device, BATCH_TOKENS)
         self._load_outer()
 
     def _load_outer(self) -> None:
@@ -74,8 +71,8 @@ class StreamedModel:
     def embed(self, windows: torch.Tensor, weight: float = 1.0) -> HiddenStates:
         """Token windows `[n, T]` -> input of layer 0, with the masks and positions of this length."""
         hidden: list[torch.Tensor] = []
-        positional: list[tuple[Any, ...]] = [() for _ in self.layers]
-        recorded: list[dict[str, Any]] = [{} for _ in self.layers]
+        positional: list[tuple[Any, ...]] = [() for _ in self.layers.modules]
+        recorded: list[dict[str, Any]] = [{} for _ in self.layers.modules]
 
         def recorder(index: int) -> Callable[..., torch.Tensor]:
             def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -86,63 +83,56 @@ class StreamedModel:
 
             return forward
 
-        with _forwards(self.layers, recorder, self.arch.legacy), torch.no_grad():
+        with _forwards(self.layers.modules, recorder, self.arch.legacy), torch.no_grad():
             for window in windows:
                 self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
         width = self.model.config.hidden_size
         none = torch.empty(0, windows.shape[1], width, device=self.device)
         return HiddenStates(torch.cat([none, *hidden]), positional, recorded, weight)
 
+    def walk(self, statistics: Sequence[HiddenStates], others: Sequence[HiddenStates] = ()) -> Iterator[SourceLayer]:
+        """Every layer in turn, with what it makes of hidden states: those of `statistics` are captured, too.
+
+        Args:
+            statistics: inputs of layer 0 whose attention is captured in every layer, one kind of window each.
+            others: inputs that only run through.
+        """
+        states = (*statistics, *others)
+        for layer_idx in range(self.num_layers):
+            layer = self._walked(layer_idx, states, len(statistics))
+            states = layer.outputs
+            yield layer
+            layer.release()
+
+    def _walked(self, layer_idx: int, states: tuple[HiddenStates, ...], captured: int) -> SourceLayer:
+        """One layer of a walk, the first `captured` of the states captured."""
+        tensors, captures, outputs = self.layer_tensors(layer_idx), list[AttentionCapture](), list[HiddenStates]()
+        with self.layer(layer_idx, tensors) as run:
+            for index, each in enumerate(states):
+                output, seen = run.capture(each) if index < captured else (run(each), ())
+                outputs.append(output)
+                captures += seen
+        weights = AttentionWeights.of_layer(tensors, self.arch, self.heads)
+        return SourceLayer(layer_idx, tensors, weights, tuple(captures), states, tuple(outputs))
+
     def layer_tensors(self, layer_idx: int) -> dict[str, torch.Tensor]:
         """The stored tensors of one layer, in their own dtype, names relative to the layer."""
         release_freed_blocks()  # of the layer before
-        prefix = self.arch.layer_prefix(layer_idx) + "."
-        return {
-            name.removeprefix(prefix): self.checkpoint.read(name)
-            for name in self.checkpoint.shapes
-            if name.startswith(prefix)
-        }
+        return self.layers.tensors(layer_idx)
 
     @contextlib.contextmanager
-    def layer(
-        self, layer_idx: int, tensors: Mapping[str, torch.Tensor]
-    ) -> Iterator[Callable[[HiddenStates, list[AttentionCapture] | None], HiddenStates]]:
-        """One layer with the given weights, as a function of hidden states that appends a capture per batch."""
-        layer = self.layers[layer_idx]
-        load_layer(layer, tensors, self.arch, self.device)
-        compute_buffers(self.model, layer.modules(), self.device)
-        attention: Any = layer.get_submodule(self.arch.attention)
-        attention.headfuse_order, hooks = self.order, []
-        if self.arch.norms:
-            norm = attention.get_submodule(self.arch.norms[1])
-            hooks.append(norm.register_forward_pre_hook(lambda _, args: setattr(attention, "headfuse_key", args[0])))
-
-        def run(states: HiddenStates, captures: list[AttentionCapture] | None = None) -> HiddenStates:
-            if not len(states):
-                return states
-            outputs, earlier = [], len(captures or ())
-            attention.headfuse_captures = None if captures is None else (captures, states.weight)
-            with torch.no_grad():
-                for batch in states.hidden.split(max(1, BATCH_TOKENS // states.hidden.shape[1])):
-                    result = layer(batch, *states.args[layer_idx], **states.kwargs[layer_idx])
-                    outputs.append(result[0] if isinstance(result, tuple) else result)
-            hidden = torch.cat(outputs)
-            seen = [x for capture in (captures or ())[earlier:] for x in (capture.query, capture.key, capture.value)]
-            if not all(map(is_finite, [hidden, *seen])):  # attention may hide what its scores are not
-                raise CheckpointError(
-                    f"layer {layer_idx} computes NaN or infinity",
-                    where=self.checkpoint.folder,
-                    fix="weights or config.json are damaged: take a checkpoint that generates text",
-                )
-            return replace(states, hidden=hidden)
-
-        try:
-            yield run
-        finally:
-            attention.headfuse_captures = attention.headfuse_key = None
-            for hook in hooks:
+    def layer(self, layer_idx: int, tensors: Mapping[str, torch.Tensor]) -> Iterator[LoadedLayer]:
+        """One layer on the device with the given tensors (names relative to it), while the block runs."""
+        with self.layers.loaded(layer_idx, tensors) as module:
+            attention: Any = module.get_submodule(self.arch.attention)
+            attention.headfuse_order = self.order
+            norm = attention.get_submodule(self.arch.norms[1]) if self.arch.norms else nn.Identity()
+            hook = norm.register_forward_pre_hook(lambda _, args: setattr(attention, "headfuse_key", args[0]))
+            try:
+                yield LoadedLayer(self.layers, layer_idx, module, self.checkpoint.folder)
+            finally:
+                attention.headfuse_key = None
                 hook.remove()
-            layer.to("meta")
 
     @torch.no_grad()
     def nll(self, states: HiddenStates, windows: torch.Tensor) -> tuple[float, ...]:
@@ -189,7 +179,7 @@ class StreamedModel:
         def injector(index: int) -> Callable[..., torch.Tensor]:
             return lambda hidden_states, *args, **kwargs: state[None] if index == last else hidden_states
 
-        with _forwards(self.layers, injector, self.arch.legacy):
+        with _forwards(self.layers.modules, injector, self.arch.legacy):
             return model(input_ids=tokens, use_cache=False)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from headfuse.config.fuse import FuseConfig
-from headfuse.models.attention import AttentionWeights
 from headfuse.models.loading import pick_device
 from headfuse.models.source import Source
+from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.planning.planner import ProgressCallback, check_budget, make_plan, survey
+from headfuse.planning.planner import ProgressCallback, check_budget, make_plan, plan_options, survey
 from headfuse.planning.similarity import aligned_similarity, linear_cka, redundancy
 
 
@@ -53,21 +53,22 @@ def analyze(
     config = config or FuseConfig()
     source = Source.open(model, trust_remote_code)
     check_budget(config, source)
-    text = source.calibration_text(config, trust_remote_code)
+    text = source.calibration_text(config.calibration, config.seed, trust_remote_code)
     streamed = StreamedModel(source.checkpoint, source.config, pick_device(device))
-    surveys = survey(source, streamed, text, config, on_progress)
-    plan = make_plan(source, config, surveys)
-    keys, values = [], []
-    for layer_idx, layer in enumerate(surveys):
-        tensors = streamed.layer_tensors(layer_idx)
-        weights = AttentionWeights.of_layer(tensors, streamed.arch, source.heads)
-        keys.append(_side(weights.key, layer.key_pairs, layer.key_energy))
-        values.append(_side(weights.value, layer.value_pairs, layer.value_energy))
-    return Analysis(keys, values, plan)
+    options, cka = plan_options(config), list[tuple[torch.Tensor, torch.Tensor]]()
+
+    def measure(layer: SourceLayer) -> None:
+        cka.append((linear_cka(layer.weights.key), linear_cka(layer.weights.value)))
+
+    found = survey(streamed, text, options, on_progress, measure)
+    layers = list(zip(cka, found.layers, strict=True))
+    keys = [_side(each, layer.key_pairs, layer.key_energy) for (each, _), layer in layers]
+    values = [_side(each, layer.value_pairs, layer.value_energy) for (_, each), layer in layers]
+    return Analysis(keys, values, make_plan(source, options, found))
 
 
-def _side(weight: torch.Tensor, pairs: list[list[float]], energy: list[float]) -> SideAnalysis:
-    cka, aligned = linear_cka(weight), aligned_similarity(torch.tensor(pairs), torch.tensor(energy))
+def _side(cka: torch.Tensor, pairs: list[list[float]], energy: list[float]) -> SideAnalysis:
+    aligned = aligned_similarity(torch.tensor(pairs), torch.tensor(energy))
     return SideAnalysis(cka.tolist(), aligned.tolist(), redundancy(cka), redundancy(aligned))
 
 

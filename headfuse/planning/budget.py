@@ -1,22 +1,35 @@
-"""ALLOCATORS: how many key heads and value heads each layer keeps under one budget. Pure."""
+"""How many key heads and value heads each layer keeps under one budget. Pure."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from headfuse.config.fuse import FuseConfig
+from headfuse.config.fuse import BudgetConfig
 from headfuse.errors import BudgetError
 from headfuse.plan import HeadBudget, HeadLayout
+from headfuse.planning.allocators import ALLOCATORS, Choices, Choose, Rows
 
-CostTable = Sequence[Sequence[float]]
-"""`[2 * layers][n]`: cost of keeping 1 to n heads; key side of every layer first, then value side."""
-Choices = Sequence[Sequence[int]]
-"""`[rows]`: the head counts that each row of the cost table may have, ascending."""
-Allocator = Callable[[int, Choices, CostTable | None], list[int]]
+
+@dataclass(frozen=True)
+class CostTable:
+    """What keeping 1 to n heads costs in every layer, `[layers][n]` for keys and for values."""
+
+    key: Rows
+    value: Rows
+
+    @property
+    def rows(self) -> Rows:
+        """The key side of every layer, then the value side, `[2 layers][n]`."""
+        return [*self.key, *self.value]
+
+    @property
+    def pairs(self) -> Rows:
+        """Keys and values of a layer together, `[layers][n]`."""
+        both = zip(self.key, self.value, strict=True)
+        return [[k + v for k, v in zip(keys, values, strict=True)] for keys, values in both]
 
 
 @dataclass(frozen=True)
@@ -36,10 +49,12 @@ class BudgetRules:
     """As many value heads as key heads in every layer."""
     equal_groups: bool = False
     """With `layerwise`: counts that divide the source's, so that the groups of a layer have one size."""
+    one_count: bool = False
+    """One count for keys and values of all layers that divides the source's: the shape of stock GQA."""
 
     def leave_a_choice(self, heads: HeadLayout) -> bool:
         """Whether several allocations meet these rules, so that costs matter."""
-        if self.total is None:
+        if self.total is None or self.one_count:
             return False
         chosen, choices = self.allocate("uniform", heads), self.choices(heads)
         rows = list(zip((*chosen.key_heads, *chosen.value_heads), choices, strict=True))
@@ -85,24 +100,28 @@ class BudgetRules:
         Raises:
             BudgetError: when the budget is too small for the fewest heads that the rules allow.
         """
+        if self.one_count:
+            return self._allocate_one_count(heads)
         choices, layers, side = self.choices(heads), heads.num_hidden_layers, heads.total_heads // 2
-        choose = ALLOCATORS[allocator]
+        choose = ALLOCATORS[allocator].choose
         if self.layerwise:
             return self._allocate_layers(choose, heads, choices, costs)
         if isinstance(self.total, tuple):
-            keys = choose(_head_count(self.total[0], side, choices[:layers], "budget.total.key"),
-                          choices[:layers], costs and costs[:layers])  # fmt: skip
-            values = choose(_head_count(self.total[1], side, choices[layers:], "budget.total.value"),
-                            choices[layers:], costs and costs[layers:])  # fmt: skip
+            key_choices, value_choices = choices[:layers], choices[layers:]
+            key_total = _head_count(self.total[0], side, key_choices, "budget.total.key")
+            value_total = _head_count(self.total[1], side, value_choices, "budget.total.value")
+            keys = choose(key_total, key_choices, costs.key if costs else None)
+            values = choose(value_total, value_choices, costs.value if costs else None)
             return HeadBudget(key_heads=tuple(keys), value_heads=tuple(values))
         if self.total is None:
             counts: Sequence[int] = [row[0] for row in choices]
         else:
-            counts = choose(_head_count(self.total, heads.total_heads, choices, "--budget"), choices, costs)
+            total = _head_count(self.total, heads.total_heads, choices, "--budget")
+            counts = choose(total, choices, costs.rows if costs else None)
         return HeadBudget(key_heads=tuple(counts[:layers]), value_heads=tuple(counts[layers:]))
 
     def _allocate_layers(
-        self, choose: Allocator, heads: HeadLayout, choices: Choices, costs: CostTable | None
+        self, choose: Choose, heads: HeadLayout, choices: Choices, costs: CostTable | None
     ) -> HeadBudget:
         """As many value heads as key heads in every layer: one row per layer, whose heads are pairs."""
         layers, n = heads.num_hidden_layers, heads.num_key_value_heads
@@ -123,17 +142,13 @@ class BudgetRules:
                 where="budget.layerwise",
                 fix="give the same counts for both" + f", of {_divisors(n)}" * self.equal_groups,
             )
-        if costs:
-            costs = [
-                [k + v for k, v in zip(keys, values, strict=True)]
-                for keys, values in zip(costs[:layers], costs[layers:], strict=True)
-            ]
         counts: Sequence[int] = [row[0] for row in pairs]
         if self.total is not None:
-            counts = choose(_head_count(self.total, heads.total_heads // 2, pairs, "--budget"), pairs, costs)
+            total = _head_count(self.total, heads.total_heads // 2, pairs, "--budget")
+            counts = choose(total, pairs, costs.pairs if costs else None)
         return HeadBudget(key_heads=tuple(counts), value_heads=tuple(counts))
 
-    def allocate_gqa(self, heads: HeadLayout) -> HeadBudget:
+    def _allocate_one_count(self, heads: HeadLayout) -> HeadBudget:
         """The largest stock GQA shape under these rules: one count for all layers that divides the source's.
 
         Raises:
@@ -157,9 +172,14 @@ class BudgetRules:
         return HeadBudget(key_heads=(count,) * heads.num_hidden_layers, value_heads=(count,) * heads.num_hidden_layers)
 
 
-def budget_rules(config: FuseConfig) -> BudgetRules:
-    """What the budget of some options asks for and their layout allows."""
-    budget, layerwise = config.budget, config.layout == "layerwise"
+def budget_rules(budget: BudgetConfig, shared_partition: bool, one_count: bool) -> BudgetRules:
+    """What a budget asks for and a layout allows.
+
+    Args:
+        budget: the options.
+        shared_partition: whether the layout's keys and values share one partition of a layer's heads.
+        one_count: whether the layout has one count for all layers.
+    """
     return BudgetRules(
         budget.shares,
         budget.key_heads,
@@ -167,8 +187,9 @@ def budget_rules(config: FuseConfig) -> BudgetRules:
         budget.keep_layers,
         budget.min_key_heads,
         budget.min_value_heads,
-        layerwise=layerwise or budget.layerwise,
-        equal_groups=layerwise,
+        layerwise=shared_partition or budget.layerwise,
+        equal_groups=shared_partition,
+        one_count=one_count,
     )
 
 
@@ -187,82 +208,3 @@ def _head_count(budget: Fraction, source: int, choices: Choices, where: str) -> 
             fix=f"the smallest budget that works here is {Fraction(least, source)}",
         )
     return min(count, sum(row[-1] for row in choices))
-
-
-def uniform(total: int, choices: Choices, costs: CostTable | None = None) -> list[int]:
-    """The same for every row as far as it divides; what is left goes to the first rows, so to keys before values."""
-    counts = [row[0] for row in choices]
-    left = total - sum(counts)
-    for level in sorted(set[int]().union(*choices)):
-        for index, row in enumerate(choices):
-            step = level - counts[index]
-            if level in row and 0 < step <= left:
-                counts[index] = level
-                left -= step
-    return counts
-
-
-def least_cost(total: int, choices: Choices, costs: CostTable | None = None) -> list[int]:
-    """The counts of least total cost: an exact dynamic programme over the table (mathematics.md section 8.6).
-
-    Of plans that cost the same, one with the most heads.
-    """
-    if costs is None:
-        raise ValueError("the least cost needs a cost table")
-    best = [0.0] + [math.inf] * total
-    chosen: list[list[int]] = []
-    for costs_of, allowed in zip(costs, choices, strict=True):
-        falling = list(itertools.accumulate(costs_of, min))  # more heads never cost more
-        new, choice = [math.inf] * (total + 1), [0] * (total + 1)
-        for used in range(allowed[0], total + 1):
-            for count in allowed:
-                if count > used:
-                    break
-                value = best[used - count] + falling[count - 1]
-                if value < new[used]:
-                    new[used], choice[used] = value, count
-        best = new
-        chosen.append(choice)
-    counts, used = [], min(range(total + 1), key=lambda used: (best[used], -used))
-    for choice in reversed(chosen):
-        counts.append(choice[used])
-        used -= choice[used]
-    return counts[::-1]
-
-
-def dha_greedy(total: int, choices: Choices, costs: CostTable | None = None) -> list[int]:
-    """The fewest for every row, then shares of n/2, n/4, n/8, ... where the loss per head is largest.
-
-    The loss of a row is its cost of keeping one head; a share raises a row to its size, and the last ones are single
-    heads (DHA, arXiv 2406.06567, appendix B.4, which names a dynamic programme and describes this greedy). The paper
-    caps the large shares without a number: here each size may spend half of what is left.
-    """
-    if costs is None:
-        raise ValueError("the greedy needs a cost table")
-    counts = [row[0] for row in choices]
-    left, share = total - sum(counts), max(row[-1] for row in choices) // 2
-    while left > 0:
-        spendable = left if share <= 1 else left // 2
-        before = left
-        for index in sorted(range(len(counts)), key=lambda i: (-costs[i][0] / counts[i], i)):
-            more = [c for c in choices[index] if counts[index] < c <= counts[index] + spendable]
-            level = min(more, default=0) if share <= 1 else max((c for c in more if c <= share), default=0)
-            if level:
-                spendable, left = spendable - (level - counts[index]), left - (level - counts[index])
-                counts[index] = level
-        if share <= 1 and left == before:
-            break
-        share //= 2
-    return counts
-
-
-ALLOCATORS: dict[str, Allocator] = {
-    "uniform": uniform,
-    "dha-greedy": dha_greedy,
-    "sensitivity": least_cost,
-    "taylor": least_cost,
-    "shapley": least_cost,
-}
-"""Each spends `total` heads on rows whose choices enclose it, fewer only where no choice makes use of the rest. Those
-of least cost differ in their table: the measured cost of fusing (sensitivity), or scores of single heads
-(importance.py)."""

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-
-from headfuse.fusion.maps import HeadMaps
-from headfuse.plan import Groups
+from collections.abc import Mapping, Sequence
 
 TINY = 1e-30
 
 
-@dataclass(frozen=True)
-class SideCosts:
-    """What keeping 1 to n key heads or value heads of a layer costs.
+def cost_row(lost: Sequence[float], measured: Sequence[tuple[float, Mapping[int, float]]]) -> list[float]:
+    """What keeping 1 to n key heads or value heads of a layer costs `[n]`: the weighted mean of the measurements.
 
-    `lost [n]` is the closed form's lost energy; `maps` has maps and groups of those counts below n that are to be
-    measured; each of `measured` is a weight, and the cost of some counts, 0 for n.
+    Args:
+        lost: the closed form's lost energy of every count, `[n]`.
+        measured: each a weight, and the cost of some counts, 0 for n.
     """
-
-    lost: list[float]
-    maps: dict[int, tuple[HeadMaps, Groups]]
-    measured: list[tuple[float, dict[int, float]]]
-
-    def row(self) -> list[float]:
-        """The row of the cost table `[n]`, the weighted mean of the measurements."""
-        total = sum(weight for weight, _ in self.measured)
-        rows = [[weight / total * c for c in _between(self.lost, costs)] for weight, costs in self.measured]
-        return [sum(costs) for costs in zip(*rows, strict=True)]
+    total = sum(weight for weight, _ in measured)
+    rows = [[weight / total * c for c in _between(lost, costs)] for weight, costs in measured]
+    return [sum(costs) for costs in zip(*rows, strict=True)]
 
 
 def measured_counts(heads: int, every: bool) -> list[int]:
@@ -35,7 +25,7 @@ def measured_counts(heads: int, every: bool) -> list[int]:
     return [count for count in range(1, heads) if every or count & (count - 1) == 0]
 
 
-def _between(lost: list[float], measured: dict[int, float]) -> list[float]:
+def _between(lost: Sequence[float], measured: Mapping[int, float]) -> list[float]:
     """Measured costs where there are any; elsewhere the lost energy, scaled like the nearest measured counts."""
     scale = {c: math.log((cost + TINY) / (lost[c - 1] + TINY)) for c, cost in measured.items() if cost > 0}
     costs = []

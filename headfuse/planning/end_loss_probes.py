@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from headfuse.fusion.refit import refit_output
-from headfuse.models.attention import AttentionWeights
-from headfuse.models.capture import AttentionCapture
+from headfuse.choices import Side
+from headfuse.fusion.refit import FusedHeads, refit_output
 from headfuse.models.decoder_layers import HiddenStates
 from headfuse.models.logits import kl_divergence
+from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadBudget
 from headfuse.planning.fused_variants import Costs, Fused, captures_for_refit, with_heads
@@ -22,7 +22,7 @@ class Probe:
     """KL(source || model of equal counts with one side of one layer fused to `count` heads instead), in nats."""
 
     layer_idx: int
-    side: str
+    side: Side
     count: int
     divergence: float
 
@@ -39,56 +39,51 @@ class EndLossProbes:
         windows: the tokens that the probes see, `[k, T]`.
         equal: the counts of the model that the variants differ from; those that are not given to `advance` are lowered
             to the next one that is.
+        refit: whether the conversion refits output projections.
     """
 
-    def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget) -> None:
-        self.streamed, self.worth = streamed, float(windows.numel())
-        self.equal = {"key": list(equal.key_heads), "value": list(equal.value_heads)}
-        self.source = self.fused = streamed.embed(windows)
-        self.variants: list[tuple[int, str, int, HiddenStates]] = []
+    every_count = True
 
-    def advance(
-        self,
-        layer_idx: int,
-        tensors: Mapping[str, torch.Tensor],
-        fused: Fused,
-        captures: Sequence[AttentionCapture] = (),
-    ) -> None:
+    def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget, refit: bool) -> None:
+        self.streamed, self.refit, self.worth = streamed, refit, float(windows.numel())
+        self.equal: dict[Side, list[int]] = {"key": list(equal.key_heads), "value": list(equal.value_heads)}
+        self.source = self.fused = streamed.embed(windows)
+        self.variants: list[tuple[int, Side, int, HiddenStates]] = []
+
+    def advance(self, source: SourceLayer, fused: Fused) -> None:
         """Take every variant through a layer, and start one for each `(side, count)` of this layer.
 
         Args:
-            layer_idx: of the layer.
-            tensors: the source's.
+            source: the source's layer, on calibration text where output projections are refitted.
             fused: maps and groups of each `(side, count)` with fewer heads than the source.
-            captures: the source's layer on calibration text, to refit output projections; without, they stay as folded.
         """
+        layer_idx, tensors, output = source.index, source.tensors, source.weights.output
         n = self.streamed.heads.num_key_value_heads
         counts = {side: sorted({n} | {count for s, count in fused if s == side}) for side in self.equal}
         for side, row in self.equal.items():
             row[layer_idx] = max(count for count in counts[side] if count <= row[layer_idx] or count == counts[side][0])
 
         equal = {side: row[layer_idx] for side, row in self.equal.items()}
-        output = AttentionWeights.of_layer(tensors, self.streamed.arch, self.streamed.heads).output
-        fitted = captures_for_refit(captures, output)
+        fitted = captures_for_refit(source.captures, output) if self.refit else ()
 
-        def variant(**changed: int) -> Mapping[str, torch.Tensor]:
-            chosen = {side: fused[side, c] for side, c in {**equal, **changed}.items() if c < n}
+        def variant(counts: Mapping[Side, int]) -> Mapping[str, torch.Tensor]:
+            chosen: FusedHeads = {side: fused[side, c] for side, c in counts.items() if c < n}
             if not chosen:
                 return tensors
-            refitted = refit_output(output, fitted, chosen) if fitted else None
+            refitted = refit_output(output, fitted, chosen) if self.refit else None
             return with_heads(tensors, self.streamed, chosen, refitted)
 
         started = []
         for side in self.equal:
             for count in counts[side]:
                 if count != equal[side]:
-                    with self.streamed.layer(layer_idx, variant(**{side: count})) as run:
-                        started.append((layer_idx, side, count, run(self.fused, None)))
+                    with self.streamed.layer(layer_idx, variant({**equal, side: count})) as run:
+                        started.append((layer_idx, side, count, run(self.fused)))
         with self.streamed.layer(layer_idx, tensors) as run:
-            self.source = run(self.source, None)
-        with self.streamed.layer(layer_idx, variant()) as run:
-            self.fused = run(self.fused, None)
-            self.variants = [(i, side, count, run(states, None)) for i, side, count, states in self.variants]
+            self.source = run(self.source)
+        with self.streamed.layer(layer_idx, variant(equal)) as run:
+            self.fused = run(self.fused)
+            self.variants = [(i, side, count, run(states)) for i, side, count, states in self.variants]
         self.variants += started
 
     def results(self) -> list[Probe]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from headfuse.choices import Side
 from headfuse.fusion.refit import FusedHeads, reconstructed_outputs, refit_output
-from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
+from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadBudget
 from headfuse.planning.end_loss_probes import divergences
@@ -34,33 +35,24 @@ class ErrorProbes:
         refit: whether the conversion refits output projections.
     """
 
-    worth = ERRORS_WORTH
+    worth, every_count = ERRORS_WORTH, False
 
     def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget, refit: bool) -> None:
         self.streamed, self.refit, self.errors = streamed, refit, Costs()
-        self.equal = {"key": equal.key_heads, "value": equal.value_heads}
+        self.equal: dict[Side, tuple[int, ...]] = {"key": equal.key_heads, "value": equal.value_heads}
         self.source = streamed.embed(windows)
         self.fused = dict.fromkeys(self.equal, self.source)
         self.summed = dict.fromkeys(self.equal, 0.0)
 
-    def advance(
-        self,
-        layer_idx: int,
-        tensors: Mapping[str, torch.Tensor],
-        fused: Fused,
-        captures: Sequence[AttentionCapture],
-        hidden: torch.Tensor,
-    ) -> None:
+    def advance(self, source: SourceLayer, fused: Fused) -> None:
         """Measure the counts of a layer, and take the two models through it.
 
         Args:
-            layer_idx: of the layer.
-            tensors: the source's.
+            source: the source's layer on calibration text; its first inputs are those of the windows of weight 1.
             fused: maps and groups of each `(side, count)` with fewer heads than the source.
-            captures: the source's layer on calibration text.
-            hidden: the residual stream before the layer, of the windows of weight 1, `[k, T, D]`.
         """
-        output = AttentionWeights.of_layer(tensors, self.streamed.arch, self.streamed.heads).output
+        layer_idx, tensors, captures = source.index, source.tensors, source.captures
+        output, hidden = source.weights.output, source.inputs[0].hidden
         ordinary = [capture for capture in captures if capture.weight == 1]
         seen = ordinary[: max(1, len(ordinary) // 4)]
         others = ordinary[len(seen) :] + [c for c in captures if c.weight != 1] if len(ordinary) > 1 else captures
@@ -79,9 +71,9 @@ class ErrorProbes:
                     self.summed[side] += row[count]
                     layer = with_heads(tensors, self.streamed, changed, refitted)
             with self.streamed.layer(layer_idx, layer) as run:
-                self.fused[side] = run(self.fused[side], None)
+                self.fused[side] = run(self.fused[side])
         with self.streamed.layer(layer_idx, tensors) as run:
-            self.source = run(self.source, None)
+            self.source = run(self.source)
 
     def costs(self) -> Costs:
         """The scaled errors of each layer's sides, 0 for all heads; unscaled where nothing was lost."""

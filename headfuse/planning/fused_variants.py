@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
+from headfuse.choices import Side
 from headfuse.fusion.maps import HeadMaps
 from headfuse.fusion.refit import FusedHeads
 from headfuse.models.attention import AttentionWeights
@@ -22,9 +24,9 @@ PROBE_LENGTH = 128
 """Tokens of a probe's window: different texts tell more than a long one."""
 ROWS_PER_UNKNOWN = 4
 """Rows of text behind a refit that only tells what a count costs, for each number in a row of the projection."""
-Costs = dict[tuple[int, str], dict[int, float]]
+Costs = dict[tuple[int, Side], dict[int, float]]
 """Of a layer's side: cost of each measured count."""
-Fused = Mapping[tuple[str, int], tuple[HeadMaps, Groups]]
+Fused = Mapping[tuple[Side, int], tuple[HeadMaps, Groups]]
 """Maps and groups of each `(side, count)` with fewer heads than the source."""
 
 
@@ -62,34 +64,25 @@ def with_heads(
 ) -> Mapping[str, torch.Tensor]:
     """A source layer's tensors with keys, values or both replaced by what their fused heads give back of them.
 
-    `output [D, n_q, d]` takes the place of the output projection, where it is given.
+    They have the source's shapes, so the source's own class computes the fused layer: read maps of keys commute with
+    RoPE. `output [D, n_q, d]` takes the place of the output projection, where it is given.
     """
-    for side, maps in fused.items():
-        tensors = reconstructed(tensors, streamed, side, *maps)
-    if output is None:
-        return tensors
     weights = AttentionWeights.of_layer(tensors, streamed.arch, streamed.heads)
-    weights.output = output
+    for side, (maps, groups) in fused.items():
+        weights = reconstructed(weights, side, maps, groups)
+    if output is not None:
+        weights = replace(weights, output=output)
     return weights.in_layer(tensors, streamed.arch, streamed.heads)
 
 
-def reconstructed(
-    tensors: Mapping[str, torch.Tensor], streamed: StreamedModel, side: str, maps: HeadMaps, groups: Groups
-) -> dict[str, torch.Tensor]:
-    """A source layer's tensors with `key` or `value` heads replaced by what the fused heads give back of them.
-
-    It has the source's shapes, so the source's own class computes the fused layer: read maps of keys commute with RoPE.
-    """
-    arch, heads = streamed.arch, streamed.heads
-    weights = AttentionWeights.of_layer(tensors, arch, heads)
+def reconstructed(weights: AttentionWeights, side: Side, maps: HeadMaps, groups: Groups) -> AttentionWeights:
+    """A source layer's weights with the heads of one side replaced by what the fused heads give back of them."""
 
     def back(weight: torch.Tensor) -> torch.Tensor:
         return maps.reconstruct(weight.double().mT, groups).mT.float()
 
+    bias = weights.key_bias if side == "key" else weights.value_bias
+    bias = None if bias is None else back(bias[..., None])[..., 0]
     if side == "key":
-        weights.key = back(weights.key)
-        weights.key_bias = None if weights.key_bias is None else back(weights.key_bias[..., None])[..., 0]
-    else:
-        weights.value = back(weights.value)
-        weights.value_bias = None if weights.value_bias is None else back(weights.value_bias[..., None])[..., 0]
-    return weights.in_layer(tensors, arch, heads)
+        return replace(weights, key=back(weights.key), key_bias=bias)
+    return replace(weights, value=back(weights.value), value_bias=bias)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from headfuse.models.attention import AttentionWeights
-from headfuse.models.decoder_layers import DecoderLayers, HiddenStates
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadLayout
+from headfuse.planning.budget import CostTable
 
 COALITIONS_PER_HEAD, COALITION_COST, MIN_TOKENS = 2, 6.0, 32
 TRUNCATED_SHARE, TRUNCATED_LOSS = 0.25, 2.0
@@ -24,7 +26,7 @@ says nothing about its heads."""
 RIDGE = 1e-3
 
 
-def taylor(streamed: StreamedModel, windows: torch.Tensor, heads: HeadLayout, seed: int) -> torch.Tensor:
+def taylor(streamed: StreamedModel, windows: torch.Tensor) -> torch.Tensor:
     """`[2, layers, n]`, keys and values apart: E|dL/dmask| over windows, L the language-modelling loss.
 
     "Are Sixteen Heads Really Better than One?" (1905.10650), equation 2. Keys and values are linear in their
@@ -33,16 +35,11 @@ def taylor(streamed: StreamedModel, windows: torch.Tensor, heads: HeadLayout, se
     Args:
         streamed: the source.
         windows: tokens `[k, T]`.
-        heads: the source's heads.
-        seed: not used.
     """
-    source = DecoderLayers(streamed.model.config.to_dict(), streamed.arch, streamed.checkpoint, streamed.device)
+    source, arch, heads = streamed.layers, streamed.arch, streamed.heads
     importance = torch.zeros(2, heads.num_hidden_layers, heads.num_key_value_heads, dtype=torch.float64)
     for window in windows.to(streamed.device):
-        states, inputs = streamed.embed(window[None]), list[HiddenStates]()
-        for layer_idx in range(streamed.num_layers):
-            inputs.append(states)
-            states = source.run(layer_idx, states)
+        *inputs, states = source.forward(streamed.embed(window[None]))
         labels = window[1:]
 
         def cross_entropy(logits: torch.Tensor, part: slice, labels: torch.Tensor = labels) -> torch.Tensor:
@@ -51,13 +48,11 @@ def taylor(streamed: StreamedModel, windows: torch.Tensor, heads: HeadLayout, se
 
         gradient = streamed.end_gradient(states, cross_entropy)
         for layer_idx in reversed(range(streamed.num_layers)):
-            prefix = streamed.arch.layer_prefix(layer_idx) + "."
-            tensors = {prefix + name: tensor.float() for name, tensor in streamed.layer_tensors(layer_idx).items()}
-            gradient, of_weights = source.backward(layer_idx, inputs.pop(), gradient, tensors)
-            own, slope = (
-                AttentionWeights.of_layer({n.removeprefix(prefix): t for n, t in some.items()}, streamed.arch, heads)
-                for some in (tensors, of_weights)
-            )
+            prefix, tensors = arch.layer_prefix(layer_idx) + ".", streamed.layer_tensors(layer_idx)
+            named = {prefix + name: tensor for name, tensor in tensors.items()}
+            gradient, of_weights = source.backward(layer_idx, inputs.pop(), gradient, named)
+            slopes = {name.removeprefix(prefix): slope for name, slope in of_weights.items()}
+            own, slope = (AttentionWeights.of_layer(each, arch, heads) for each in (tensors, slopes))
             importance[0, layer_idx] += _product(own.key, slope.key, own.key_bias, slope.key_bias)
             importance[1, layer_idx] += _product(own.value, slope.value, own.value_bias, slope.value_bias)
     return importance / len(windows)
@@ -72,7 +67,7 @@ def _product(
     return total.abs()
 
 
-def shapley(streamed: StreamedModel, windows: torch.Tensor, heads: HeadLayout, seed: int) -> torch.Tensor:
+def shapley(streamed: StreamedModel, windows: torch.Tensor, seed: int) -> torch.Tensor:
     """`[2, layers, n]`: truncated Shapley values of the loss, from sampled coalitions.
 
     After CoKV (2502.17501) and Shapley Head Pruning (2210.05709): random sets of heads are masked, all coalitions go
@@ -81,30 +76,21 @@ def shapley(streamed: StreamedModel, windows: torch.Tensor, heads: HeadLayout, s
 
     Args:
         streamed: the source.
-        windows: tokens `[k, T]`, few: see `coalition_tokens`; each coalition sees one of them.
-        heads: the source's heads.
+        windows: tokens `[k, T]`; each coalition sees the beginning of one of them (`coalition_tokens`).
         seed: of the coalitions.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shape = 2, heads.num_hidden_layers, heads.num_key_value_heads
-    total = shape[0] * shape[1] * shape[2]
-    most = max(1, int(total * TRUNCATED_SHARE))
-    masked = torch.zeros(COALITIONS_PER_HEAD * total, total, dtype=torch.bool)
-    for index, row in enumerate(masked):
-        row[torch.randperm(total, generator=generator)[: 1 + index % most]] = True
-    states = [streamed.embed(window[None]) for window in windows]
-    variants = [states[index % len(windows)] for index in range(len(masked))]
-    for layer_idx in range(streamed.num_layers):
-        tensors = {name: tensor.float() for name, tensor in streamed.layer_tensors(layer_idx).items()}
-        with streamed.layer(layer_idx, tensors) as run:
-            states = [run(one, None) for one in states]
-        for index, row in enumerate(masked.view(len(masked), *shape)[:, :, layer_idx]):
-            weights = AttentionWeights.of_layer({n: t.clone() for n, t in tensors.items()}, streamed.arch, heads)
-            weights.key[row[0]], weights.value[row[1]] = 0, 0
-            if weights.key_bias is not None and weights.value_bias is not None:
-                weights.key_bias[row[0]], weights.value_bias[row[1]] = 0, 0
-            with streamed.layer(layer_idx, weights.in_layer(tensors, streamed.arch, heads)) as run:
-                variants[index] = run(variants[index], None)
+    heads = streamed.heads
+    windows, shape = coalition_tokens(windows, heads), (2, heads.num_hidden_layers, heads.num_key_value_heads)
+    masked = _coalitions(heads.total_heads, seed)
+    embedded = tuple(streamed.embed(window[None]) for window in windows)
+    variants, states = [embedded[index % len(windows)] for index in range(len(masked))], embedded
+    for layer in streamed.walk((), embedded):
+        states = layer.outputs
+        for index, row in enumerate(masked.view(len(masked), *shape)[:, :, layer.index]):
+            weights = _without(layer.weights, row[0], row[1])
+            tensors = weights.in_layer(layer.tensors, streamed.arch, heads)
+            with streamed.layer(layer.index, tensors) as run:
+                variants[index] = run(variants[index])
     whole = [streamed.nll(one, window[None])[0] for one, window in zip(states, windows, strict=True)]
     lost = torch.tensor(
         [streamed.nll(v, windows[i % len(windows)][None])[0] - whole[i % len(windows)] for i, v in enumerate(variants)],
@@ -116,22 +102,49 @@ def shapley(streamed: StreamedModel, windows: torch.Tensor, heads: HeadLayout, s
     return torch.linalg.solve(gram, design.T @ lost).view(shape)
 
 
+def _coalitions(total: int, seed: int) -> torch.Tensor:
+    """Which of `total` heads each random coalition lacks, `[coalitions, total]`."""
+    generator, most = torch.Generator().manual_seed(seed), max(1, int(total * TRUNCATED_SHARE))
+    masked = torch.zeros(COALITIONS_PER_HEAD * total, total, dtype=torch.bool)
+    for index, row in enumerate(masked):
+        row[torch.randperm(total, generator=generator)[: 1 + index % most]] = True
+    return masked
+
+
+def _without(weights: AttentionWeights, keys: torch.Tensor, values: torch.Tensor) -> AttentionWeights:
+    """Weights with some key heads and some value heads `[n]` set to zero."""
+
+    def zeroed(tensor: Any, heads: torch.Tensor) -> Any:
+        return None if tensor is None else tensor.masked_fill(heads.view(-1, *[1] * (tensor.ndim - 1)), 0)
+
+    return replace(
+        weights,
+        key=zeroed(weights.key, keys),
+        key_bias=zeroed(weights.key_bias, keys),
+        value=zeroed(weights.value, values),
+        value_bias=zeroed(weights.value_bias, values),
+    )
+
+
 def coalition_tokens(windows: torch.Tensor, heads: HeadLayout) -> torch.Tensor:
     """The beginnings of windows `[k, T]`, so short that all coalitions cost as much as COALITION_COST such texts."""
     tokens = int(COALITION_COST * windows.numel() / (COALITIONS_PER_HEAD * heads.total_heads))
     return windows[:, : max(min(MIN_TOKENS, windows.shape[1]), tokens)]
 
 
-HEAD_IMPORTANCE: dict[str, Callable[[StreamedModel, torch.Tensor, HeadLayout, int], torch.Tensor]] = {
-    "taylor": taylor,
+HEAD_IMPORTANCE: dict[str, Callable[[StreamedModel, torch.Tensor, int], torch.Tensor]] = {
+    "taylor": lambda streamed, windows, seed: taylor(streamed, windows),
     "shapley": shapley,
 }
+"""Scores `[2, layers, n]` of the source's key heads and value heads, from token windows `[k, T]` and a seed."""
 
 
-def cost_rows(importance: torch.Tensor) -> list[list[float]]:
-    """The cost table `[2 layers][n]` of keeping 1 to n heads, the most important ones, from scores `[2, layers, n]`."""
-    rows = []
-    for row in importance.clamp_min(0).flatten(0, 1).tolist():
-        dropped = list(itertools.accumulate(sorted(row)))
-        rows.append([*reversed(dropped[:-1]), 0.0])
-    return rows
+def cost_table(importance: torch.Tensor) -> CostTable:
+    """What keeping 1 to n heads, the most important ones, costs, from scores `[2, layers, n]`."""
+
+    def row(scores: list[float]) -> list[float]:
+        dropped = list(itertools.accumulate(sorted(scores)))
+        return [*reversed(dropped[:-1]), 0.0]
+
+    keys, values = importance.clamp_min(0).tolist()
+    return CostTable([row(scores) for scores in keys], [row(scores) for scores in values])

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import headfuse
+from headfuse.choices import Layout, Side
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.presets import PRESETS
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
-from headfuse.models.attention import AttentionWeights
-from headfuse.models.capture import AttentionCapture
 from headfuse.models.source import Source
+from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
-from headfuse.plan import SHARED_PARTITION, FusionPlan, HeadBudget, HeadLayout, LayerPlan
-from headfuse.planning.budget import budget_rules
-from headfuse.planning.costs import SideCosts, measured_counts
+from headfuse.plan import FusionPlan, HeadBudget, LayerPlan
+from headfuse.planning.allocators import ALLOCATORS
+from headfuse.planning.budget import BudgetRules, CostTable, budget_rules
+from headfuse.planning.costs import cost_row, measured_counts
 from headfuse.planning.end_loss_probes import EndLossProbes
 from headfuse.planning.error_probes import ErrorProbes
-from headfuse.planning.fused_variants import probe_tokens, probe_windows, weighing_tokens
-from headfuse.planning.importance import HEAD_IMPORTANCE, coalition_tokens, cost_rows
-from headfuse.planning.survey import LayerSurvey, survey_layer
+from headfuse.planning.fused_variants import Costs, probe_tokens, probe_windows, weighing_tokens
+from headfuse.planning.importance import HEAD_IMPORTANCE, cost_table
+from headfuse.planning.survey import LayerSurvey, SurveyOptions, survey_layer
 from headfuse.text.calibration import START_WEIGHT, CalibrationText
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,40 @@ ProgressCallback = Callable[[str, int, int], None]
 """Called with a phase, the layers done and all layers."""
 SURVEYED = 1 / 3
 """Share of the statistics windows that the survey reads: a quarter of all windows by default."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What decides a plan, beside the text and the model."""
+
+    rules: BudgetRules
+    budget: str
+    """Its name in the plan."""
+    allocator: str
+    """Name in ALLOCATORS."""
+    method: str
+    """Name in FUSION_METHODS."""
+    layout: Layout
+    grouping: str
+    """Name in GROUPERS."""
+    end_loss_probes: Literal["few", "all"] | None
+    """Of the preset: the counts whose cost is measured by the end loss, too."""
+    seed: int
+
+
+def plan_options(config: FuseConfig) -> PlanOptions:
+    """What the options of `fuse` say about the plan."""
+    layout = LAYOUTS[config.layout]
+    return PlanOptions(
+        rules=budget_rules(config.budget, layout.shared_partition, layout.one_count),
+        budget=config.budget.label,
+        allocator=config.budget.allocator,
+        method=config.method,
+        layout=config.layout,
+        grouping=config.grouping,
+        end_loss_probes=PRESETS[config.preset].end_loss_probes,
+        seed=config.seed,
+    )
 
 
 def check_budget(config: FuseConfig, source: Source) -> HeadBudget:
@@ -39,104 +76,128 @@ def check_budget(config: FuseConfig, source: Source) -> HeadBudget:
         BudgetError: saying which budget works.
     """
     LAYOUTS[config.layout].check(source.config)
-    rules, heads = budget_rules(config), source.heads
-    return rules.allocate_gqa(heads) if config.layout == "gqa" else rules.allocate("uniform", heads)
+    return plan_options(config).rules.allocate("uniform", source.heads)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a survey measured of every layer, and the costs that the allocator reads."""
+
+    layers: tuple[LayerSurvey, ...]
+    costs: CostTable | None
+    """None where the allocator reads none, or the budget leaves no choice."""
+    measured: tuple[tuple[float, Costs], ...]
+    """The measurements behind the costs of fusing, each with its weight: errors, then end losses."""
 
 
 def survey(
-    source: Source, streamed: StreamedModel, text: CalibrationText, config: FuseConfig, on_progress: ProgressCallback
-) -> list[LayerSurvey]:
-    """Run the source once over a part of the text and measure every layer's heads."""
-    part = text.part(SURVEYED)
-    windows, starts = streamed.embed(part.statistics), streamed.embed(part.starts, START_WEIGHT)
-    method, allocator, surveys = FUSION_METHODS[config.method], config.budget.allocator, list[LayerSurvey]()
-    needed = _needs_costs(config, source.heads)
-    costs = needed and allocator not in HEAD_IMPORTANCE
-    slots = LAYOUTS[config.layout].free_slots and method.slots is not None
-    preset = PRESETS[config.preset]
-    shared = config.layout in SHARED_PARTITION
-    errors, end_losses = _probes(source, streamed, text, config) if costs else (None, None)
-    every, few = preset.end_loss_probes == "all", measured_counts(source.heads.num_key_value_heads, False)
-    for layer_idx in range(streamed.num_layers):
-        tensors, captures, inputs = streamed.layer_tensors(layer_idx), list[AttentionCapture](), windows.hidden
-        with streamed.layer(layer_idx, tensors) as run:
-            windows, starts = run(windows, captures), run(starts, captures)
-        output = AttentionWeights.of_layer(tensors, streamed.arch, source.heads).output
-        layer = survey_layer(captures, output, source.heads, method, config.grouping, costs, slots, every, shared)
-        fused = {(side, c): maps for side, row in layer.costs.items() for c, maps in row.maps.items()}
-        if errors is not None:
-            some = {(side, c): maps for (side, c), maps in fused.items() if shared or c in few}
-            errors.advance(layer_idx, tensors, some, captures, inputs)
-        if end_losses is not None:
-            end_losses.advance(layer_idx, tensors, fused, captures if method.refits_output else ())
-        for row in layer.costs.values():
-            row.maps.clear()
-        surveys.append(layer)
-        on_progress("survey", layer_idx + 1, streamed.num_layers)
-    probes: list[ErrorProbes | EndLossProbes] = [each for each in (errors, end_losses) if each is not None]
-    for each in probes:
-        for (layer_idx, side), found in each.costs().items():
-            surveys[layer_idx].costs[side].measured.append((each.worth, found))
-    if needed and allocator in HEAD_IMPORTANCE:
-        seen = coalition_tokens(part.statistics, source.heads) if allocator == "shapley" else part.statistics
-        rows = cost_rows(HEAD_IMPORTANCE[allocator](streamed, seen, source.heads, config.seed))
-        for index, scores in enumerate(rows):
-            side = ("key", "value")[index // len(surveys)]
-            surveys[index % len(surveys)].costs[side] = SideCosts(scores, {}, [(1.0, dict(enumerate(scores, start=1)))])
-    return surveys
+    streamed: StreamedModel,
+    text: CalibrationText,
+    options: PlanOptions,
+    on_progress: ProgressCallback,
+    on_layer: Callable[[SourceLayer], None] = lambda layer: None,
+) -> Survey:
+    """Run the source once over a part of the text and measure every layer's heads.
+
+    Args:
+        streamed: the source.
+        text: the calibration text.
+        options: what decides the plan.
+        on_progress: called with `survey`, the layers done and all layers.
+        on_layer: called with every layer of the source on its way.
+    """
+    part, heads = text.part(SURVEYED), streamed.heads
+    costs = ALLOCATORS[options.allocator].costs if options.rules.leave_a_choice(heads) else "none"
+    measures, layers = _survey_options(options, costs == "measured"), list[LayerSurvey]()
+    probes = _probes(streamed, text, options) if measures.costs else ()
+    few = measured_counts(heads.num_key_value_heads, False)
+    for layer in streamed.walk([streamed.embed(part.statistics), streamed.embed(part.starts, START_WEIGHT)]):
+        surveyed, fused = survey_layer(layer.captures, layer.weights.output, heads, measures)
+        for probe in probes:
+            every = measures.shared_partition or probe.every_count
+            probe.advance(layer, {place: maps for place, maps in fused.items() if every or place[1] in few})
+        on_layer(layer)
+        layers.append(surveyed)
+        del fused  # not beside the next layer
+        on_progress("survey", layer.index + 1, streamed.num_layers)
+    measured = tuple((probe.worth, probe.costs()) for probe in probes)
+    table = _measured_costs(layers, measured) if measured else None
+    if costs == "importance":
+        table = cost_table(HEAD_IMPORTANCE[options.allocator](streamed, part.statistics, options.seed))
+    return Survey(tuple(layers), table, measured)
 
 
-def _probes(
-    source: Source, streamed: StreamedModel, text: CalibrationText, config: FuseConfig
-) -> tuple[ErrorProbes, EndLossProbes | None]:
-    """Those of the preset, on as many tokens as it can pay for, of text that nothing in the survey is fitted to."""
-    preset, equal = PRESETS[config.preset], budget_rules(config).allocate("uniform", source.heads)
-    used, tokens = len(text.part(SURVEYED).statistics), text.statistics.numel()
-    unseen = text.statistics[used:] if used < len(text.statistics) else text.statistics
-    refit = FUSION_METHODS[config.method].refits_output
-    errors = ErrorProbes(streamed, probe_windows(unseen, weighing_tokens(tokens)), equal, refit)
-    if preset.end_loss_probes is None:
-        return errors, None
-    counts = len(measured_counts(source.heads.num_key_value_heads, preset.end_loss_probes == "all"))
-    seen = probe_windows(unseen, probe_tokens(tokens, streamed.num_layers, counts))
-    return errors, EndLossProbes(streamed, seen, equal)
-
-
-def _needs_costs(config: FuseConfig, heads: HeadLayout) -> bool:
-    """Whether the allocator reads a cost table."""
-    return (
-        config.budget.allocator != "uniform" and config.layout != "gqa" and budget_rules(config).leave_a_choice(heads)
+def _survey_options(options: PlanOptions, costs: bool) -> SurveyOptions:
+    """What is measured of every layer, with the costs of fusing or without."""
+    layout, method = LAYOUTS[options.layout], FUSION_METHODS[options.method]
+    return SurveyOptions(
+        method,
+        options.grouping,
+        slots=layout.free_slots and method.slots is not None,
+        shared_partition=layout.shared_partition,
+        costs=costs,
+        every_count=options.end_loss_probes == "all",
     )
 
 
-def make_plan(source: Source, config: FuseConfig, surveys: list[LayerSurvey]) -> FusionPlan:
-    """Budget and groups -> the plan of every layer."""
-    heads, rules = source.heads, budget_rules(config)
-    table = [s.costs[side].row() for side in ("key", "value") for s in surveys if s.costs]
-    allocator = config.budget.allocator if table else "uniform"  # without a choice they all agree
-    budget = rules.allocate_gqa(heads) if config.layout == "gqa" else rules.allocate(allocator, heads, table)
-    if config.layout in SHARED_PARTITION:
-        layers = [
-            LayerPlan(layer_idx=i, key_groups=groups, value_groups=groups)
-            for i, groups in enumerate(s.shared_groups[budget.key_heads[i]] for i, s in enumerate(surveys))
+def _measured_costs(layers: list[LayerSurvey], measured: tuple[tuple[float, Costs], ...]) -> CostTable:
+    """The cost table from lost energies and measurements."""
+
+    def rows(side: Side) -> list[list[float]]:
+        return [
+            cost_row(layer.lost[side], [(worth, costs[i, side]) for worth, costs in measured if (i, side) in costs])
+            for i, layer in enumerate(layers)
         ]
+
+    return CostTable(rows("key"), rows("value"))
+
+
+def _probes(
+    streamed: StreamedModel, text: CalibrationText, options: PlanOptions
+) -> tuple[ErrorProbes] | tuple[ErrorProbes, EndLossProbes]:
+    """Those of the preset, on as many tokens as it can pay for, of text that nothing in the survey is fitted to."""
+    heads, equal = streamed.heads, options.rules.allocate("uniform", streamed.heads)
+    used, tokens = len(text.part(SURVEYED).statistics), text.statistics.numel()
+    unseen = text.statistics[used:] if used < len(text.statistics) else text.statistics
+    refit = FUSION_METHODS[options.method].refits_output
+    errors = ErrorProbes(streamed, probe_windows(unseen, weighing_tokens(tokens)), equal, refit)
+    if options.end_loss_probes is None:
+        return (errors,)
+    counts = len(measured_counts(heads.num_key_value_heads, options.end_loss_probes == "all"))
+    seen = probe_windows(unseen, probe_tokens(tokens, streamed.num_layers, counts))
+    return errors, EndLossProbes(streamed, seen, equal, refit)
+
+
+def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan:
+    """Budget and groups -> the plan of every layer."""
+    allocator = options.allocator if found.costs else "uniform"  # without a choice they all agree
+    budget = options.rules.allocate(allocator, source.heads, found.costs)
+    counts = zip(budget.key_heads, budget.value_heads, found.layers, strict=True)
+    if LAYOUTS[options.layout].shared_partition:
+        groups = [layer.shared_groups[keys] for keys, _, layer in counts]
+        layers = [LayerPlan(layer_idx=i, key_groups=each, value_groups=each) for i, each in enumerate(groups)]
     else:
         layers = [
             LayerPlan(
                 layer_idx=i,
-                key_groups=s.key_groups[budget.key_heads[i] - 1],
-                value_groups=s.value_groups[budget.value_heads[i] - 1],
-                rotary_slots=s.key_slots[budget.key_heads[i] - 1],
+                key_groups=layer.key_groups[keys - 1],
+                value_groups=layer.value_groups[values - 1],
+                rotary_slots=layer.key_slots[keys - 1],
             )
-            for i, s in enumerate(surveys)
+            for i, (keys, values, layer) in enumerate(counts)
         ]
+    return plan_of(source, options, layers)
+
+
+def plan_of(source: Source, options: PlanOptions, layers: list[LayerPlan]) -> FusionPlan:
+    """The plan of these layers, with where it comes from."""
     return FusionPlan(
         headfuse_version=headfuse.__version__,
         source=source.identity(),
-        heads=heads,
-        layout=config.layout,
-        method=config.method,
-        allocator=config.budget.allocator,
-        budget=config.budget.label,
+        heads=source.heads,
+        layout=options.layout,
+        method=options.method,
+        allocator=options.allocator,
+        budget=options.budget,
         layers=tuple(layers),
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from headfuse.choices import Side
 from headfuse.fusion import FusionMethod, Maps
 from headfuse.fusion.losses import lost_key_energy, lost_value_energy
+from headfuse.fusion.maps import HeadMaps
 from headfuse.fusion.moments import KeyMoments, ValueMoments, key_moments, value_moments
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import Groups, HeadLayout
-from headfuse.planning.costs import SideCosts, measured_counts
+from headfuse.planning.costs import measured_counts
+from headfuse.planning.fused_variants import Fused
 from headfuse.planning.grouping import GROUPERS
 
 
@@ -63,8 +66,25 @@ def _pair_energy(moments: ValueMoments) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @dataclass(frozen=True)
+class SurveyOptions:
+    """What is measured of every layer."""
+
+    method: FusionMethod
+    grouping: str
+    """Name in GROUPERS."""
+    slots: bool = False
+    """Fused key heads choose their rotary slots."""
+    shared_partition: bool = False
+    """Keys and values share one partition into groups of one size, for the counts that divide the source's."""
+    costs: bool = False
+    """The allocator reads the measured costs of fusing."""
+    every_count: bool = False
+    """The cost of every count is measured; else of powers of two, or of those that a shared partition allows."""
+
+
+@dataclass(frozen=True)
 class LayerSurvey:
-    """One layer's pair costs, the groups for each count, and the measured cost of each count."""
+    """One layer's pair costs, the groups for each count, and what the closed form loses with each count."""
 
     key_pairs: list[list[float]]
     value_pairs: list[list[float]]
@@ -74,78 +94,56 @@ class LayerSurvey:
     key_slots: list[Groups | None]
     value_groups: list[Groups]
     shared_groups: dict[int, Groups]
-    costs: dict[str, SideCosts]
-    """Of the sides `key` and `value`, where the allocator reads costs of fusing."""
+    lost: Mapping[Side, list[float]]
+    """Lost energy of 1 to n heads of each side; empty where the allocator reads no costs of fusing."""
 
 
 def survey_layer(
-    captures: Sequence[AttentionCapture],
-    output: torch.Tensor,
-    heads: HeadLayout,
-    method: FusionMethod,
-    grouping: str,
-    costs: bool,
-    slots: bool,
-    every_count: bool = False,
-    shared_groups: bool = False,
-) -> LayerSurvey:
-    """Measure one source layer: groups for every head count, and what fusing to that count costs.
-
-    `slots` lets fused key heads choose their rotary slots; with `shared_groups` counts that divide the source's are
-    those of one partition of keys and values into groups of one size, and are the ones measured. `costs` asks for the
-    lost energy of every count, and for the maps of those whose cost is to be measured (probes.py).
+    captures: Sequence[AttentionCapture], output: torch.Tensor, heads: HeadLayout, options: SurveyOptions
+) -> tuple[LayerSurvey, Fused]:
+    """Measure one source layer: groups for every head count, and what fusing to that count loses.
 
     Args:
         captures: the layer on the calibration windows.
         output: output projection `[D, n_q, d]`.
         heads: the source's heads.
-        method: of fusion.
-        grouping: name of the grouping.
-        costs: whether the allocator reads costs of fusing.
-        slots: whether key heads choose their slots.
-        every_count: whether every count is to be measured.
-        shared_groups: whether keys and values have the same groups.
+        options: what is measured.
+
+    Returns:
+        The survey, and the maps and groups of those counts whose cost is to be measured (error_probes.py).
     """
-    n = heads.num_key_value_heads
+    n, slots, grouper = heads.num_key_value_heads, options.slots, GROUPERS[options.grouping]
     keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
     key_pairs, value_pairs = key_pair_cost(keys, slots).tolist(), value_pair_cost(values).tolist()
-    grouper = GROUPERS[grouping]
     both = [[a + b for a, b in zip(r, s, strict=True)] for r, s in zip(key_pairs, value_pairs, strict=True)]
     key_groups = [grouper(key_pairs, count, False) for count in range(1, n + 1)]
     value_groups = [grouper(value_pairs, count, False) for count in range(1, n + 1)]
     shared = {count: grouper(both, count, True) for count in range(1, n + 1) if n % count == 0}
-    if shared_groups:
+    if options.shared_partition:
         key_groups = [shared.get(count, groups) for count, groups in enumerate(key_groups, start=1)]
         value_groups = [shared.get(count, groups) for count, groups in enumerate(value_groups, start=1)]
-    key_slots = [method.rotary_slots(groups, keys) if slots else None for groups in key_groups]
-    measured = {side: SideCosts([0.0] * n, {}, []) for side in ("key", "value")} if costs else {}
-    counts = set(shared) if shared_groups else measured_counts(n, every_count)
-    known, lost = dict[tuple[int, ...], Maps](), dict[tuple[int, ...], float]()  # most groups are those of other counts
-    for count in range(1, n) if costs else ():
-        groups = {"key": key_groups[count - 1], "value": value_groups[count - 1]}
-        maps = {
-            "key": method.key_maps(groups["key"], keys, key_slots[count - 1]),
-            "value": method.value_maps(groups["value"], values, known),
-        }
-        for group in groups["value"]:
-            if group not in lost:
-                lost[group] = lost_value_energy(maps["value"], (group,), values)
-        measured["key"].lost[count - 1] = lost_key_energy(maps["key"], groups["key"], keys)
-        measured["value"].lost[count - 1] = sum(lost[group] for group in groups["value"])
-        if count in counts:
-            for side, row in measured.items():
-                row.maps[count] = maps[side], groups[side]
-    return LayerSurvey(
-        key_pairs,
-        value_pairs,
-        _key_energy(keys),
-        _value_energy(values),
-        key_groups,
-        key_slots,
-        value_groups,
-        shared,
-        measured,
-    )
+    key_slots = [options.method.rotary_slots(groups, keys) if slots else None for groups in key_groups]
+    lost, maps = dict[Side, list[float]](), dict[tuple[Side, int], tuple[HeadMaps, Groups]]()
+    if options.costs:
+        counts = set(shared) if options.shared_partition else set(measured_counts(n, options.every_count))
+        lost = {"key": [0.0] * n, "value": [0.0] * n}
+        known, alone = (
+            dict[tuple[int, ...], Maps](),
+            dict[tuple[int, ...], float](),
+        )  # most groups are of several counts
+        for count, key, value in zip(range(1, n), key_groups, value_groups, strict=False):
+            key_maps = options.method.key_maps(key, keys, key_slots[count - 1])
+            value_maps = options.method.value_maps(value, values, known)
+            for group in value:
+                if group not in alone:
+                    alone[group] = lost_value_energy(value_maps, (group,), values)
+            lost["key"][count - 1] = lost_key_energy(key_maps, key, keys)
+            lost["value"][count - 1] = sum(alone[group] for group in value)
+            if count in counts:
+                maps["key", count], maps["value", count] = (key_maps, key), (value_maps, value)
+    energy = _key_energy(keys), _value_energy(values)
+    survey = LayerSurvey(key_pairs, value_pairs, *energy, key_groups, key_slots, value_groups, shared, lost)
+    return survey, maps
 
 
 def _key_energy(moments: KeyMoments) -> list[float]:

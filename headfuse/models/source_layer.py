@@ -1,0 +1,85 @@
+"""One decoder layer of the source: its weights, and what it made of the windows that went through it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from headfuse.checkpoint.reader import is_finite
+from headfuse.errors import CheckpointError
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.capture import AttentionCapture
+from headfuse.models.decoder_layers import DecoderLayers, HiddenStates
+
+Captures = tuple[AttentionCapture, ...]
+
+
+@dataclass(frozen=True)
+class SourceLayer:
+    """A layer on a walk over the source (`StreamedModel.walk`); its fields are gone when the walk goes on.
+
+    So that one layer is in memory at a time, whoever still names the one before.
+    """
+
+    index: int
+    tensors: Mapping[str, torch.Tensor]
+    """As stored, in their own dtype; names relative to the layer."""
+    weights: AttentionWeights
+    captures: Captures
+    """Of the windows that statistics are taken on, a batch each."""
+    inputs: tuple[HiddenStates, ...]
+    outputs: tuple[HiddenStates, ...]
+
+    def release(self) -> None:
+        """Let go of everything."""
+        vars(self).clear()
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """A layer of the source on the device, as a function of hidden states."""
+
+    layers: DecoderLayers
+    index: int
+    module: nn.Module
+    folder: Path
+    """Of the checkpoint, for errors."""
+
+    def __call__(self, states: HiddenStates) -> HiddenStates:
+        """What the layer makes of the states.
+
+        Raises:
+            CheckpointError: when that is NaN or infinity.
+        """
+        outputs = self.layers.through(self.module, self.index, states)
+        self._check([outputs.hidden])
+        return outputs
+
+    def capture(self, states: HiddenStates) -> tuple[HiddenStates, Captures]:
+        """What the layer makes of the states, and what its attention computed, a batch each.
+
+        Raises:
+            CheckpointError: when one of them is NaN or infinity: attention may hide what its scores are not.
+        """
+        attention: Any = self.module.get_submodule(self.layers.arch.attention)
+        captures = list[AttentionCapture]()
+        attention.headfuse_captures = captures, states.weight
+        try:
+            outputs = self.layers.through(self.module, self.index, states)
+        finally:
+            attention.headfuse_captures = None
+        self._check([outputs.hidden, *(x for c in captures for x in (c.query, c.key, c.value))])
+        return outputs, tuple(captures)
+
+    def _check(self, computed: Sequence[torch.Tensor]) -> None:
+        if not all(map(is_finite, computed)):
+            raise CheckpointError(
+                f"layer {self.index} computes NaN or infinity",
+                where=self.folder,
+                fix="weights or config.json are damaged: take a checkpoint that generates text",
+            )
