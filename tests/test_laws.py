@@ -276,6 +276,16 @@ def test_gqa_takes_the_largest_shape_within_the_budget(budget: str, count: int) 
     assert result.key_heads == result.value_heads == (count,) * 3
 
 
+def test_a_plan_is_checked_by_the_facts_of_its_layout() -> None:
+    """plan.py has them without torch."""
+    assert {name for name, layout in LAYOUTS.items() if layout.shared_partition} == set(SHARED_PARTITION)
+    assert {name for name, layout in LAYOUTS.items() if layout.one_count} == set(ONE_COUNT)
+
+
+def test_scores_of_heads_exist_for_the_allocators_that_read_them() -> None:
+    assert {name for name, entry in ALLOCATORS.items() if entry.costs == "importance"} == HEAD_IMPORTANCE.keys()
+
+
 def test_a_budget_rounds_within_half_a_head() -> None:
     for total in range(6, 25):
         for part in (Fraction(-49, 100), Fraction(49, 100)):
