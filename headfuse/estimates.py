@@ -21,12 +21,12 @@ class Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean of independent items."""
-    import torch  # here, so that gates can be read without it
-
-    tensor = torch.tensor(values, dtype=torch.float64)
-    error = (tensor.std() / math.sqrt(len(tensor))).item() if len(tensor) > 1 else None
-    return Estimate(tensor.mean().item(), error, len(tensor))
+    """The mean of independent items; not a number where there are none."""
+    count = len(values)
+    centre = math.fsum(values) / count if count else math.nan
+    squares = math.fsum((value - centre) * (value - centre) for value in values)
+    error = math.sqrt(squares / (count - 1) / count) if count > 1 else None
+    return Estimate(centre, error, count)
 
 
 def average(values: Sequence[float]) -> float | None:
@@ -51,7 +51,7 @@ def clustered_mean(values: torch.Tensor, chosen: torch.Tensor) -> Estimate | Non
     if not count:
         return None
     centre = values[chosen].mean()
-    sums = torch.where(chosen, values - centre, 0).sum(dim=1)
+    sums = (values - centre).masked_fill(~chosen, 0).sum(dim=1)
     error = math.sqrt(sums.square().sum().item() * windows / (windows - 1)) / count if windows > 1 else None
     return Estimate(centre.item(), error, count)
 

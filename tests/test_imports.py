@@ -106,7 +106,10 @@ def test_shipped_model_code_needs_only_torch_and_transformers() -> None:
         assert roots - set(sys.stdlib_module_names) <= {"torch", "transformers"}, name
 
 
-LIGHT = ", ".join(f"headfuse.{name}" for name in ("errors", "choices", "plan", "planning.budget", "config.fuse"))
+LIGHT = ", ".join(
+    f"headfuse.{name}"
+    for name in ("errors", "choices", "estimates", "plan", "planning.budget", "config.fuse", "evaluation.gates")
+)
 
 
 @pytest.mark.parametrize("command", [f"import headfuse, {LIGHT}", "from headfuse.cli.app import app; app(['--help'])"])
