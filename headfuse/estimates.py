@@ -45,7 +45,6 @@ def clustered_mean(values: torch.Tensor, chosen: torch.Tensor) -> Estimate | Non
         None when nothing is chosen. With as many predictions in every window the error is the standard deviation of the
         windows' means over the square root of their number.
     """
-    import torch
 
     count, windows = int(chosen.sum()), int(chosen.any(dim=1).sum())
     if not count:

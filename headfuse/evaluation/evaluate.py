@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.checkpoint.folder import resolve_model
 from headfuse.checkpoint.reader import Checkpoint
+from headfuse.config.evaluate import EvalConfig
+from headfuse.config.loading import load_options
+from headfuse.config.machine import Machine, take_machine
 from headfuse.config.values import data_name
 from headfuse.errors import CheckpointError, ConfigError
-from headfuse.estimates import Estimate, clustered_mean, mean
-from headfuse.evaluation.agreement import Agreement, agreement
+from headfuse.estimates import clustered_mean, mean
+from headfuse.evaluation.agreement import agreement
 from headfuse.evaluation.capacity import FORMULA, Fit, fit, kv_bytes_per_token, stored_dtype
 from headfuse.evaluation.passkey import Retrieval, passkey_prompts, retrieve
 from headfuse.evaluation.perplexity import (
@@ -29,8 +32,9 @@ from headfuse.evaluation.perplexity import (
     predict,
     token_nll,
 )
+from headfuse.evaluation.result import Comparison, EvaluationResult, ModelFigures, PasskeyResult
 from headfuse.evaluation.speed import DecodeSpeed, decode_speed
-from headfuse.evaluation.tasks import Harness, Scores, TaskResult
+from headfuse.evaluation.tasks import Harness, Scores
 from headfuse.models.config import read_config
 from headfuse.models.loading import (
     check_context,
@@ -49,70 +53,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ModelFigures:
-    """The figures of one model; `nll_stderr` is the standard error over windows, None for a single window."""
+class _Model:
+    """A model that is to be measured; `name` is how the result may name it."""
 
     name: str
-    nll: float
-    nll_stderr: float | None
-    perplexity: float | None
-    kv_bytes_per_token: int
-    kv_dtype: str
-    parameters: int
-    weight_bytes: int
-    fit: Fit | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A model against its baseline: `kv_ratio` and `ppl_ratio` are model over baseline, `nll_gap` model minus baseline.
-
-    The standard error of the gap is that of the paired differences, window by window.
-    """
-
-    kv_ratio: float
-    ppl_ratio: float | None
-    ppl_ratio_stderr: float | None
-    nll_gap: float
-    nll_gap_stderr: float | None
-
-
-@dataclass(frozen=True)
-class PasskeyResult:
-    """Retrieval at one length: the share of keys found, the NLL of the key's tokens, and paired differences."""
-
-    length: int
-    model: Estimate
-    model_nll: Estimate
-    baseline: Estimate | None
-    baseline_nll: Estimate | None
-    difference: Estimate | None
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """What `evaluate` measured, and how."""
-
-    model: ModelFigures
-    baseline: ModelFigures | None
-    comparison: Comparison | None
-    agreement: Agreement | None
-    tasks: list[TaskResult]
-    passkey: list[PasskeyResult]
-    speed: DecodeSpeed | None
-    data: str
-    windows: int
-    sequence_length: int
-    stride: int
-    predictions: int
-    protocol: str
-    memory_formula: str | None
-    limit: int | None
-    seed: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    beyond: dict[int, str]
+    """Tokens that the model does not embed."""
 
 
 @dataclass(frozen=True)
@@ -126,28 +74,7 @@ class _Measured:
     retrievals: list[Retrieval]
 
 
-def evaluate(
-    model: str,
-    *,
-    data: str = DEFAULT_DATA,
-    baseline: str | None = None,
-    samples: int = 24,
-    sequence_length: int = 512,
-    stride: int | None = None,
-    tasks: Sequence[str] = (),
-    tasks_path: Sequence[str] = (),
-    limit: int | None = None,
-    passkey: Sequence[int] = (),
-    passkey_trials: int = 10,
-    memory: int | None = None,
-    speed: bool = False,
-    device: str = "auto",
-    dtype: str | None = None,
-    threads: int | None = None,
-    trust_remote_code: bool = False,
-    seed: int | None = None,
-    on_stage: Callable[[str], None] = lambda stage: None,
-) -> EvaluationResult:
+def evaluate(model: str, *, on_stage: Callable[[str], None] = lambda stage: None, **options: Any) -> EvaluationResult:
     """Measure a causal LM, fused or not, and compare it with a baseline.
 
     One model is in memory at a time, with the other's last hidden states (windows x length x hidden size numbers);
@@ -155,151 +82,173 @@ def evaluate(
 
     Args:
         model: a model folder or hub id.
-        data: the text, as `text.read_documents` takes it; its field `source` names a document's domain.
-        baseline: a second model, of the same tokenizer.
-        samples: how many windows; fewer are taken, with a warning, where the text ends.
-        sequence_length: tokens in a window.
-        stride: tokens from one window's begin to the next; by default the windows are independent.
-        tasks: task names of lm-evaluation-harness.
-        tasks_path: folders of local task files.
-        limit: questions of each task; None for all.
-        passkey: context lengths, in tokens, of the retrieval test.
-        passkey_trials: prompts of each length.
-        memory: bytes, for what fits beside the weights.
-        speed: measure decoding against the baseline.
-        device: `auto`, `cpu`, `cuda` or `mps`.
-        dtype: the dtype of the computation; by default float32 on a CPU.
-        threads: CPU threads.
-        trust_remote_code: run code that comes with the model.
-        seed: shuffle the documents; by default they are read in the order of the file.
         on_stage: called with the name of each stage as it begins.
+        **options: those of `EvalConfig` and of `Machine`, by name.
 
     Raises:
-        HeadfuseError: for a model, baseline, text or task that cannot be used.
+        HeadfuseError: for a model, baseline, text, task or option that cannot be used.
     """
-    stride = sequence_length if stride is None else stride
-    if samples < 1 or sequence_length < 2:
-        raise ConfigError(
-            f"{samples} samples of {sequence_length} tokens hold no prediction", fix="give 1 and 2 or more"
-        )
-    if not 1 <= stride <= sequence_length:
-        raise ConfigError(
-            f"{stride} is not between 1 and the window's {sequence_length} tokens",
-            where="--stride",
-            fix="leave it out for independent windows",
-        )
-    if speed and baseline is None:
-        raise ConfigError("there is nothing to compare the speed with", where="--speed", fix="give --baseline")
-    if data == DEFAULT_DATA:
-        logger.warning("no --data: the packaged text is generic prose; give text of the kind that the model is used on")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    names = [name for name in (model, baseline) if name is not None]
-    folders = [resolve_model(name) for name in names]
-    configs = [read_config(folder, trust_remote_code) for folder in folders]
-    for config in configs:
-        check_context(config, sequence_length)
-        for length in passkey:
-            check_context(config, length, "--passkey")
-    for folder, config in zip(folders, configs, strict=True):
-        report_weights(folder, config)
-    tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
-    texts = [
-        evaluation_text(
-            read_documents(data, seed=seed, tokenizer=tokenizer), tokenizer, sequence_length, samples, stride, data
-        )
-        for tokenizer in tokenizers
-    ]
-    text = texts[0]
-    beyond = [
-        unembedded_tokens(tokenizer, config.get_text_config().vocab_size)
-        for tokenizer, config in zip(tokenizers, configs, strict=True)
-    ]
-    for tokens, folder in zip(beyond, folders, strict=True):
-        warn_of_unembedded(tokens, folder)
-        check_tokens(text.windows, tokens, folder)
-    if not torch.equal(text.windows, texts[-1].windows):
-        raise ConfigError(
-            "tokenises the text differently, so the figures per token cannot be compared",
-            where=f"baseline {baseline}",
-            fix="give a baseline with the model's own tokenizer, such as the source model",
-        )
-    if len(text.windows) < samples:
-        logger.warning("the text holds %d windows, fewer than the %d asked for", len(text.windows), samples)
-    for length in passkey:
-        passkey_prompts(tokenizers[0], length, 1)
-    harness = Harness(tasks, tasks_path, limit) if tasks else None
+    machine, others = take_machine(Machine, options)
+    return _evaluate(model, load_options(EvalConfig, None, others), machine, on_stage)
+
+
+def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callable[[str], None]) -> EvaluationResult:
+    _check(config)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    models = _open([name for name in (model, config.baseline) if name is not None], config, machine)
+    text = _read_text(models, config)
+    for length in config.passkey:
+        passkey_prompts(models[0].tokenizer, length, 1)
+    harness = Harness(config.tasks, config.tasks_path, config.limit) if config.tasks else None
 
     measured = []
-    for name, folder, tokenizer, tokens in zip(names, folders, tokenizers, beyond, strict=True):
-        on_stage(f"evaluating {model_name(name)}")
-        loaded = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        guard_embeddings(loaded, tokens, folder)
-        one = _measure(model_name(name), folder, loaded, tokenizer, text, harness, passkey, passkey_trials)
-        if memory is not None:
-            context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-            fits = fit(memory, one.figures.weight_bytes, one.figures.kv_bytes_per_token, sequence_length, context)
-            one = replace(one, figures=replace(one.figures, fit=fits))
-        measured.append(one)
-        del loaded
+    for one in models:
+        on_stage(f"evaluating {one.name}")
+        measured.append(_measure(one, text, harness, config, machine))
         gc.collect()
-    mine, theirs = measured[0], measured[1] if baseline is not None else None
-    measured_speed = None
-    if speed:
+    mine, theirs = measured[0], measured[1] if config.baseline is not None else None
+    if config.speed:
         on_stage("measuring decode speed")
-        pair = [load_model(f, device=device, dtype=dtype, trust_remote_code=trust_remote_code) for f in folders]
-        measured_speed = decode_speed(pair[0], pair[1], text.windows[:1])
     return EvaluationResult(
         model=mine.figures,
         baseline=theirs.figures if theirs else None,
         comparison=_compare(mine, theirs, text) if theirs else None,
         agreement=agreement(mine.predictions, theirs.predictions, text, mine.nll, theirs.nll) if theirs else None,
         tasks=harness.compare(mine.scores, theirs.scores if theirs else None) if harness else [],
-        passkey=[_retrieved(length, mine, theirs) for length in passkey],
-        speed=measured_speed,
-        data=data_name(data),
+        passkey=[_retrieved(length, mine, theirs) for length in config.passkey],
+        speed=_decode_speed(models, text, machine) if config.speed else None,
+        data=data_name(config.data),
         windows=len(text.windows),
-        sequence_length=sequence_length,
-        stride=stride,
+        sequence_length=config.sequence_length,
+        stride=config.step,
         predictions=int(text.scored.sum()),
-        protocol=nll_protocol(text, stride, shuffled=seed is not None),
-        memory_formula=FORMULA if memory is not None else None,
-        limit=limit,
-        seed=seed,
+        protocol=nll_protocol(text, config.step, shuffled=config.seed is not None),
+        memory_formula=FORMULA if config.memory is not None else None,
+        limit=config.limit,
+        seed=config.seed,
+    )
+
+
+def _check(config: EvalConfig) -> None:
+    """Refuse options that do not go together."""
+    if config.samples < 1 or config.sequence_length < 2:
+        raise ConfigError(
+            f"{config.samples} samples of {config.sequence_length} tokens hold no prediction",
+            fix="give 1 and 2 or more",
+        )
+    if not 1 <= config.step <= config.sequence_length:
+        raise ConfigError(
+            f"{config.stride} is not between 1 and the window's {config.sequence_length} tokens",
+            where="--stride",
+            fix="leave it out for independent windows",
+        )
+    if config.speed and config.baseline is None:
+        raise ConfigError("there is nothing to compare the speed with", where="--speed", fix="give --baseline")
+    if config.data == DEFAULT_DATA:
+        logger.warning("no --data: the packaged text is generic prose; give text of the kind that the model is used on")
+
+
+def _open(names: list[str], config: EvalConfig, machine: Machine) -> list[_Model]:
+    """The models' folders and tokenizers, once their configs were found to hold the windows."""
+    folders = [resolve_model(name) for name in names]
+    configs = [read_config(folder, machine.trust_remote_code) for folder in folders]
+    for read in configs:
+        check_context(read, config.sequence_length)
+        for length in config.passkey:
+            check_context(read, length, "--passkey")
+    models = []
+    for name, folder, read in zip(names, folders, configs, strict=True):
+        report_weights(folder, read)
+        tokenizer = load_tokenizer(folder, machine.trust_remote_code)
+        beyond = unembedded_tokens(tokenizer, read.get_text_config().vocab_size)
+        models.append(_Model(model_name(name), folder, tokenizer, beyond))
+    return models
+
+
+def _read_text(models: list[_Model], config: EvalConfig) -> EvaluationText:
+    """The windows, which must be the same for all models."""
+    texts = [
+        evaluation_text(
+            read_documents(config.data, seed=config.seed, tokenizer=model.tokenizer),
+            model.tokenizer,
+            config.sequence_length,
+            config.samples,
+            config.step,
+            config.data,
+        )
+        for model in models
+    ]
+    text = texts[0]
+    for model in models:
+        warn_of_unembedded(model.beyond, model.folder)
+        check_tokens(text.windows, model.beyond, model.folder)
+    if not torch.equal(text.windows, texts[-1].windows):
+        raise ConfigError(
+            "tokenises the text differently, so the figures per token cannot be compared",
+            where=f"baseline {config.baseline}",
+            fix="give a baseline with the model's own tokenizer, such as the source model",
+        )
+    if len(text.windows) < config.samples:
+        logger.warning("the text holds %d windows, fewer than the %d asked for", len(text.windows), config.samples)
+    return text
+
+
+def _load(model: _Model, machine: Machine) -> PreTrainedModel:
+    return load_model(
+        model.folder, device=machine.device, dtype=machine.dtype, trust_remote_code=machine.trust_remote_code
     )
 
 
 def _measure(
-    name: str,
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: EvaluationText,
-    harness: Harness | None,
-    passkey: Sequence[int],
-    passkey_trials: int,
+    model: _Model, text: EvaluationText, harness: Harness | None, config: EvalConfig, machine: Machine
 ) -> _Measured:
-    checkpoint = Checkpoint(folder)
-    kv_dtype = stored_dtype(checkpoint)
-    predictions = predict(model, text.windows)
+    """Load a model and measure it; it leaves the memory with this function."""
+    loaded = _load(model, machine)
+    guard_embeddings(loaded, model.beyond, model.folder)
+    predictions = predict(loaded, text.windows)
     losses = token_nll(predictions, text.windows)
     if not torch.isfinite(losses).all():
-        raise CheckpointError("the model's predictions are not finite", where=folder, fix="its weights are damaged")
+        raise CheckpointError(
+            "the model's predictions are not finite", where=model.folder, fix="its weights are damaged"
+        )
+    return _Measured(
+        figures=_figures(model, loaded, losses, text, config),
+        predictions=predictions,
+        nll=losses,
+        scores=harness.run(loaded, model.tokenizer) if harness else {},
+        retrievals=retrieve(loaded, model.tokenizer, config.passkey, config.passkey_trials),
+    )
+
+
+def _figures(
+    model: _Model, loaded: PreTrainedModel, losses: torch.Tensor, text: EvaluationText, config: EvalConfig
+) -> ModelFigures:
+    checkpoint = Checkpoint(model.folder)
+    kv_dtype = stored_dtype(checkpoint)
+    kv_bytes = kv_bytes_per_token(loaded.config, kv_dtype.itemsize)
+    fits: Fit | None = None
+    if config.memory is not None:
+        context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+        fits = fit(config.memory, checkpoint.nbytes, kv_bytes, config.sequence_length, context)
     nll = clustered_mean(losses, text.scored)
     assert nll is not None
-    figures = ModelFigures(
-        name=name,
+    return ModelFigures(
+        name=model.name,
         nll=nll.value,
         nll_stderr=nll.stderr,
         perplexity=_exp(nll.value),
-        kv_bytes_per_token=kv_bytes_per_token(model.config, kv_dtype.itemsize),
+        kv_bytes_per_token=kv_bytes,
         kv_dtype=str(kv_dtype).removeprefix("torch."),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in loaded.parameters()),
         weight_bytes=checkpoint.nbytes,
+        fit=fits,
     )
-    scores = harness.run(model, tokenizer) if harness else {}
-    retrievals = retrieve(model, tokenizer, passkey, passkey_trials)
-    return _Measured(figures, predictions, losses, scores, retrievals)
+
+
+def _decode_speed(models: list[_Model], text: EvaluationText, machine: Machine) -> DecodeSpeed:
+    mine, theirs = (_load(model, machine) for model in models)
+    return decode_speed(mine, theirs, text.windows[:1])
 
 
 def _compare(model: _Measured, baseline: _Measured, text: EvaluationText) -> Comparison:

@@ -1,0 +1,72 @@
+"""Options that say where and how a command computes, apart from those that decide its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import model_validator
+
+from headfuse.choices import Dtype, names
+from headfuse.config.loading import Options, load_options
+from headfuse.errors import ConfigError
+
+
+class Machine(Options):
+    """Where a model is loaded."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `mps`."""
+    dtype: str | None = None
+    """The dtype of the computation; by default float32 on a CPU, the stored one elsewhere."""
+    threads: int | None = None
+    """CPU threads."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model."""
+
+    @model_validator(mode="after")
+    def _known_dtypes(self) -> Machine:
+        for name, value in self:
+            if name.endswith("dtype") and value is not None and value not in names(Dtype):
+                raise ConfigError(f"{name} is {value!r}", fix=f"give one of {', '.join(names(Dtype))}")
+        return self
+
+
+class TrainingMachine(Machine):
+    """Where a model and its teacher are trained, and what is recorded on the way."""
+
+    dtype: str | None = None
+    """The dtype of the written weights; by default each tensor's own in the model."""
+    teacher_device: str | None = None
+    """Where the teacher computes; by default where the model does."""
+    teacher_dtype: str | None = None
+    """In which dtype; by default float32 on a CPU, the stored one elsewhere."""
+    teacher_cache: Path | None = None
+    """A folder for what the teacher's head reads; the teacher is then not in memory while the model is trained."""
+    log_every: int = 1
+    """Steps between two lines of train_log.jsonl."""
+    trackers: tuple[str, ...] = ()
+    """`tensorboard`, `wandb`."""
+    tracker_folder: Path = Path("runs")
+    """Where trackers write, in a folder named after the output."""
+
+    @model_validator(mode="after")
+    def _some_log(self) -> TrainingMachine:
+        if self.log_every < 1:
+            raise ConfigError(f"log_every is {self.log_every}", fix="give 1 or more")
+        return self
+
+
+MachineT = TypeVar("MachineT", bound=Machine)
+
+
+def take_machine(kind: type[MachineT], options: Mapping[str, Any]) -> tuple[MachineT, dict[str, Any]]:
+    """The machine that some of the options describe, and the other options as they were given.
+
+    Raises:
+        ConfigError: naming every problem.
+    """
+    own = {name: value for name, value in options.items() if name in kind.model_fields}
+    others = {name: value for name, value in options.items() if name not in own}
+    return load_options(kind, None, own), others

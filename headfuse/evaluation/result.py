@@ -1,0 +1,79 @@
+"""What `evaluate` gives back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from headfuse.estimates import Estimate
+from headfuse.evaluation.agreement import Agreement
+from headfuse.evaluation.capacity import Fit
+from headfuse.evaluation.speed import DecodeSpeed
+from headfuse.evaluation.tasks import TaskResult
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """The figures of one model; `nll_stderr` is the standard error over windows, None for a single window."""
+
+    name: str
+    nll: float
+    nll_stderr: float | None
+    perplexity: float | None
+    kv_bytes_per_token: int
+    kv_dtype: str
+    parameters: int
+    weight_bytes: int
+    fit: Fit | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against its baseline: `kv_ratio` and `ppl_ratio` are model over baseline, `nll_gap` model minus baseline.
+
+    The standard error of the gap is that of the paired differences, window by window.
+    """
+
+    kv_ratio: float
+    ppl_ratio: float | None
+    ppl_ratio_stderr: float | None
+    nll_gap: float
+    nll_gap_stderr: float | None
+
+
+@dataclass(frozen=True)
+class PasskeyResult:
+    """Retrieval at one length: the share of keys found, the NLL of the key's tokens, and paired differences."""
+
+    length: int
+    model: Estimate
+    model_nll: Estimate
+    baseline: Estimate | None
+    baseline_nll: Estimate | None
+    difference: Estimate | None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What `evaluate` measured, and how."""
+
+    model: ModelFigures
+    baseline: ModelFigures | None
+    comparison: Comparison | None
+    agreement: Agreement | None
+    tasks: list[TaskResult]
+    passkey: list[PasskeyResult]
+    speed: DecodeSpeed | None
+    data: str
+    windows: int
+    sequence_length: int
+    stride: int
+    predictions: int
+    protocol: str
+    memory_formula: str | None
+    limit: int | None
+    seed: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
