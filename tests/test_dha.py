@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import VOCABULARY, by_head, edit_heads, fuse, logits, run, tiny_model
+from conftest import VOCABULARY, WORDS, by_head, edit_heads, fuse, logits, run, tiny_model
 from safetensors.torch import load_file
 
 import headfuse
@@ -216,6 +216,15 @@ def test_a_full_budget_trains_nothing(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     fuse(model, tmp_path / "out", "--config", options(tmp_path, 1))
     assert torch.equal(logits(model), logits(tmp_path / "out"))
+
+
+def test_a_text_too_short_to_hold_some_out_trains_without_figures(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    (tmp_path / "short.txt").write_text(" ".join((WORDS * 20)[:60]))
+    text = ("--data", tmp_path / "short.txt", "--samples", 4, "--sequence-length", 16)
+    line = run("fuse", model, "-o", tmp_path / "out", "--config", options(tmp_path), *text, "--json").splitlines()[-1]
+    assert json.loads(line)["nll"]["after"] is None
+    assert json.loads((tmp_path / "out/train_log.jsonl").read_text().splitlines()[-1])["nll"] is None
 
 
 @pytest.mark.parametrize("more", [{}, {"loss": "kl", "start": "subspace", "raw_fusion_loss": True}], ids=["", "kl"])

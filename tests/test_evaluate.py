@@ -212,6 +212,8 @@ def test_bad_options(model: Path, data: str) -> None:
     check_error(ConfigError, "hold no prediction", model, data=data, samples=0)
     check_error(ConfigError, "hold no prediction", model, data=data, sequence_length=1)
     check_error(ConfigError, "65 is more than the model's context of 64", model, data=data, sequence_length=65)
+    check_error(ConfigError, "sampels: unknown key, did you mean 'samples'?", model, data=data, sampels=1)
+    check_error(ConfigError, "dtype is 'int8'", model, data=data, dtype="int8")
     check_error(DataError, "text.jsonl: holds 3 tokens; 16 are needed", model, data=short)
     check_error(DataError, "no such file", model, data="missing.txt")
     check_error(CheckpointError, "no such folder", "missing", data=data)

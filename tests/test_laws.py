@@ -21,7 +21,7 @@ import headfuse
 from headfuse.errors import BudgetError, UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
-from headfuse.plan import FusionPlan, HeadLayout, check_partition
+from headfuse.plan import ONE_COUNT, SHARED_PARTITION, FusionPlan, HeadLayout, check_partition
 from headfuse.planning.allocators import ALLOCATORS, least_cost
 from headfuse.planning.budget import BudgetRules, CostTable
 from headfuse.planning.grouping import GROUPERS

@@ -37,7 +37,8 @@ from headfuse.plan import FusionPlan, HeadLayout, LayerPlan, SourceModel
 from headfuse.text.documents import read_documents
 from headfuse.text.stream import TrainingText
 from headfuse.text.windows import token_windows
-from headfuse.training.loop import Progress, make_accelerator
+from headfuse.training.accelerator import make_accelerator
+from headfuse.training.loop import Progress
 from headfuse.training.objective import LossWeights, Objective
 from headfuse.training.schedule import (
     default_batch_size,
@@ -769,7 +770,7 @@ def test_wandb_offline(fused: Path, data: str, tmp_path: Path, monkeypatch: pyte
 def test_unknown_and_missing_trackers(fused: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="choose from tensorboard, wandb"):
         train(fused, data, trackers=["tensorbord"])
-    monkeypatch.setattr("headfuse.training.loop.find_spec", lambda name: None)
+    monkeypatch.setattr("headfuse.training.accelerator.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="is not installed") as caught:
         train(fused, data, trackers=["wandb"])
     assert "pip install wandb" in str(caught.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -17,29 +16,30 @@ from headfuse.checkpoint.output import STATE, sync
 from headfuse.config.fuse import DhaConfig, FuseConfig
 from headfuse.dha import ratios as dha
 from headfuse.dha.operator import MixedProjection
-from headfuse.errors import CheckpointError, HeadfuseError, OutputError
-from headfuse.models.logits import window_nll
+from headfuse.errors import CheckpointError, HeadfuseError
+from headfuse.models.logits import nll_in_batches, window_nll
 from headfuse.models.source import Source
 from headfuse.models.states import model_states
 from headfuse.plan import FusionPlan
 from headfuse.planning.planner import ProgressCallback
 from headfuse.text.stream import Batch, TrainingText
 from headfuse.training.objective import LossWeights, Objective
+from headfuse.training.run import RunLog, saving
+from headfuse.training.schedule import cosine
 from headfuse.training.teacher import LiveTeacher
 
 logger = logging.getLogger(__name__)
 
-LOG = "train_log.jsonl"
 FINAL_LEARNING_RATE = 0.1
 
 
-@torch.no_grad()
 def nll(model: PreTrainedModel, windows: torch.Tensor) -> tuple[float, ...]:
     """NLL per token of each of the windows `[n, length]`."""
-    found = list[float]()
-    for batch in windows.to(model.device).split(8):
-        found += window_nll(model_states(model, batch).last, model.get_output_embeddings(), batch).tolist()
-    return tuple(found)
+
+    def of_batch(batch: torch.Tensor) -> torch.Tensor:
+        return window_nll(model_states(model, batch).last, model.get_output_embeddings(), batch)
+
+    return tuple(nll_in_batches(windows, model.device, of_batch).tolist())
 
 
 class Training:
@@ -66,10 +66,11 @@ class Training:
         self.plan: FusionPlan | None = None
         self.read: dict[str, Any] | None = None
         self.saved: dict[str, Any] | None = None
+        self._log = RunLog(partial)
         self._load()
-        self._keep_log()
+        self._log.keep(lambda number, record: number < self.steps_done)
 
-    def run(self, name: str, sides: list[MixedProjection], steps: int, offset: int, total: int) -> None:
+    def run(self, name: str, sides: Sequence[MixedProjection], steps: int, offset: int, total: int) -> None:
         """Take the steps of one phase.
 
         Args:
@@ -80,61 +81,75 @@ class Training:
             total: and in all, over which the learning rates fall.
         """
         options, fuses = self.options, self.phase > 0
-        omegas = [side.omega for side in sides]
-        known = set(map(id, omegas))
-        weights = [p for p in self.model.parameters() if id(p) not in known]
         multiplier = nn.Parameter(torch.tensor(options.lambda_start, device=self.model.device))
-        groups = [
-            {"params": weights, "peak": options.learning_rate},
-            {"params": omegas, "peak": options.omega_learning_rate},
-            {"params": [multiplier], "peak": options.lambda_learning_rate, "maximize": True},
-        ]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        if self.saved is not None:
-            self.model.load_state_dict(self.saved["model"])
-            optimizer.load_state_dict(self.saved["optimizer"])
-            multiplier.data.copy_(self.saved["multiplier"])
-            ended, self.saved = self.saved["ended"], None
-            if ended:
-                self.step = 0
-                return
+        optimizer = self._optimizer(sides, multiplier)
+        if self._restore(optimizer, multiplier):
+            self.step = 0
+            return
         batches = self.text.batches(options.batch_size, self.read)
         warmup = options.k or max(1, steps // 2)
-        while self.step < steps:
-            rate = FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (
-                1 + math.cos(math.pi * (offset + self.step) / total)
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-            batch = next(batches)
-            lm = self._language_loss(batch)
-            loss = self.fusion_loss(sides)
+        ended = False
+        while self.step < steps and not ended:
+            rate = cosine(math.pi * (offset + self.step) / total, FINAL_LEARNING_RATE)
             goal = dha.target(self.step, options.b, warmup)
-            if fuses:  # equation 8: max over lambda, min over weights and omega
-                (multiplier * (loss - goal).clamp_min(0)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            multiplier.data.clamp_(min=0)
-            self.step, self.steps_done, self.read = self.step + 1, self.steps_done + 1, batch.state
-            fusion = loss.item()
-            values = {"lm": lm, "fusion": fusion, "target": goal if fuses else None, "lambda": multiplier.item()}
-            self._log(phase=name, step=self.step, tokens=self._tokens(), **values, learning_rate=rate)
-            if not math.isfinite(lm) or not math.isfinite(fusion):
-                raise HeadfuseError(
-                    f"the loss is {lm}, the fusion loss {fusion}, at step {self.step} of {name}",
-                    where=self.folder,
-                    fix="give lower learning rates in the block `dha` of the config",
-                )
+            fusion = self._take(name, next(batches), sides, optimizer, multiplier, rate, goal)
             ended = self.step == steps or (fuses and fusion < options.stop)
             if ended or self.step % options.checkpoint_every == 0:
                 self._save(optimizer, multiplier, ended)
             self.on_progress(name, self.step, steps)
-            if ended:
-                break
         left = self.fusion_loss(sides).item()
         if fuses and left >= options.stop:
             logger.warning("%s ends with a fusion loss of %.2g: averaging changes the model", name, left)
         self.step = 0
+
+    def _optimizer(self, sides: Sequence[MixedProjection], multiplier: nn.Parameter) -> torch.optim.Optimizer:
+        """Adam over weights, ratios and the multiplier, which rises; each group has a peak of the learning rate."""
+        omegas = [side.omega for side in sides]
+        known = set(map(id, omegas))
+        weights = [p for p in self.model.parameters() if id(p) not in known]
+        groups = [
+            {"params": weights, "peak": self.options.learning_rate},
+            {"params": omegas, "peak": self.options.omega_learning_rate},
+            {"params": [multiplier], "peak": self.options.lambda_learning_rate, "maximize": True},
+        ]
+        return torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+    def _take(
+        self,
+        name: str,
+        batch: Batch,
+        sides: Sequence[MixedProjection],
+        optimizer: torch.optim.Optimizer,
+        multiplier: nn.Parameter,
+        rate: float,
+        goal: float,
+    ) -> float:
+        """Take one step at a rate relative to the peaks, and log it; returns the fusion loss before it.
+
+        Raises:
+            HeadfuseError: when a loss is not finite.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        lm = self._language_loss(batch)
+        loss = self.fusion_loss(sides)
+        if self.phase > 0:  # equation 8: max over lambda, min over weights and omega
+            (multiplier * (loss - goal).clamp_min(0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        multiplier.data.clamp_(min=0)
+        self.step, self.steps_done, self.read = self.step + 1, self.steps_done + 1, batch.state
+        fusion = loss.item()
+        target = goal if self.phase > 0 else None
+        values = {"lm": lm, "fusion": fusion, "target": target, "lambda": multiplier.item()}
+        self._log.add(phase=name, step=self.step, tokens=self._tokens(), **values, learning_rate=rate)
+        if not math.isfinite(lm) or not math.isfinite(fusion):
+            raise HeadfuseError(
+                f"the loss is {lm}, the fusion loss {fusion}, at step {self.step} of {name}",
+                where=self.folder,
+                fix="give lower learning rates in the block `dha` of the config",
+            )
+        return fusion
 
     def fusion_loss(self, sides: Sequence[MixedProjection]) -> torch.Tensor:
         """L_fusion (equation 7): the mean over all pairs, or the paper's sum."""
@@ -154,7 +169,7 @@ class Training:
 
     def finish(self, **values: Any) -> None:
         """Say in the log what came out."""
-        self._log(phase="collapsed", step=0, tokens=self._tokens(), **values)
+        self._log.add(phase="collapsed", step=0, tokens=self._tokens(), **values)
 
     def _tokens(self) -> int:
         return self.steps_done * self.options.batch_size * self.text.sequence_length
@@ -166,19 +181,14 @@ class Training:
     def _save(self, optimizer: torch.optim.Optimizer, multiplier: torch.Tensor, ended: bool) -> None:
         fresh = self._state.with_suffix(".new")
         fresh.parent.mkdir(exist_ok=True)
-        try:
-            torch.save(
-                {
-                    "phase": self.phase, "step": self.step, "steps_done": self.steps_done, "ended": ended,
-                    "costs": self.costs, "plan": self.plan and self.plan.to_json(), "read": self.read,
-                    "model": self.model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "multiplier": multiplier.detach(),
-                },
-                fresh,
-            )  # fmt: skip
-        except RuntimeError as error:  # how torch.save reports a full disk
-            reason = f"the state after step {self.step} cannot be written: {error}"
-            raise OutputError(reason, where=self.folder, fix="free some space, then go on with --resume") from None
+        state = {
+            "phase": self.phase, "step": self.step, "steps_done": self.steps_done, "ended": ended,
+            "costs": self.costs, "plan": self.plan and self.plan.to_json(), "read": self.read,
+            "model": self.model.state_dict(), "optimizer": optimizer.state_dict(),
+            "multiplier": multiplier.detach(),
+        }  # fmt: skip
+        with saving(fresh, self.folder, f"the state after step {self.step}"):
+            torch.save(state, fresh)
         sync(fresh)
         fresh.replace(self._state)
 
@@ -196,15 +206,15 @@ class Training:
             setattr(self, name, saved[name])
         self.plan = saved["plan"] and FusionPlan.from_json(saved["plan"])
 
-    def _log(self, **record: Any) -> None:
-        with (self.folder / LOG).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-
-    def _keep_log(self) -> None:
-        """Drop the lines of steps that the state does not hold."""
-        path = self.folder / LOG
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(lines[: self.steps_done]), encoding="utf-8")
+    def _restore(self, optimizer: torch.optim.Optimizer, multiplier: torch.Tensor) -> bool:
+        """Put back what the state of an interrupted run holds, if there is one; whether its phase had ended."""
+        if self.saved is None:
+            return False
+        self.model.load_state_dict(self.saved["model"])
+        optimizer.load_state_dict(self.saved["optimizer"])
+        multiplier.data.copy_(self.saved["multiplier"])
+        ended, self.saved = bool(self.saved["ended"]), None
+        return ended
 
 
 def training_memory(source: Source, config: FuseConfig) -> int:

@@ -8,6 +8,7 @@ leaves open and what was chosen.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from headfuse.config.fuse import FuseConfig
 from headfuse.dha.basis import rebase
 from headfuse.dha.loop import Training, nll, training_memory
-from headfuse.dha.operator import collapsed_weights, install, load_weights, single_heads, uninstall
+from headfuse.dha.operator import MixedProjection, collapsed_weights, install, load_weights, single_heads, uninstall
 from headfuse.dha.search import decide, distances, divide, sides_of
 from headfuse.errors import UnsupportedModelError
 from headfuse.estimates import average
@@ -24,7 +25,7 @@ from headfuse.models.families import architecture_of
 from headfuse.models.loading import guard_embeddings, load_tokenizer, unembedded_tokens
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
-from headfuse.plan import FusionPlan
+from headfuse.plan import FusionPlan, Groups
 from headfuse.planning.planner import ProgressCallback, plan_options
 from headfuse.text.calibration import CalibrationText
 from headfuse.text.stream import TrainingText
@@ -92,50 +93,64 @@ def train(
         teacher = LiveTeacher(load_weights(source, streamed, trust_remote_code), streamed.device, None, False)
     training = Training(partial, model, options, stream, teacher, on_progress)
 
-    # Search (section 4.3): under the language-modelling loss alone, any two heads of a layer may mix
     everything = [(tuple(range(heads.num_key_value_heads)),)] * (2 * heads.num_hidden_layers)
-    if training.phase == 0 and plan is None:
+    if training.phase == 0 and plan is None:  # search (section 4.3): any two heads of a layer may mix
         sides = install(model, streamed, everything)
         training.run("search", sides, options.search_steps, 0, options.search_steps)
         training.costs = [distances(side, heads).tolist() for side in sides]
         uninstall(model, source, streamed, trust_remote_code)
-    costs = training.costs
     if plan is None:
         plan = training.plan or decide(
-            source, streamed, plan_options(config), options.progressive, text, costs, on_progress
+            source, streamed, plan_options(config), options.progressive, text, training.costs, on_progress
         )
         rounds = [
             divide(cost, len(groups), config.grouping, options.progressive, config.seed)
-            for cost, groups in zip(costs, sides_of(plan), strict=True)
+            for cost, groups in zip(training.costs, sides_of(plan), strict=True)
         ]
     else:
         rounds = [[groups] if len(groups) < heads.num_key_value_heads else [] for groups in sides_of(plan)]
-    total = max(map(len, rounds))
-    if not total:  # the budget keeps every head: nothing is trained
+    if not any(rounds):  # the budget keeps every head: nothing is trained
         return Trained(plan, {}, before, before)
     training.plan = plan
-
-    # Fusion (section 4.3), in rounds that halve the heads (appendix B.2); at first the model is exactly the source
     if options.start != "raw" and training.phase == 0:
         rebase(model, streamed, plan, text, options.start)
     sides = install(model, streamed, everything)
+    mixed = _fuse(training, sides, rounds)
+    after = nll(model, stream.validation)
+    training.finish(heads=[len(side.weight) for side in sides], nll_mixed=average(mixed), nll=average(after))
+    return Trained(plan, collapsed_weights(model, streamed), before, after)
+
+
+def _fuse(
+    training: Training, sides: Sequence[MixedProjection], rounds: Sequence[Sequence[Groups]]
+) -> tuple[float, ...]:
+    """Fusion (section 4.3) in rounds that halve the heads (appendix B.2), each with its collapse.
+
+    At first the model is exactly the source.
+
+    Args:
+        training: takes the steps of all phases.
+        sides: the fusion operators.
+        rounds: for each side the groups of every round, none where it keeps all heads.
+
+    Returns:
+        NLL of the held-out windows before the last collapse.
+    """
+    total, mixed = max(map(len, rounds)), tuple[float, ...]()
+    steps = training.options.fusion_steps // total
     for number in range(total):
         for side, own in zip(sides, rounds, strict=True):
-            groups = own[number] if number < len(own) else single_heads(len(side.weight))
-            side.group(groups)
-        steps = options.fusion_steps // total
+            side.group(own[number] if number < len(own) else single_heads(len(side.weight)))
         if training.phase <= number + 1:
             training.phase = number + 1
-            name = f"fusion {number + 1} of {total}"
-            training.run(name, sides, steps, number * steps, total * steps)
-        mixed = nll(model, stream.validation) if number == total - 1 else ()
+            training.run(f"fusion {number + 1} of {total}", sides, steps, number * steps, total * steps)
+        if number == total - 1:
+            mixed = nll(training.model, training.text.validation)
         for side in sides:
             side.collapse()
     for side in sides:
         side.group(single_heads(len(side.weight)))
-    after = nll(model, stream.validation)
-    training.finish(heads=[len(side.weight) for side in sides], nll_mixed=average(mixed), nll=average(after))
-    return Trained(plan, collapsed_weights(model, streamed), before, after)
+    return mixed
 
 
 def check_family(source: Source) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 _CHUNK_LOGITS, _CHUNK_TOKENS = 2**22, 256
 """Logits are computed in chunks of at most so many, or of so few tokens: small blocks of memory are used again."""
+_WINDOWS_AT_ONCE = 8
 
 
 def kl_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
@@ -38,3 +40,13 @@ def window_nll(hidden: torch.Tensor, head: nn.Module, batch: torch.Tensor) -> to
     losses = [F.cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in chunks]
     # float32 first: mps has no float64
     return torch.cat(losses).view(len(batch), -1).cpu().double().mean(dim=1)
+
+
+@torch.no_grad()
+def nll_in_batches(
+    windows: torch.Tensor, device: torch.device, nll: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """NLL per token of each of `windows [n, length]`, as `[n]`; `nll` gives that of a few of them on the device."""
+    if not len(windows):
+        return torch.empty(0, dtype=torch.float64)
+    return torch.cat([nll(batch.to(device)) for batch in windows.split(_WINDOWS_AT_ONCE)])

@@ -6,11 +6,11 @@ import contextlib
 import json
 import logging
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
 from headfuse.checkpoint.folder import TRAIN_LOG
 from headfuse.checkpoint.output import RESUME, STATE, read_resume, sync, write_resume
@@ -18,9 +18,52 @@ from headfuse.config.uptrain import UptrainConfig
 from headfuse.errors import ConfigError, OutputError
 from headfuse.text.stream import Batch
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 logger = logging.getLogger(__name__)
 
 _ANEW = "start anew with --overwrite, without --resume"
+
+
+class RunLog:
+    """train_log.jsonl of an output in the making: one JSON object a line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / TRAIN_LOG
+
+    def add(self, **record: Any) -> None:
+        """Add a line."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def keep(self, wanted: Callable[[int, dict[str, Any]], bool]) -> None:
+        """Drop the lines that the state does not hold: `wanted` gets a line's number, from 0, and its record."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        kept = []
+        for number, line in enumerate(lines):
+            with contextlib.suppress(json.JSONDecodeError):  # a line that was cut short
+                if wanted(number, json.loads(line)):
+                    kept.append(line)
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def saving(unfinished: Path, folder: Path, what: str, kept: str = "") -> Iterator[None]:
+    """Write a state under the name `unfinished`, which goes away where the disk is full.
+
+    Raises:
+        OutputError: that `what` cannot be written, and what is `kept`.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # how torch.save reports a full disk
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink(missing_ok=True)
+        reason = f"{what} cannot be written{kept}: {error}"
+        raise OutputError(reason, where=folder, fix="free some space, then go on with --resume") from None
 
 
 class Run:
@@ -45,6 +88,7 @@ class Run:
     ) -> None:
         self.folder, self.recipe, self.inputs, self.main = folder, recipe, inputs, main
         self.step, self.best, self.stopped = 0, 0, False
+        self._log = RunLog(folder)
         self.text: dict[str, Any] | None = None
         self.epochs = 0
         self.validations: dict[int, float] = {}
@@ -59,7 +103,7 @@ class Run:
             shutil.rmtree(folder / STATE, ignore_errors=True)
             (folder / RESUME).unlink(missing_ok=True)
         if main:
-            self._keep_log()
+            self._log.keep(self._logged)
 
     def _go_on(self, saved: dict[str, Any]) -> None:
         now, before = {**self.recipe.named(), **self.inputs}, {**saved["recipe"], **saved["inputs"]}
@@ -100,17 +144,13 @@ class Run:
         if self.main:
             shutil.rmtree(new, ignore_errors=True)
         accelerator.wait_for_everyone()
-        try:
+        kept = f"; the state after step {self.step} is kept" if self.step else ""
+        with saving(new, self.folder, f"the checkpoint after step {step}", kept):
             accelerator.save_state(str(new), safe_serialization=False)  # keeps tied weights
             accelerator.wait_for_everyone()
             if self.main:
                 for file in (*new.iterdir(), new):
                     sync(file)
-        except RuntimeError as error:  # how torch.save reports a full disk
-            shutil.rmtree(new, ignore_errors=True)
-            kept = f"; the state after step {self.step} is kept" if self.step else ""
-            reason = f"the checkpoint after step {step} cannot be written{kept}: {error}"
-            raise OutputError(reason, where=self.folder, fix="free some space, then go on with --resume") from None
         self.step, self.text, self.epochs = step, batch.state, batch.epochs
         if self.main:
             shutil.rmtree(path, ignore_errors=True)
@@ -139,16 +179,8 @@ class Run:
     def log(self, event: str, **values: Any) -> None:
         """Add a line to the log."""
         if self.main:
-            with (self.folder / TRAIN_LOG).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"event": event, **values}) + "\n")
+            self._log.add(event=event, **values)
 
-    def _keep_log(self) -> None:
-        """Drop the lines of steps that the state does not hold."""
-        path, kept = self.folder / TRAIN_LOG, []
-        if self.step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                with contextlib.suppress(json.JSONDecodeError):
-                    record = json.loads(line)
-                    if record["event"] == "start" or record.get("step", self.step + 1) <= self.step:
-                        kept.append(line)
-        path.write_text("".join(kept), encoding="utf-8")
+    def _logged(self, number: int, record: dict[str, Any]) -> bool:
+        """Whether the state holds what a line of the log tells."""
+        return self.step > 0 and (record["event"] == "start" or record.get("step", self.step + 1) <= self.step)

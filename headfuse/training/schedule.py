@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from headfuse.config.uptrain import UptrainConfig
 
@@ -31,13 +32,47 @@ def default_checkpoint_every(steps: int, windows_per_step: int, validation_windo
     return max(10, math.ceil(steps / min(10, max(1, validations))))
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How a run is divided: `windows` and `tokens` are those of one step over all processes.
+
+    The first `layerwise` steps train each layer alone; `every` steps lie between two states.
+    """
+
+    number: int
+    windows: int
+    tokens: int
+    layerwise: int
+    every: int
+
+
+def windows_per_step(recipe: UptrainConfig, processes: int) -> int:
+    """Windows that one optimizer step reads, over all processes."""
+    assert recipe.batch_size is not None
+    return recipe.batch_size * recipe.gradient_accumulation * processes
+
+
+def divide(recipe: UptrainConfig, processes: int, validation_windows: int) -> Steps:
+    """The steps of a recipe whose batch size is known."""
+    windows = windows_per_step(recipe, processes)
+    tokens = windows * recipe.sequence_length
+    number = num_steps(recipe.tokens, tokens)
+    every = recipe.checkpoint_every or default_checkpoint_every(number, windows, validation_windows)
+    return Steps(number, windows, tokens, math.ceil(recipe.layerwise * number), every)
+
+
+def cosine(angle: float, final: float) -> float:
+    """A learning rate relative to its peak: 1 at angle 0, `final` at angle pi."""
+    return final + (1 - final) * (1 + math.cos(angle)) / 2
+
+
 def learning_rate_at(step: int, steps: int, recipe: UptrainConfig) -> float:
     """The learning rate of a step, counted from 0, relative to the peak: linear warm-up, then a cosine."""
     warmup = math.ceil(recipe.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return recipe.final_learning_rate + (1 - recipe.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+    return cosine(math.pi * progress, recipe.final_learning_rate)
 
 
 def default_learning_rate(parameters: float, train: str = "all") -> float:

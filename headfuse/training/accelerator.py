@@ -1,0 +1,62 @@
+"""What accelerate does for a run: devices, processes, trackers, sharded weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
+
+from headfuse.errors import ConfigError, MissingExtraError
+from headfuse.models.loading import pick_device, stored_names
+
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+"""Trackers of accelerate -> packages, of which one is needed."""
+
+
+def make_accelerator(
+    device: str, *, unused: bool, trackers: Sequence[str] = (), tracker_folder: Path | None = None
+) -> Accelerator:
+    """An accelerator for `--device`; what `accelerate launch` says about processes holds.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        unused: whether a step may leave trained weights without a gradient.
+        trackers: names in TRACKERS.
+        tracker_folder: where they may write.
+
+    Raises:
+        MissingExtraError: for a tracker that is not installed.
+    """
+    for name in trackers:
+        if name not in TRACKERS:
+            raise ConfigError(f"{name!r} is unknown", where="--tracker", fix=f"choose from {', '.join(TRACKERS)}")
+        if not any(map(find_spec, TRACKERS[name])):
+            raise MissingExtraError(
+                "is not installed", where=f"--tracker {name}", fix=f"pip install {TRACKERS[name][0]}"
+            )
+    # else transformers leaves every model but the first process's empty, and the teacher is not one that is sharded
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    target = pick_device(device)
+    bfloat16 = target.type == "cuda" and torch.cuda.is_bf16_supported()
+    return Accelerator(
+        cpu=target.type == "cpu",
+        mixed_precision="bf16" if bfloat16 else "no",
+        log_with=list(trackers) or None,
+        project_dir=tracker_folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+
+
+def weights_of(accelerator: Accelerator, wrapped: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All weights of the student by its own names; gathered, on the main process, where they are sharded."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        weights = accelerator.get_state_dict(wrapped)
+    else:
+        weights = accelerator.unwrap_model(wrapped).state_dict()
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
+    return stored_names(accelerator.unwrap_model(wrapped).model, weights)
