@@ -660,8 +660,9 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from types import SimpleNamespace
 from torch.distributed.fsdp import FSDPModule
-from headfuse.distillation import LossWeights, Objective, decoder_layers, model_states
-from headfuse.loading import load_model
+from headfuse.models.states import decoder_layers, model_states
+from headfuse.training.objective import LossWeights, Objective
+from headfuse.models.loading import load_model
 dist.init_process_group("gloo")
 plugin = dict(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False)
 accelerator = SimpleNamespace(
@@ -719,7 +720,7 @@ def test_what_sharded_weights_do_not_allow_is_refused(
 TOGETHER = """
 import os, signal, sys
 from pathlib import Path
-from headfuse.uptrain import uptrain
+from headfuse.training.uptrain import uptrain
 model, teacher, data, output, last = sys.argv[1:]
 def kill(progress):
     if progress.step == int(last):
@@ -799,8 +800,8 @@ def test_live_line_is_on_terminals_alone(
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from headfuse.checkpoint import file_sha256
-from headfuse.uptrain import uptrain
+from headfuse.checkpoint.reader import file_sha256
+from headfuse.training.uptrain import uptrain
 model, data, folder, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 
 def start(output):

@@ -103,12 +103,7 @@ def train(
         plan = training.plan or decide(
             source, streamed, plan_options(config), options.progressive, text, training.costs, on_progress
         )
-        rounds = [
-            divide(cost, len(groups), config.grouping, options.progressive, config.seed)
-            for cost, groups in zip(training.costs, sides_of(plan), strict=True)
-        ]
-    else:
-        rounds = [[groups] if len(groups) < heads.num_key_value_heads else [] for groups in sides_of(plan)]
+    rounds = _rounds(plan, training.costs, config)
     if not any(rounds):  # the budget keeps every head: nothing is trained
         return Trained(plan, {}, before, before)
     training.plan = plan
@@ -121,6 +116,17 @@ def train(
     return Trained(plan, collapsed_weights(model, streamed), before, after)
 
 
+def _rounds(plan: FusionPlan, costs: Sequence[list[list[float]]], config: FuseConfig) -> list[list[Groups]]:
+    """For each side the groups of every round, none where it keeps all heads; reviewed groups, of no costs, in one."""
+    sides, heads = sides_of(plan), plan.heads.num_key_value_heads
+    if not costs:
+        return [[groups] if len(groups) < heads else [] for groups in sides]
+    return [
+        divide(cost, len(groups), config.grouping, config.dha.progressive, config.seed)
+        for cost, groups in zip(costs, sides, strict=True)
+    ]
+
+
 def _fuse(
     training: Training, sides: Sequence[MixedProjection], rounds: Sequence[Sequence[Groups]]
 ) -> tuple[float, ...]:
@@ -131,7 +137,7 @@ def _fuse(
     Args:
         training: takes the steps of all phases.
         sides: the fusion operators.
-        rounds: for each side the groups of every round, none where it keeps all heads.
+        rounds: as `_rounds` gives them.
 
     Returns:
         NLL of the held-out windows before the last collapse.
