@@ -21,7 +21,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     tiny_model(tmp_path / "model")
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, line in (("headfuse", f'exec {sys.executable} -m headfuse.cli "$@"'), ("pip", ":")):
+    for name, line in (("headfuse", f'exec {sys.executable} -m headfuse "$@"'), ("pip", ":")):
         (programs / name).write_text(f"#!/bin/sh\n{line}\n")
         (programs / name).chmod(0o755)
     small = {"SAMPLES": "4", "SEQUENCE_LENGTH": "32", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent.parent)}

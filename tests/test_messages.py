@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def headfuse(*args: str | bytes, **options: Any) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
-    line = [sys.executable, "-m", "headfuse.cli", *args]
+    line = [sys.executable, "-m", "headfuse", *args]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.run(line, check=False, **options)
 

@@ -141,7 +141,7 @@ def test_a_failure_leaves_the_folder_as_it_was(old: Path, monkeypatch: pytest.Mo
     def fail(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("headfuse.model_code.shutil.copyfile", fail)
+    monkeypatch.setattr("headfuse.models.model_code.shutil.copyfile", fail)
     assert "No space left" in run("export", old, "--refresh", code=1)
     assert content(old) == before
     assert [path.name for path in old.parent.iterdir()] == ["old"]
@@ -152,7 +152,7 @@ def test_without_hard_links_files_are_copied(old: Path, monkeypatch: pytest.Monk
     def fail(*args: Any, **options: Any) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr("headfuse.model_code.os.link", fail)
+    monkeypatch.setattr("headfuse.models.model_code.os.link", fail)
     run("export", old, "--refresh")
     verify(old)
 

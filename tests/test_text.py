@@ -265,7 +265,7 @@ def test_packing_is_exact(tokenizer: PreTrainedTokenizerFast, length: int) -> No
 def test_long_documents_are_tokenised_in_pieces_to_the_same_tokens(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "_TOKENISED_CHARACTERS", 100)
+    monkeypatch.setattr("headfuse.text.windows.TOKENISED_CHARACTERS", 100)
     document = "\n".join(SENTENCES)
     ids = tokenizer.encode(document, add_special_tokens=False)
     assert token_windows([document], tokenizer, 1).flatten().tolist() == ids

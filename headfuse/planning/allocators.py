@@ -43,7 +43,7 @@ def uniform(total: int, choices: Choices, costs: Rows | None = None) -> list[int
 
 
 def least_cost(total: int, choices: Choices, costs: Rows | None = None) -> list[int]:
-    """The counts of least total cost: an exact dynamic programme over the table (math.md 4).
+    """The counts of least total cost: an exact dynamic programme over the table (mathematics.md section 8.6).
 
     Of plans that cost the same, one with the most heads.
     """
