@@ -24,6 +24,6 @@ echo "transformers $version ($wanted)"
 folder=.venv/transformers-$version
 [ -d "$folder/transformers" ] || python -m pip install --quiet --target "$folder" "transformers==$version"
 export PYTHONPATH="$PWD/$folder:$PWD"
-python -m pytest tests/test_modeling.py tests/test_layerwise.py tests/test_generation.py "$@"
+python -m pytest tests/modeling tests/layouts/test_layerwise.py tests/contracts/test_generation.py "$@"
 # one model of each family: run as its source, converted once, reloaded, decoded with its cache
-exec python -m pytest tests/test_families.py -k "not gqa and (streamed or reloads or cached or lossless)" "$@"
+exec python -m pytest tests/contracts/test_families.py -k "not gqa and (streamed or reloads or cached or lossless)" "$@"

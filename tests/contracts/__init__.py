@@ -1,0 +1,1 @@
+"""What every family, layout and runtime gets."""

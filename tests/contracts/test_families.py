@@ -1,0 +1,335 @@
+"""The contract of a table entry: one tiny random model of every family, in every layout that exists for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import headfuse
+from headfuse.errors import UnsupportedModelError
+from headfuse.fusion import FUSION_METHODS
+from headfuse.layouts import LAYOUTS
+from headfuse.layouts.gguf import writer as gguf
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.families import ARCHITECTURES, UNSUPPORTED
+from headfuse.models.heads import head_layout
+from headfuse.models.source import Source
+from headfuse.models.streamed import StreamedModel
+from tests.support.commands import fuse, run
+from tests.support.model_outputs import assert_decoding_equals_forward, logits
+from tests.support.planted_heads import plant
+from tests.support.tiny_models import FAMILY_OPTIONS, tiny_model
+
+
+def exists(layout: str, family: str) -> bool:
+    try:
+        LAYOUTS[layout].check(AutoConfig.for_model(family, **FAMILY_OPTIONS.get(family, {})))
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+CASES = [(family, layout) for family in sorted(ARCHITECTURES) for layout in LAYOUTS if exists(layout, family)]
+families = pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+KINDS = ("qwen3", "olmo2", "phi", "cohere", "phi3", "gpt_neox", "gpt2", "gptj", "bloom")
+"""One family of each kind of key: behind a norm of a head, of a layer, rotated in part, interleaved, with a bias by
+distance; and packed."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    family: str
+    layout: str
+    model: Path
+    out: Path
+    document: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def fused(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fused:
+    """A model with planted pairs of heads, and what is left of it at half of its cache."""
+    family, layout = request.param
+    folder = tmp_path_factory.mktemp(f"{family}-{layout}")
+    query_heads = 8 if ARCHITECTURES[family].stock_gqa else 4
+    model = tiny_model(folder / "model", family, query_heads=query_heads)
+    plant(model, [[0, 3], [1, 2]])
+    (model / "generation_config.json").unlink()  # as in older repositories: config.json alone names the EOS
+    document = fuse(model, folder / "out", "--budget", "1/2", "--layout", layout, "--preset", "fast")
+    return Fused(family, layout, model, folder / "out", document)
+
+
+def test_planted_groups_are_lossless(fused: Fused) -> None:
+    assert fused.document["kv_ratio"] == 0.5
+    torch.testing.assert_close(logits(fused.out), logits(fused.model), rtol=2e-5, atol=2e-5)
+
+
+@families
+def test_streamed_logits_are_the_models(family: str, tmp_path: Path) -> None:
+    """What refinement, probes and gradients take for the source's output is its output."""
+    model = tiny_model(tmp_path / "model", family)
+    source, tokens = Source.open(str(model)), torch.arange(3, 35)[None]
+    streamed = StreamedModel(source.checkpoint, source.config, torch.device("cpu"))
+    states = streamed.embed(tokens)
+    for layer_idx in range(streamed.num_layers):
+        with streamed.layer(layer_idx, streamed.layer_tensors(layer_idx)) as run_layer:
+            states = run_layer(states)
+    with torch.no_grad():
+        have, want = streamed.logits(streamed.last_hidden_state(states.hidden)), headfuse.load(model)(tokens).logits
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+@families
+def test_every_family_is_refined(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default preset: probes and refinement run the source's own head and the fused model's own layers."""
+    monkeypatch.setattr(
+        "headfuse.conversion.refine.NEGLIGIBLE_NLL", -1.0
+    )  # what a random model says is no better than chance
+    model = tiny_model(tmp_path / "model", family)
+    text = ("--samples", 6, "--sequence-length", 48)
+    document = fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", "decoupled", "--preset", "balanced", *text)
+    assert [stage["name"] for stage in document["stages"]] == ["closed form", "refined"]
+
+
+def test_output_reloads_with_the_promised_cache(fused: Fused) -> None:
+    import headfuse.modeling  # noqa: F401  registers decoupled models
+
+    loaded, report = AutoModelForCausalLM.from_pretrained(fused.out, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    source = AutoModelForCausalLM.from_pretrained(fused.model)
+    assert loaded.generation_config.eos_token_id == source.generation_config.eos_token_id == 0
+    with torch.no_grad():
+        cache = loaded(torch.randint(300, (1, 12)), use_cache=True).past_key_values
+    assert [layer.keys.shape[1] for layer in cache.layers] == fused.document["key_heads"]
+    assert [layer.values.shape[1] for layer in cache.layers] == fused.document["value_heads"]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == 12 * fused.document["kv_bytes_per_token"]["after"]
+
+
+def test_cached_decoding_equals_the_full_pass(fused: Fused) -> None:
+    loaded, lengths, width = headfuse.load(fused.out), [24, 19, 3], 24
+    mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
+    tokens = torch.randint(1, 300, (3, width), generator=torch.Generator().manual_seed(0)) * mask
+    assert_decoding_equals_forward(loaded, tokens, mask, lengths)
+    greedy = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(*(loaded.generate(tokens, use_cache=cached, **greedy) for cached in (True, False)))
+
+
+@pytest.mark.parametrize("to", ["gqa", "layerwise", "gguf"])
+def test_export_computes_the_same_or_is_refused(fused: Fused, tmp_path: Path, to: str) -> None:
+    out, command = tmp_path / "out", ("export", fused.out, "--to", to, "-o", tmp_path / "out")
+    supported = fused.family in gguf.FAMILIES if to == "gguf" else exists(to, fused.family) and to != fused.layout
+    if not supported:
+        reason = f"layout {to} already" if to == fused.layout else f"model_type '{fused.family}'"
+        output = " ".join(run(*command, code=1).split())
+        assert reason in output or "attend to all tokens" in output
+        assert not out.exists()
+        return
+    if to == "gguf":
+        pytest.importorskip("xllamacpp", reason="the wheel xllamacpp (llama.cpp) is not installed")
+        from tests.support.llama_cpp import assert_same
+
+        run(*command, "--type", "f32")
+        assert_same(fused.out, out, length=12)
+        return
+    document = json.loads(run(*command, "--json").splitlines()[-1])
+    assert document["num_key_value_heads"] == [2, 2]
+    assert document["kv_ratio"] == 0.5
+    config = AutoConfig.from_pretrained(out)
+    assert config.model_type == (fused.family if to == "gqa" else "nemotron-nas")
+    torch.testing.assert_close(logits(out), logits(fused.out), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "module"), [("bloom", "self_attention.query_key_value"), ("gptj", "attn.q_proj")])
+def test_a_missing_tensor_is_named_as_the_checkpoint_names_it(tmp_path: Path, family: str, module: str) -> None:
+    model = tiny_model(tmp_path / "model", family, query_heads=4)
+    tensors = load_file(model / "model.safetensors")
+    del tensors[f"transformer.h.1.{module}.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    message = run("fuse", model, "-o", tmp_path / "out", "--sequence-length", 32, code=1)
+    assert f"tensor transformer.h.1.{module}.weight is missing" in " ".join(message.split())
+    assert "more)" not in message
+
+
+def test_a_step_of_uptraining_changes_the_attention(fused: Fused, tmp_path: Path) -> None:
+    text = ("--data", fused.model.parent / "text.txt", "--tokens", 128, "--sequence-length", 32, "--batch-size", 2)
+    run("uptrain", fused.out, "-o", tmp_path / "out", "--loss", "ce", *text, "-q")
+    before, after = load_file(fused.out / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    prefix = ARCHITECTURES[fused.family].attention_prefix(1)
+    assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith(prefix))
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "gpt2", "llama"])
+def test_keys_and_values_have_their_own_learning_rate_where_they_are_packed(tmp_path: Path, family: str) -> None:
+    """Stock folders: layout decoupled packs nothing."""
+    model = tiny_model(tmp_path / "model", family)
+    arch, heads = ARCHITECTURES[family], head_layout(AutoConfig.from_pretrained(model))
+    options = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
+    config = {**json.loads((model / "config.json").read_text()), **options}
+    (model / "config.json").write_text(json.dumps(config))
+    steps = []
+    for rate in (1, 3):
+        text = ("--data", tmp_path / "text.txt", "--tokens", 32, "--sequence-length", 32, "--loss", "ce")
+        (tmp_path / "recipe.yaml").write_text(f"fused_learning_rate: {rate}\n")
+        run("uptrain", model, "-o", tmp_path / f"{rate}", "--config", tmp_path / "recipe.yaml", *text, "-q")
+        layers = []
+        for folder in (model, tmp_path / f"{rate}"):
+            prefix, tensors = arch.layer_prefix(0) + ".", load_file(folder / "model.safetensors")
+            layer = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            layers.append(AttentionWeights.of_layer(layer, arch, heads))
+        sides = ("query", "key", "value", "query_bias", "value_bias", "output")
+        pairs = {side: (getattr(layers[1], side), getattr(layers[0], side)) for side in sides}
+        steps.append({side: after - before for side, (after, before) in pairs.items() if before is not None})
+    for side, step in steps[0].items():
+        assert step.abs().max() > 0
+        factor = 3 if side.startswith(("key", "value")) else 1
+        torch.testing.assert_close(steps[1][side], factor * step, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["attention", "lora"])
+@pytest.mark.parametrize(
+    ("family", "layout"), [("llama", "layerwise"), ("phi3", "gqa"), ("gpt2", "decoupled"), ("gpt2", None)]
+)
+def test_only_attention_is_trained(tmp_path: Path, family: str, layout: str | None, kind: str) -> None:
+    if kind == "lora":
+        pytest.importorskip("peft")
+    before = tiny_model(tmp_path / "model", family)
+    if layout is not None:
+        fuse(before, tmp_path / "fused", "-b", "1/2", "--layout", layout, "--preset", "fast")
+        before = tmp_path / "fused"
+    (tmp_path / "recipe.yaml").write_text(f"train: {kind}\nloss: ce\n")
+    text = ("--data", tmp_path / "text.txt", "--tokens", 64, "--sequence-length", 32, "--batch-size", 1)
+    run("uptrain", before, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml", *text)
+    own = ARCHITECTURES[family]
+    arch = LAYOUTS[layout].stored(own) if layout is not None else own
+    modules = [f".{arch.attention}.{module}." for module in (*arch.projections, arch.output)]
+    source, trained = load_file(before / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    for name, tensor in source.items():
+        adapted = any(module in name for module in modules) and (kind == "attention" or "bias" not in name)
+        assert torch.equal(tensor, trained[name]) != adapted, name
+
+
+@pytest.mark.parametrize("layout", ["decoupled", "gqa"])
+def test_a_model_with_sliding_windows_in_some_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    sliding = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    monkeypatch.setitem(FAMILY_OPTIONS, "qwen2", sliding)
+    model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
+    plant(model, [[0, 3], [1, 2]])
+    fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", layout, "--preset", "fast")
+    assert headfuse.load(tmp_path / "out").config.layer_types == ["full_attention", "sliding_attention"]
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_full_budget_copies_bit_for_bit(tmp_path: Path, family: str, layout: str) -> None:
+    model = tiny_model(tmp_path / "model", family)
+    quick = ("--samples", 2, "--allocator", "uniform", "--preset", "fast")
+    fuse(model, tmp_path / "out", "--budget", 1, "--layout", layout, *quick)
+    source, copied = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    arch, heads = ARCHITECTURES[family], head_layout(AutoConfig.from_pretrained(model))
+    stored = LAYOUTS[layout].stored(arch)
+    names = arch.model_names(source)
+    source = {name if stored == arch else names[name]: tensor for name, tensor in source.items()}
+    for layer_idx in range(heads.num_hidden_layers):
+        prefix = arch.layer_prefix(layer_idx) + "."
+        layer = {name.removeprefix(prefix): source.pop(name) for name in list(source) if name.startswith(prefix)}
+        weights = AttentionWeights.of_layer(layer, arch, heads)
+        source |= {prefix + n: t for n, t in weights.in_layer(layer, arch, heads, stored).items()}
+    assert source.keys() == copied.keys()
+    assert all(torch.equal(source[name], copied[name]) for name in source)
+    if stored == arch:
+        assert torch.equal(logits(model), logits(tmp_path / "out"))
+    else:  # three products in the place of one may be summed in another order
+        torch.testing.assert_close(logits(model), logits(tmp_path / "out"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [name for name, method in FUSION_METHODS.items() if not method.trained])
+@pytest.mark.parametrize("family", [family for family in KINDS if family in ARCHITECTURES])
+def test_every_method_fuses_every_kind_of_key(tmp_path: Path, family: str, method: str) -> None:
+    """Unequal groups of unrelated heads: a finite model that is not the source."""
+    layout = "decoupled" if exists("decoupled", family) else "gqa"
+    model = tiny_model(tmp_path / "model", family)
+    fuse(model, tmp_path / "out", "-b", "1/2", "--layout", layout, "--method", method, "--preset", "fast")
+    result = logits(tmp_path / "out")
+    assert torch.isfinite(result).all()
+    assert not torch.allclose(result, logits(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "qwen3", "phi", "gpt2"])
+def test_planted_groups_of_unequal_sizes_are_lossless(tmp_path: Path, family: str) -> None:
+    model = tiny_model(tmp_path / "model", family)
+    plant(model, [[0, 1, 3], [2]], [[0], [1, 2, 3]])
+    fuse(model, tmp_path / "out", "--budget", "1/2", "--preset", "fast")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=2e-5, atol=2e-5)
+
+
+def test_a_checkpoint_of_the_base_model_with_its_masks(tmp_path: Path) -> None:
+    """As gpt2 lies on the hub: names without their first part, and causal masks among the tensors."""
+    model = tiny_model(tmp_path / "model", "gpt2")
+    plant(model, [[0, 3], [1, 2]])
+    expected, file = logits(model), model / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 128, 128).tril() for i in range(2)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    document = fuse(model, tmp_path / "out", "--budget", "1/2", "--preset", "fast")
+    assert document["kv_ratio"] == 0.5
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["phi3"])
+def test_heads_that_do_not_fit_a_fused_projection_are_refused(tmp_path: Path, family: str) -> None:
+    model = tiny_model(tmp_path / "model", family)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({**config, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8})
+    )
+    text = ("--data", tmp_path / "text.txt", "--sequence-length", 32)
+    assert "config.json makes it" in run("fuse", model, *text, code=1)
+
+
+@families
+def test_stored_weights_survive_the_round_trip(tmp_path: Path, family: str) -> None:
+    tensors = load_file(tiny_model(tmp_path / "model", family) / "model.safetensors")
+    arch, heads = ARCHITECTURES[family], head_layout(AutoConfig.from_pretrained(tmp_path / "model"))
+    prefix = arch.layer_prefix(0) + "."
+    layer = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    weights = AttentionWeights.of_layer(layer, arch, heads)
+    assert weights.query.shape[:2] == weights.key.shape[:2] == weights.value.shape[:2] == (4, 8)
+    again = weights.in_layer(layer, arch, heads)
+    assert again.keys() == layer.keys()
+    assert all(torch.equal(again[name], layer[name]) for name in layer)
+
+
+@pytest.mark.parametrize("model_type", [*UNSUPPORTED, "openai-gpt"])
+def test_other_families_are_refused_with_the_reason(tmp_path: Path, model_type: str) -> None:
+    if model_type in ("headfuse", "nemotron-nas"):
+        pytest.skip("tests/robustness/test_bad_models.py")
+    model = tiny_model(tmp_path / "model")
+    (model / "config.json").write_text(json.dumps({"model_type": model_type}))
+    lines = run("fuse", model, "--json", code=1).splitlines()
+    document = json.loads(next(line for line in lines if line.startswith('{"schema_version"')))
+    assert model_type in document["error"]["what"]
+    assert UNSUPPORTED.get(model_type, "") in document["error"]["what"]
+    assert all(family in document["error"]["fix"] for family in ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("cohere", {"use_qk_norm": True}), ("phi", {"qk_layernorm": True}), ("stablelm", {"qk_layernorm": True})],
+)
+def test_options_that_change_the_keys_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, options: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(FAMILY_OPTIONS, family, {**FAMILY_OPTIONS.get(family, {}), **options})
+    output = run("fuse", tiny_model(tmp_path / "model", family), code=1)
+    assert next(iter(options)) in output

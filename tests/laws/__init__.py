@@ -1,0 +1,1 @@
+"""What every method, allocator, grouper and layout obeys."""

@@ -1,0 +1,44 @@
+"""Allocations of a budget over the layers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from headfuse.config.values import parse_budget
+from headfuse.errors import BudgetError
+from headfuse.plan import HeadLayout
+from headfuse.planning.budget import BudgetRules, CostTable
+
+LAYOUT = HeadLayout(
+    model_type="llama", num_hidden_layers=3, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8
+)
+
+
+def test_layerwise_is_optimal() -> None:
+    """Of all plans with as many value heads as key heads in every layer, the one of least cost."""
+    generator = torch.Generator().manual_seed(0)
+    table = (torch.rand(6, 4, generator=generator).cumsum(1).flip(1)).tolist()
+    rules = BudgetRules(total=parse_budget("0.5"), layerwise=True)
+    chosen = rules.allocate("sensitivity", LAYOUT, CostTable(table[:3], table[3:]))
+    assert chosen.key_heads == chosen.value_heads
+    assert chosen.total == 12
+
+    def cost(counts: tuple[int, ...]) -> float:
+        return sum(table[i][c - 1] + table[3 + i][c - 1] for i, c in enumerate(counts))
+
+    plans = [c for c in itertools.product(range(1, 5), repeat=3) if sum(c) == 6]
+    assert cost(chosen.key_heads) == pytest.approx(min(map(cost, plans)))
+
+
+def test_layerwise_has_one_total() -> None:
+    share = parse_budget("0.5")
+    with pytest.raises(BudgetError, match="layerwise"):
+        BudgetRules(total=(share, share), layerwise=True).allocate("uniform", LAYOUT)
+
+
+@pytest.mark.parametrize(("total", "choice"), [("1/4", False), ("1", False), ("1/2", True)])
+def test_a_choice_is_left(total: str, choice: bool) -> None:
+    assert BudgetRules(total=parse_budget(total)).leave_a_choice(LAYOUT) is choice

@@ -1,0 +1,1 @@
+"""Bad input, faults, interruptions and random damage."""

@@ -1,0 +1,1 @@
+"""Tiny models, and the tools of several folders of tests."""

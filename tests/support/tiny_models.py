@@ -1,0 +1,62 @@
+"""Tiny random models with their tokenizer and text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["the", "head", "of", "a", "key", "reads", "what", "value", "it", "was", "given", "and", "no", "more"]
+VOCABULARY = 300
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gptj": {"rotary_dim": 4},
+    "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "mistral": {"sliding_window": 16},
+    "mixtral": {**_EXPERTS, "sliding_window": 16},
+    "olmo": {"clip_qkv": 30.0},
+    "olmoe": {**_EXPERTS, "clip_qkv": None},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+    "phi3": {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": _EXPERTS,
+    "stablelm": {"use_qkv_bias": True},
+}
+"""What makes a family differ from llama at the size of these models."""
+NARROW = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+"""Families whose query heads together may be wider than the hidden size."""
+
+
+def tiny_model(
+    folder: Path,
+    model_type: str = "llama",
+    kv_heads: int = 4,
+    layers: int = 2,
+    dtype: str = "float32",
+    query_heads: int = 4,
+) -> Path:
+    """A random model of a family, its tokenizer, and `text.txt` beside the folder."""
+    torch.manual_seed(0)
+    width = 32 if model_type in NARROW else 8 * query_heads
+    config = AutoConfig.for_model(
+        model_type, vocab_size=VOCABULARY, hidden_size=width, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=8, max_position_embeddings=128,
+        bos_token_id=None, eos_token_id=0, pad_token_id=None, **FAMILY_OPTIONS.get(model_type, {}),
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if "bias" in name else 0.2)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    picks = torch.randint(len(WORDS), (2000,), generator=torch.Generator().manual_seed(1)).tolist()
+    (folder.parent / "text.txt").write_text(" ".join(WORDS[i] for i in picks))
+    return folder
