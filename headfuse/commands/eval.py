@@ -120,7 +120,7 @@ def render(document: dict[str, Any], console: Console) -> None:
         from headfuse.models.model_code import describe
 
         state = document["model_code"]
-        code = f"; {describe(state, model['name'])}" if state else ""
+        code = f"; {describe(state, 'FOLDER')}" if state else ""
         console.print(f"Verified: every file is as headfuse wrote it{code}.", highlight=False, soft_wrap=True)
     agreement = document["agreement"]
     if agreement is not None:

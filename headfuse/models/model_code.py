@@ -23,7 +23,7 @@ from headfuse.models.config import read_config
 logger = logging.getLogger(__name__)
 State = Literal["current", "older", "newer", "other"]
 """Model code in a folder, against the installed one; `other`: as old, but not the same."""
-_VERSION = re.compile(r"^CODE_VERSION = (\d+)\b", re.MULTILINE)
+_VERSION = re.compile(r"^CODE_VERSION = (\d{1,9})\b", re.MULTILINE)
 
 
 def installed_files(folder: Path) -> tuple[Path, ...]:
@@ -94,7 +94,7 @@ def refresh(model: str) -> tuple[Path, list[str]]:
         OutputError: where the folder cannot be replaced.
     """
     folder = Path(os.path.realpath(model))
-    if not model or not folder.is_dir():
+    if not model or not os.path.isdir(folder):
         raise CheckpointError("no such folder", where=model or "MODEL", fix="give a local folder that headfuse wrote")
     read_config(folder)
     files = installed_files(folder)

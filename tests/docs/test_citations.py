@@ -12,6 +12,7 @@ FILES = [
     for place in ("headfuse", "tests", "docs", "benchmarks")
     for path in sorted((ROOT / place).rglob("*"))
     if path.suffix in (".py", ".md", ".yaml") and path not in (Path(__file__), MATHEMATICS)
+    if "companions" not in path.name  # they list the documents of other models
 ]
 DOCUMENTS = {path.name for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))}
 WRITTEN = {"README.md", "summary.md"}

@@ -109,6 +109,8 @@ TARGETS = {
     "plan": Target("plan.json", lambda p: [p.fuse(p.model, "--plan", p.root / "plan.json")]),
     "fused config": Target("fused/config.json", lambda p: [evaluation(p, p.fused)]),
     "checksums": Target("fused/plan.json", lambda p: [evaluation(p, p.fused, "--verify")]),
+    "generation": Target("model/generation_config.json", lambda p: [p.fuse(p.model, "--dry-run")]),
+    "refreshed plan": Target("layerwise/plan.json", lambda p: [("export", p.layerwise, "--refresh")]),
     "export": Target("layerwise/config.json", lambda p: [export(p, "gqa"), export(p, "gguf")]),
     "export weights": Target("layerwise/model.safetensors", lambda p: [export(p, "gqa")], binary=True),
     "export plan": Target("layerwise/plan.json", lambda p: [export(p, "gqa")]),

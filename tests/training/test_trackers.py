@@ -49,7 +49,10 @@ def test_live_line_is_on_terminals_alone(
         "model": str(fused), "data": data, "tokens": 64, "sequence_length": 16, "device": "cpu", "overwrite": True,
     }  # fmt: skip
     command.run(**options)
-    assert "validation NLL" not in capsys.readouterr().err
+    plain = capsys.readouterr().err
+    assert "\x1b" not in plain
+    assert "training: step 1 of " in plain
+    assert "tokens/s, left" not in plain
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "150")
     command.run(**options)
