@@ -25,7 +25,7 @@ from headfuse.models.loading import keep_tokenizer_class
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.reporting.card import fused_card
+from headfuse.reporting.card import fused_card, keep_licence_text
 
 
 def default_output(source: Source, config: FuseConfig, plan: FusionPlan | None = None) -> Path:
@@ -97,6 +97,7 @@ def write_beside_weights(
     """Everything but weights and config: tokenizer and licence, headfuse.yaml, card, plan.json with checksums."""
     plan = result.plan
     copy_companions(source.folder, partial, source.trust_remote_code)
+    keep_licence_text(source.folder, partial)
     if not LAYOUTS[plan.layout].stock_class:
         keep_tokenizer_class(source.folder, partial)
     head = f"# headfuse fuse --config headfuse.yaml {plan.source.model}\n"
