@@ -269,12 +269,11 @@ def test_training_mode_drops_out_what_the_source_drops_out(untouched: Fused, att
     """Under one seed: attention weights, residual stream, hidden states."""
     import headfuse.modeling  # noqa: F401  registers decoupled models
 
+    if attention == "sdpa" and untouched.family in ("bloom", "gptj"):
+        pytest.skip("the source's class has eager attention alone")
     tokens, outputs = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2)), []
     for folder in (untouched.model, untouched.out):
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).train()
-        except ValueError as refusal:
-            pytest.skip(str(refusal))
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).train()
         torch.manual_seed(0)
         outputs.append(model(tokens).logits)
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
