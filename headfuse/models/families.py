@@ -171,6 +171,6 @@ def architecture_of(model_type: str, where: object = None) -> Architecture:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not supported: {reason}",
             where=where,
-            fix=f"supported: {', '.join(sorted(ARCHITECTURES))}; docs/contributing/add_a_family.md tells how to add one",
+            fix=f"supported: {', '.join(sorted(ARCHITECTURES))}; add one as docs/contributing/add_a_family.md says",
         )
     return ARCHITECTURES[model_type]
