@@ -1,11 +1,8 @@
-"""A method that was added by docs/contributing/add_a_method.md: the page's own code under every law, and one real fuse."""
+"""A method added by docs/contributing/add_a_method.md: the page's own code under every law, and one real fuse."""
 
 from __future__ import annotations
 
-import re
-import textwrap
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,11 +15,12 @@ from headfuse.fusion.methods import mean
 from headfuse.fusion.moments import KeyMoments
 from headfuse.layouts import LAYOUTS
 from tests.laws import test_exactness as exactness
+from tests.laws.pages import code_of, entry_of
 from tests.laws.tables import read_plan
 from tests.support.model_outputs import logits
 from tests.support.tiny_models import tiny_model
 
-PAGE = Path(__file__).parents[2] / "docs/contributing/add_a_method.md"
+PAGE = "add_a_method.md"
 KNOWN = "mean"
 """The command's options know no new name, so that for the laws the new method stands under one of theirs."""
 
@@ -30,11 +28,8 @@ KNOWN = "mean"
 @pytest.fixture
 def energy(monkeypatch: pytest.MonkeyPatch) -> FusionMethod:
     """The method of the page in the table, under its own name and instead of a known one."""
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    module = ModuleType("energy")
-    exec(textwrap.dedent(block), module.__dict__)
-    (line,) = re.findall(r'"energy": (FusionMethod\(.*?\)),\n', PAGE.read_text(encoding="utf-8"))
-    method: FusionMethod = eval(line, {"energy": module, "FusionMethod": FusionMethod})
+    module = code_of(PAGE)
+    method: FusionMethod = entry_of(PAGE, "energy", energy=module, FusionMethod=FusionMethod)
     monkeypatch.setitem(FUSION_METHODS, "energy", method)
     monkeypatch.setitem(FUSION_METHODS, KNOWN, method)
     return method
