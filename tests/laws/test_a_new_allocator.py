@@ -1,4 +1,4 @@
-"""An allocator added by docs/contributing/add_an_allocator.md: the page's own code under the laws and in a real fuse."""
+"""An allocator added by docs/contributing/add_an_allocator.md: the page's own code under the laws, and a real fuse."""
 
 from __future__ import annotations
 
