@@ -75,7 +75,7 @@ class Command(Generic[OptionsT, MachineT]):
 
     def _unknown(self, name: str) -> str:
         near = difflib.get_close_matches(name, sorted({*self.names, *self.arguments}), 1)
-        return f"{name}: unknown option, " + (
+        return f"{name}: unknown key, " + (
             f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(self.names))}"
         )
 

@@ -43,12 +43,12 @@ def test_options_win_over_a_config_and_leave_the_rest() -> None:
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [
-        ("fuse", {"buget": 0.5}, "buget: unknown option, did you mean 'budget'?"),
-        ("fuse", {"sample": 4}, "sample: unknown option, did you mean 'samples'?"),
-        ("fuse", {"outptu": "out"}, "outptu: unknown option, did you mean 'output'?"),
-        ("analyze", {"devise": "cpu"}, "devise: unknown option, did you mean 'device'?"),
-        ("uptrain", {"teachr": "m"}, "teachr: unknown option, did you mean 'teacher'?"),
-        ("evaluate", {"q": 1}, "q: unknown option, known: baseline, "),
+        ("fuse", {"buget": 0.5}, "buget: unknown key, did you mean 'budget'?"),
+        ("fuse", {"sample": 4}, "sample: unknown key, did you mean 'samples'?"),
+        ("fuse", {"outptu": "out"}, "outptu: unknown key, did you mean 'output'?"),
+        ("analyze", {"devise": "cpu"}, "devise: unknown key, did you mean 'device'?"),
+        ("uptrain", {"teachr": "m"}, "teachr: unknown key, did you mean 'teacher'?"),
+        ("evaluate", {"q": 1}, "q: unknown key, known: baseline, "),
         ("fuse", {"budget": 3}, "budget.total: 3 is out of range"),
         ("fuse", {"budget": {"totl": 3}}, "budget.totl: unknown key, did you mean 'total'?"),
         ("fuse", {"layout": "gpa"}, "did you mean 'gqa'?"),

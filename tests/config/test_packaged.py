@@ -79,5 +79,7 @@ def test_every_file_is_found_in_the_wheel(unpacked: Path, tmp_path: Path) -> Non
 def test_the_wheel_holds_every_module(unpacked: Path) -> None:
     wanted = {path.relative_to(ROOT) for path in (ROOT / "headfuse").rglob("*.py")}
     assert wanted == {path.relative_to(unpacked) for path in unpacked.rglob("*.py")}
-    assert {path.name for path in (unpacked / "headfuse/data").iterdir()} == {"default.txt", "SOURCES.md"}
+    data = {path.name for path in (unpacked / "headfuse/data").iterdir()}
+    assert data == {path.name for path in (ROOT / "headfuse/data").iterdir()}
+    assert not any(name.endswith(".yaml") for name in data)
     assert (unpacked / "headfuse/py.typed").is_file()
