@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headfuse.checkpoint.output import output_folder
-from headfuse.checkpoint.reader import SINGLE
+from headfuse.checkpoint.weight_files import SINGLE
 from headfuse.config.values import data_name
 from headfuse.errors import DataError, HeadfuseError
 from headfuse.text.documents import cut, read_documents

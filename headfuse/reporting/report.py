@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headfuse.checkpoint.folder import TRAIN_LOG
-from headfuse.checkpoint.output import write_whole
+from headfuse.checkpoint.companions import TRAIN_LOG
+from headfuse.checkpoint.disk import write_whole
 from headfuse.checkpoint.plan_file import read_plan
 from headfuse.errors import CheckpointError, ConfigError, OutputError
 from headfuse.plan import FusionPlan

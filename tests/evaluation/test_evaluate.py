@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.commands import eval as command
 from headfuse.errors import CheckpointError, ConfigError, DataError, HeadfuseError
-from headfuse.evaluation.capacity import kv_bytes_per_token, stored_dtype
+from headfuse.evaluation.capacity import stored_dtype
 from headfuse.evaluation.evaluate import evaluate
 from headfuse.evaluation.perplexity import nll_per_window
+from headfuse.layouts.folder import kv_bytes_per_token
 from headfuse.modeling import HeadfuseConfig, HeadfuseForCausalLM
 from headfuse.models.loading import load_model
 

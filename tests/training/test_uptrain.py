@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from headfuse.checkpoint.checksums import file_sha256
 from headfuse.checkpoint.plan_file import read_plan
-from headfuse.checkpoint.reader import file_sha256
 from headfuse.commands import uptrain as command
 from headfuse.evaluation.perplexity import nll_per_window
 from headfuse.modeling import HeadfuseForCausalLM
