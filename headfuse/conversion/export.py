@@ -25,7 +25,7 @@ from headfuse.models.attention import AttentionWeights
 from headfuse.models.families import architecture_of
 from headfuse.models.loading import load_tokenizer, names_code, unembedded_tokens, warn_of_unembedded
 from headfuse.plan import FusionPlan, LayerPlan, query_order
-from headfuse.reporting.card import extended_card
+from headfuse.reporting.card import exported_section, extended_card
 
 CACHE_BYTES = 2
 """Bytes of a number in llama.cpp's KV cache, f16 unless the user says otherwise."""
@@ -176,7 +176,7 @@ def export(
             partial,
             folder.path,
             config=_config(folder, plan.target, plan.num_key_value_heads),
-            card=extended_card(folder.path, plan.output.name, _card_section(plan)),
+            card=extended_card(folder.path, plan.output.name, exported_section(plan)),
             options={},
             plan=folder.plan and _moved(folder.plan, plan),
             trust_remote_code=plan.trust_remote_code,
@@ -258,14 +258,3 @@ def _moved(plan: FusionPlan, export: ExportPlan) -> FusionPlan:
         groups = tuple(tuple(dict.fromkeys(chunk)) for chunk in chunks)
         layers.append(LayerPlan(layer_idx=layer.layer_idx, key_groups=groups, value_groups=groups))
     return plan.model_copy(update={"layout": export.target, "layers": tuple(layers)})
-
-
-def _card_section(plan: ExportPlan) -> str:
-    """What the model card says about the export."""
-    before, after = plan.kv_bytes
-    counts = " ".join(map(str, plan.num_key_value_heads))
-    return (
-        f"## Exported to layout {plan.target}\n\n"
-        f"By `headfuse export`, without loss: class `{plan.architecture}`, KV heads per layer {counts}, KV bytes per "
-        f"token {before} before and {after} after. Loads in: {LAYOUTS[plan.target].runtimes}.\n"
-    )

@@ -20,7 +20,7 @@ from headfuse.config.machine import TrainingMachine
 from headfuse.errors import HeadfuseError
 from headfuse.layouts.folder import ModelFolder
 from headfuse.plan import FusionPlan
-from headfuse.reporting.card import card_section, extended_card
+from headfuse.reporting.card import extended_card, uptrained_section
 from headfuse.training.result import UptrainResult
 
 CONFIG = "uptrain.yaml"
@@ -86,7 +86,7 @@ def write_trained(
         partial,
         model.path,
         config=config,
-        card=extended_card(model.path, result.output.name, card_section(result)),
+        card=extended_card(model.path, result.output.name, uptrained_section(result)),
         options={CONFIG: f"# headfuse uptrain --config {CONFIG} MODEL\n{result.recipe.to_yaml()}"},
         plan=plan,
         trust_remote_code=machine.trust_remote_code,
