@@ -32,7 +32,7 @@ def fused_card(source: Source, result: FuseResult) -> str:
     """README.md of the output: what was fused, figures before and after, and how to load it."""
     plan = result.plan
     body = render(
-        "fused.md.jinja",
+        "fused_card.jinja",
         source=source.name,
         plan=plan,
         trained=FUSION_METHODS[plan.method].trained,
@@ -102,7 +102,7 @@ def uptrained_section(result: UptrainResult) -> str:
     recipe, teacher = result.recipe, f" from `{result.teacher}`" if result.teacher else ""
     figures = {"source": result.nll_teacher, "before": result.nll_before, "after": result.nll_after}
     return render(
-        "uptrained.md.jinja",
+        "uptrained_section.jinja",
         result=result,
         recipe=recipe,
         loss={"kl": f"forward KL divergence{teacher} over the full vocabulary", "ce": "cross-entropy"}[recipe.loss],
@@ -119,7 +119,7 @@ def uptrained_section(result: UptrainResult) -> str:
 def exported_section(plan: ExportPlan) -> str:
     """What the model card says about an export."""
     return render(
-        "exported.md.jinja",
+        "exported_section.jinja",
         target=plan.target,
         architecture=plan.architecture,
         num_key_value_heads=plan.num_key_value_heads,
