@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from headfuse.checkpoint.output import output_folder, read_resume, write_resume
+from headfuse.checkpoint.interrupted import read_resume, write_resume
+from headfuse.checkpoint.output import output_folder
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.config.fuse import FuseConfig
 from headfuse.conversion.conversion import Conversion, FusedModel
-from headfuse.conversion.output import open_writer, write_beside_weights, write_config
+from headfuse.conversion.output import open_writer, write_beside_weights
 from headfuse.conversion.preflight import prepare
 from headfuse.conversion.refine import REFINED, Refinement, Targets, refine, refines
 from headfuse.conversion.result import FuseResult, Stage
@@ -80,7 +81,7 @@ def fuse(
         else:
             planned = found or reviewed or _plan(conversion, plan_options(config))
             written = _write(conversion, planned, common, Refinement(config.preset, config.seed))
-        return _finish(conversion, written, config, output)
+        return _finish(conversion, written, config, output, prepared.machine.dtype)
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,15 @@ class _Written:
     held_out_before: tuple[float, ...]
 
 
-def _finish(conversion: Conversion, written: _Written, config: FuseConfig, output: Path) -> FuseResult:
-    """Write what lies beside the weights; what came out, under the name that the folder gets."""
+def _finish(
+    conversion: Conversion, written: _Written, config: FuseConfig, output: Path, dtype: str | None
+) -> FuseResult:
+    """Write what lies beside the weights; return what was reached, under the name that the folder gets."""
     itemsize = next(iter(written.writer.dtypes.values())).itemsize
     kv_bytes = [shape.kv_bytes_per_token(itemsize) for shape in (conversion.source.heads, written.plan)]
     result = FuseResult(output, written.plan, written.stages, written.held_out_before, *kv_bytes)
-    write_beside_weights(conversion.folder, conversion.source, result, config, written.writer)
+    checksums = written.writer.checksums()
+    write_beside_weights(conversion.folder, conversion.source, result, config, dtype, checksums)
     Checkpoint(conversion.folder)  # what was written opens again: headers and index agree
     return result
 
@@ -125,7 +129,6 @@ def _train(
     for name in writer.shapes:
         tensor = trained.weights.get(name)
         writer.write(name, source.checkpoint.read(name) if tensor is None else tensor)
-    write_config(partial, source, trained.plan, options["dtype"])
     return _Written(trained.plan, writer, (Stage("trained", trained.held_out_after),), trained.held_out_before)
 
 
@@ -133,7 +136,6 @@ def _write(conversion: Conversion, plan: FusionPlan, options: dict[str, Any], re
     """Fuse layer after layer, then refine all of them together where that is worth it."""
     source, streamed, partial = conversion.source, conversion.streamed, conversion.folder
     writer, done = open_writer(source, streamed, plan, partial, options)
-    write_config(partial, source, plan, options["dtype"])
     as_written = LAYOUTS[plan.layout].config(streamed.config.to_dict(), plan)
     fused = FusedModel(plan, DecoderLayers.of_config(as_written, streamed.arch, writer, streamed.device))
     before, closed_form, last = _convert(conversion, fused, done)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import headfuse
-from headfuse.checkpoint.output import check_output, check_space, partial_folder
+from headfuse.checkpoint.output_checks import check_output, check_space
+from headfuse.checkpoint.paths import partial_folder
 from headfuse.checkpoint.reader import DTYPE_NAMES
 from headfuse.config.command import FUSE
 from headfuse.config.fuse import FuseConfig

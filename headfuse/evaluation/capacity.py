@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig
 
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.errors import ConfigError
@@ -44,21 +43,6 @@ def fit(memory_bytes: int, weight_bytes: int, kv_bytes: int, context: int, max_c
             fix="give the memory of one device that holds the whole model",
         )
     return Fit(memory_bytes, weight_bytes, room // kv_bytes, max_context, context, room // (kv_bytes * context))
-
-
-def kv_bytes_per_token(config: PreTrainedConfig, itemsize: int) -> int:
-    """Bytes that one token takes in the KV cache over all layers, at `itemsize` bytes a number."""
-    if config.model_type == "headfuse":
-        heads = sum(config.num_key_heads) + sum(config.num_value_heads)
-    elif hasattr(config, "num_key_value_heads_per_layer"):  # layout layerwise
-        heads = 2 * sum(config.num_key_value_heads_per_layer)
-    else:
-        config = config.get_text_config()
-        heads = (
-            2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return heads * head_dim * itemsize
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

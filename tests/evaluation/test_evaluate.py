@@ -15,9 +15,10 @@ from headfuse.checkpoint.reader import Checkpoint
 from headfuse.cli.app import app
 from headfuse.cli.eval import render
 from headfuse.errors import CheckpointError, ConfigError, DataError, HeadfuseError
-from headfuse.evaluation.capacity import kv_bytes_per_token, stored_dtype
+from headfuse.evaluation.capacity import stored_dtype
 from headfuse.evaluation.evaluate import evaluate
 from headfuse.evaluation.perplexity import nll_per_window
+from headfuse.layouts.folder import kv_bytes_per_token
 from headfuse.modeling import HeadfuseConfig, HeadfuseForCausalLM
 from headfuse.models.loading import load_model
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from headfuse.checkpoint.checksums import file_sha256
 from headfuse.checkpoint.plan_file import read_plan
-from headfuse.checkpoint.reader import file_sha256
 from headfuse.cli.app import app
 from headfuse.cli.uptrain import render
 from headfuse.evaluation.perplexity import nll_per_window
