@@ -11,7 +11,7 @@ from typing import Any, Generic
 from headfuse.config.evaluate import EvalConfig
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.loading import Options, OptionsT, load_options
-from headfuse.config.machine import Machine, MachineT, TrainingMachine
+from headfuse.config.machine import Machine, MachineT, Processor, TrainingMachine
 from headfuse.config.uptrain import UptrainConfig
 from headfuse.errors import ConfigError
 
@@ -92,7 +92,7 @@ FUSE = Command(
         "sequence_length": "calibration.sequence_length",
     },
 )
-ANALYZE = Command(FuseConfig, Machine, ("config", "on_progress"), short=FUSE.short)
+ANALYZE = Command(FuseConfig, Processor, ("config", "on_progress"), short=FUSE.short)
 UPTRAIN = Command(
     UptrainConfig,
     TrainingMachine,

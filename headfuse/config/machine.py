@@ -12,17 +12,22 @@ from headfuse.config.loading import Options
 from headfuse.errors import ConfigError
 
 
-class Machine(Options):
-    """Where a model is loaded."""
+class Processor(Options):
+    """What computes, where nothing is written in a dtype of its own."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `mps`."""
-    dtype: str | None = None
-    """The dtype of the computation; by default float32 on a CPU, the stored one elsewhere."""
     threads: int | None = None
     """CPU threads."""
     trust_remote_code: bool = False
     """Run code that comes with a model."""
+
+
+class Machine(Processor):
+    """Where a model is loaded, and in which dtype."""
+
+    dtype: str | None = None
+    """The dtype of the computation; by default float32 on a CPU, the stored one elsewhere."""
 
     @model_validator(mode="after")
     def _known_dtypes(self) -> Machine:
@@ -57,4 +62,4 @@ class TrainingMachine(Machine):
         return self
 
 
-MachineT = TypeVar("MachineT", bound=Machine)
+MachineT = TypeVar("MachineT", bound=Processor)

@@ -51,7 +51,7 @@ def analyze(
         model: folder or hub id of a model of a supported family.
         config: a `FuseConfig`, a YAML file or the name of a packaged config.
         on_progress: called with phase, done and total layers.
-        **options: those of `headfuse.fuse` by name, which win over `config`.
+        **options: those of `headfuse.fuse` by name, but for `dtype`; they win over `config`.
 
     Raises:
         HeadfuseError: for every kind of bad input.

@@ -53,12 +53,11 @@ YAML_ALONE = {
 }  # fmt: skip
 """Sections, and what few runs change: Python takes these by name, too, and the command line in a file."""
 PYTHON_ALONE = {
-    "analyze": {"on_progress", "dtype"},
+    "analyze": {"on_progress"},
     "fuse": {"on_progress"},
     "uptrain": {"on_progress"},
     "eval": {"on_stage"},
 }
-"""`analyze` writes no weights; it takes the machine of `fuse`."""
 
 
 def line(name: str) -> dict[str, Any]:
