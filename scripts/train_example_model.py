@@ -20,11 +20,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headfuse.checkpoint.output import output_folder
-from headfuse.checkpoint.reader import SINGLE
+from headfuse.checkpoint.weight_files import SINGLE
 from headfuse.config.values import data_name
 from headfuse.errors import DataError, HeadfuseError
-from headfuse.text.documents import cut, read_documents
-from headfuse.text.windows import token_windows
+from headfuse.text.documents import read_documents
+from headfuse.text.windows import cut, token_windows
 
 BOS, EOS = "<s>", "</s>"
 MATRIX_LR, OTHER_LR = 0.02, 3e-3

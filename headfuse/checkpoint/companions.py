@@ -29,7 +29,9 @@ COMPANION_FOLDERS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Patterns of the paths in a folder of that name."""
-OWN = ("plan.json", "headfuse.yaml", "uptrain.yaml", "train_log.jsonl")
+FUSE_OPTIONS = "headfuse.yaml"
+TRAIN_LOG = "train_log.jsonl"
+OWN = ("plan.json", FUSE_OPTIONS, "uptrain.yaml", TRAIN_LOG)
 """What headfuse writes beside the weights, and writes anew for every output."""
 
 

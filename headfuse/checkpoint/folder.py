@@ -1,24 +1,17 @@
-"""A model folder: where it is, and what lies beside the weights."""
+"""Where a model folder is: on the disk, or downloaded from the hub."""
 
 from __future__ import annotations
 
 import glob
-import json
-import logging
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from headfuse.checkpoint.companions import adapter_files, files_of, is_companion, is_read
-from headfuse.checkpoint.generation import write_generation_config
+from headfuse.checkpoint.companions import is_read
 from headfuse.checkpoint.hub import parse_hub_id
-from headfuse.checkpoint.inputs import local_model, read_json
-from headfuse.checkpoint.reader import INDEX, SINGLE, _no_weights, _weight_map
+from headfuse.checkpoint.inputs import local_model, refuse_adapter
+from headfuse.checkpoint.weight_files import INDEX, SINGLE, no_weights, weight_map
 from headfuse.errors import CheckpointError, HeadfuseError
-
-logger = logging.getLogger(__name__)
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
@@ -29,12 +22,6 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     """
     folder = local_model(name)
     if folder is not None:
-        try:
-            _refuse_adapter([path.name for path in folder.iterdir()], name)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot be read: {error.strerror}", where=name, fix="check its permissions"
-            ) from None
         return folder
     hub_id = parse_hub_id(name)
     assert hub_id is not None  # local_model has refused it
@@ -65,100 +52,15 @@ def _download(name: str, revision: str | None) -> Path:
             cached = snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"])
         except LocalEntryNotFoundError:
             raise unreachable from None
-        _refuse_adapter(os.listdir(cached), name)
+        refuse_adapter(os.listdir(cached), name)
         return Path(cached)
-    _refuse_adapter(names, name)
+    refuse_adapter(names, name)
     weights = next((file for file in (SINGLE, INDEX) if file in names), None)
     if weights is None and "config.json" in names:
-        raise _no_weights(names, name)
+        raise no_weights(names, name)
 
     def fetch(wanted: Iterable[str]) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in wanted]))
 
     folder = fetch(file for file in names if is_read(file) or file == weights)
-    return fetch(set(_weight_map(folder).values())) if weights == INDEX else folder
-
-
-def _refuse_adapter(names: Iterable[str], where: object) -> None:
-    """Raise CheckpointError for a folder with an adapter in it, which changes what the weights beside it compute."""
-    adapter = adapter_files(names)
-    if adapter:
-        raise CheckpointError(
-            f"holds an adapter ({', '.join(adapter)}), and headfuse reads whole weights alone",
-            where=where,
-            fix="merge it into its base model with peft: PeftModel.from_pretrained(base, ADAPTER_FOLDER)"
-            ".merge_and_unload().save_pretrained(MERGED), copy the tokenizer's files, and give MERGED; to leave it "
-            "out, give a folder without its files",
-        )
-
-
-def copy_companions(source: Path, target: Path, trust_remote_code: bool = False) -> None:
-    """Copy what belongs to the model besides its weights: tokenizer, chat templates, generation config, licence, page.
-
-    Code of the source is copied where a tokenizer or a processor names it and the source is trusted; the folder's own
-    headfuse model code, which some layouts need, comes from the installed package.
-    """
-    names = [name for name in files_of(source) if is_companion(name)]
-    for name in names:
-        (target / name).parent.mkdir(exist_ok=True, parents=True)
-        shutil.copyfile(source / name, target / name)
-    for name in names:
-        if name.endswith("_config.json"):
-            _settle_code(source, target, name, trust_remote_code)
-    raw = read_json(target / "config.json", "") if (target / "config.json").exists() else {}
-    if "headfuse_format" in raw:
-        from headfuse.modeling import CODE
-
-        for file in CODE[raw["model_type"]]:
-            shutil.copyfile(file, target / file.name)
-        write_generation_config(source, target)
-
-
-def _settle_code(source: Path, target: Path, name: str, trust_remote_code: bool) -> None:
-    """Copy the code that the `auto_map` of a copied file names, or take the names out of the copy.
-
-    Names of code in other repositories, `org/name--module.Class`, stay.
-    """
-    raw = read_json(target / name, "restore the original file")
-    auto_map = raw.get("auto_map")
-    if not auto_map:
-        return
-    modules = _local_modules(auto_map)
-    files = _code_files(source, modules)
-    if files is not None and (trust_remote_code or not files):
-        for file in files:
-            shutil.copyfile(source / file, target / file)
-        return
-    reason = "--trust-remote-code was not given" if files is not None else "it is not complete"
-    code = ", ".join(f"{module}.py" for module in modules)
-    logger.warning("%s names code of its own (%s): left out, as %s", source / name, code, reason)
-    entries = auto_map.items() if isinstance(auto_map, dict) else ()
-    kept = {key: value for key, value in entries if not _local_modules(value)}
-    raw = {key: value for key, value in raw.items() if key != "auto_map"} | ({"auto_map": kept} if kept else {})
-    (target / name).write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _local_modules(auto_map: Any) -> list[str]:
-    """Modules in the folder itself that an auto_map, or one of its values, names."""
-    if isinstance(auto_map, dict):
-        auto_map = list(auto_map.values())
-    if isinstance(auto_map, (list, tuple)):
-        return sorted({module for value in auto_map for module in _local_modules(value)})
-    return [auto_map.split(".")[0]] if isinstance(auto_map, str) and "--" not in auto_map else []
-
-
-def _code_files(folder: Path, modules: Iterable[str]) -> set[str] | None:
-    """Names of these modules' files and of those that they import from the folder; None where one is missing."""
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    try:
-        paths = {folder / f"{module}.py" for module in modules}
-        paths |= {Path(path) for module in list(paths) for path in get_relative_import_files(module)}
-    except (OSError, ValueError):  # no such file, or not UTF-8
-        return None
-    if not all(path.is_file() and path.parent == folder for path in paths):
-        return None
-    return {path.name for path in paths}
-
-
-TRAIN_LOG = "train_log.jsonl"
+    return fetch(set(weight_map(folder).values())) if weights == INDEX else folder

@@ -1,39 +1,62 @@
-"""Locks on outputs, so that two runs never write the same one, and what a disk that refuses means."""
+"""Locks on outputs, so that two runs never write the same one."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from headfuse.errors import CheckpointError, HeadfuseError, OutputError
+from filelock import lock_descriptor
+
+from headfuse.checkpoint.disk import WINDOWS, output_error
+from headfuse.checkpoint.paths import file_identity
+from headfuse.errors import OutputError
 
 LOCK = ".lock"
-FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""What flock says on network file systems that do not have it."""
+"""The errors of network file systems, and of Pythons, that have no locks: the run goes on without one."""
 
 
-def absolute(path: Path) -> Path:
-    """The path without `..` and with a name, also for `.`, whose last part is empty."""
-    return Path(os.path.abspath(path))
+class OutputLock:
+    """The lock on an opened file, which ends with it or with its process.
 
+    Args:
+        stream: the opened file.
+        path: where it lies; it must still lie there once it is locked.
+        where: what an error names.
 
-def file_identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode: equal however a path is spelt."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+    Raises:
+        OutputError: when another process has the lock.
+    """
+
+    def __init__(self, stream: IO[Any], path: Path, where: Path) -> None:
+        self._stream, self._path = stream, path
+        status = os.fstat(stream.fileno())
+        self._identity = status.st_dev, status.st_ino
+        try:
+            free = lock_descriptor(stream.fileno(), blocking=False) and self.in_place
+        except OSError as error:
+            free = error.errno in _NO_LOCKS
+        if not free:  # locked by another process, or by one that has just finished
+            fix = "wait for it, or choose another --output"
+            raise OutputError("another process is writing here", where=where, fix=fix)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file is still at its path: not replaced, and not removed with its folder."""
+        return file_identity(self._path) == self._identity
+
+    def release_on_windows(self) -> None:
+        """Close the file on Windows, which lets nobody write a locked file, or rename the folder of an open one."""
+        if WINDOWS:
+            self._stream.close()
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[IO[Any]]:
+def locked(folder: Path) -> Iterator[OutputLock]:
     """Hold the lock of an output folder while the block runs."""
     try:
         stream = (folder / LOCK).open("w")
@@ -42,37 +65,4 @@ def locked(folder: Path) -> Iterator[IO[Any]]:
             folder.rmdir()  # nothing is in it when it is ours
         raise output_error(folder, error) from None
     with stream:
-        lock(stream, folder / LOCK, folder)
-        yield stream
-
-
-def is_at(stream: IO[Any], path: Path) -> bool:
-    """Whether an opened file is the one that a path leads to."""
-    status = os.fstat(stream.fileno())
-    return file_identity(path) == (status.st_dev, status.st_ino)
-
-
-def lock(stream: IO[Any], path: Path, where: Path) -> None:
-    """Lock an opened file, which has to be the one at `path` still."""
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        stale = not is_at(stream, path)
-    except OSError as error:
-        stale = error.errno not in _NO_LOCKS
-    if stale:  # locked by another process, or by one that has just finished
-        raise OutputError("another process is writing here", where=where, fix="wait for it, or choose another --output")
-
-
-def output_error(path: Path, error: OSError, resumable: bool = False) -> HeadfuseError:
-    """The error of an output that the disk refuses; of an input, where the path is not under `path`."""
-    named = absolute(Path(error.filename)) if isinstance(error.filename, str) else path
-    if error.errno not in FULL_DISK and not str(named).startswith(str(path)) and not path.is_relative_to(named):
-        return CheckpointError(f"cannot be read: {error.strerror}", where=named, fix="check its permissions")
-    fix = {
-        errno.ENOSPC: "free some space or choose an --output on another disk",
-        errno.EDQUOT: "free some of your quota or choose an --output on another disk",
-        errno.EFBIG: "raise the limit on file size (ulimit -f) or choose another file system",
-    }.get(error.errno or 0, "choose an --output that you may write to")
-    return OutputError(
-        f"cannot be written: {error.strerror}", where=path, fix=fix + ("; then go on with --resume" * resumable)
-    )
+        yield OutputLock(stream, folder / LOCK, folder)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from headfuse.checkpoint.output import RESUME, STATE
-from headfuse.checkpoint.reader import file_sha256
+from headfuse.checkpoint.checksums import file_sha256
+from headfuse.checkpoint.interrupted import RESUME, STATE
 from headfuse.errors import CheckpointError, HeadfuseError
 from headfuse.plan import FusionPlan
 

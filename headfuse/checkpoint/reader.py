@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from headfuse.checkpoint.inputs import is_pointer, read_json
-from headfuse.checkpoint.quantised import refuse_gguf, refuse_quantised
+from headfuse.checkpoint.checksums import file_sha256
+from headfuse.checkpoint.inputs import is_pointer
+from headfuse.checkpoint.quantised import refuse_quantised
+from headfuse.checkpoint.weight_files import INDEX, weight_files, weight_map
 from headfuse.errors import CheckpointError, UnsupportedModelError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -39,7 +39,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = _weight_files(folder)
+        self.files = weight_files(folder)
         self._place: dict[str, tuple[str, int]] = {}
         self._digests: dict[str, bytes] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -65,7 +65,7 @@ class Checkpoint:
                 self._shapes[name], self._dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
         if not self._place:
             raise CheckpointError("holds no tensors", where=folder / self.files[0], fix="restore the original file")
-        for name, file in _weight_map(folder).items():
+        for name, file in weight_map(folder).items():
             if name not in self._place or self._place[name][0] != file:
                 raise CheckpointError(
                     f"puts tensor {name} into {file}, which does not hold it",
@@ -161,79 +161,9 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
     return 8 + length, header
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files, the single one before an index, as transformers chooses."""
-    try:
-        if (folder / SINGLE).is_file():
-            return [SINGLE]
-        if (folder / INDEX).exists():
-            files = sorted(set(_weight_map(folder).values()))
-            missing = [file for file in files if not (folder / file).is_file()]
-            if missing:
-                raise CheckpointError(
-                    "this shard is missing", where=folder / missing[0], fix="copy or download it again"
-                )
-            return files
-        refuse_gguf(folder)
-        names = [path.name for path in folder.iterdir()]
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=folder, fix="check its permissions") from None
-    raise _no_weights(names, folder)
-
-
-def _no_weights(names: Iterable[str], where: object) -> CheckpointError:
-    """The error for a model folder or repository without safetensors."""
-    pickles = [name for name in names if "/" not in name and Path(name).suffix in {".bin", ".pt", ".pth", ".ckpt"}]
-    pickles.sort(key=lambda name: (not name.startswith("pytorch_model"), name))  # a training leaves others as well
-    if pickles:
-        return CheckpointError(
-            f"the weights are pickled ({pickles[0]}), and unpickling runs code",
-            where=where,
-            fix="convert them once, where you trust them: load with transformers, then save_pretrained(folder)",
-        )
-    return CheckpointError(f"no weights: neither {SINGLE} nor {INDEX}", where=where, fix="copy or download the weights")
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name by the index, whose files are plain names in this folder; empty without an index."""
-    if (folder / SINGLE).is_file() or not (folder / INDEX).exists():
-        return {}
-    weight_map = read_json(folder / INDEX, "restore the original file").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError("has no weight_map", where=folder / INDEX, fix="restore the original file")
-    for file in weight_map.values():
-        if Path(file).name != file or not file.endswith(".safetensors") or "\\" in file or "\0" in file:
-            raise CheckpointError(
-                f"names {file!r}, which is not a safetensors file of this folder",
-                where=folder / INDEX,
-                fix="shard names must be plain file names; do not use an index from a source that you do not trust",
-            )
-    return weight_map
-
-
 def fingerprint(folder: Path) -> str:
     """What plan.json knows the source in a folder by (reads every weight)."""
     return Checkpoint(folder).fingerprint()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of one file."""
-    try:
-        with path.open("rb") as stream:
-            return (
-                hashlib.file_digest(stream, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else _digest(stream)
-            )
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=path, fix="check its permissions") from None
-
-
-def _digest(stream: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

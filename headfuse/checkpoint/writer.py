@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from headfuse.checkpoint.output import sync
-from headfuse.checkpoint.reader import DTYPE_CODES, INDEX, SINGLE, is_finite, num_bytes
+from headfuse.checkpoint.disk import reserve, sync
+from headfuse.checkpoint.reader import DTYPE_CODES, is_finite, num_bytes
+from headfuse.checkpoint.weight_files import INDEX, SINGLE
 from headfuse.errors import HeadfuseError, OutputError
 
 SHARD_BYTES = 5 * 10**9
@@ -88,7 +87,7 @@ class SafetensorsWriter:
         with path.open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             stream.flush()
-            _reserve(stream.fileno(), start + offset)
+            reserve(stream.fileno(), start + offset)
         self._hashed[file] = hashlib.sha256(len(text).to_bytes(8, "little") + text), start
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -140,16 +139,6 @@ class SafetensorsWriter:
 def mapped_tensor(path: Path, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A tensor that lies in a file: what is written to it is in the file, a new file holds zeros."""
     with path.open("ab") as stream:
-        _reserve(stream.fileno(), num_bytes(dtype, tuple(shape)))
+        reserve(stream.fileno(), num_bytes(dtype, tuple(shape)))
     size = math.prod(shape)
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(tuple(shape))
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Give the file its full size now, so that a full disk is found before the work."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(descriptor, size)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import model_validator
 
 from headfuse.choices import Dtype, names
-from headfuse.config.loading import Options, load_options
+from headfuse.config.loading import Options
 from headfuse.errors import ConfigError
 
 
@@ -59,14 +58,3 @@ class TrainingMachine(Machine):
 
 
 MachineT = TypeVar("MachineT", bound=Machine)
-
-
-def take_machine(kind: type[MachineT], options: Mapping[str, Any]) -> tuple[MachineT, dict[str, Any]]:
-    """The machine that some of the options describe, and the other options as they were given.
-
-    Raises:
-        ConfigError: naming every problem.
-    """
-    own = {name: value for name, value in options.items() if name in kind.model_fields}
-    others = {name: value for name, value in options.items() if name not in own}
-    return load_options(kind, None, own), others

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from headfuse.checkpoint.output import output_folder, read_resume, write_resume
+from headfuse.checkpoint.interrupted import read_resume, write_resume
+from headfuse.checkpoint.output import output_folder
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.config.fuse import FuseConfig
 from headfuse.conversion.conversion import Conversion, FusedModel
-from headfuse.conversion.output import open_writer, write_beside_weights, write_config
+from headfuse.conversion.output import open_writer, write_beside_weights
 from headfuse.conversion.preflight import prepare
 from headfuse.conversion.refine import REFINED, Refinement, Targets, refine, refines
 from headfuse.conversion.result import FuseResult, Stage
@@ -36,55 +37,51 @@ logger = logging.getLogger(__name__)
 
 
 def fuse(
-    model: str,
-    config: FuseConfig | None = None,
+    model: str | Path,
+    config: FuseConfig | str | Path | None = None,
     *,
-    output: Path | None = None,
-    plan: Path | None = None,
+    output: str | Path | None = None,
+    plan: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    device: str = "auto",
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
     on_progress: ProgressCallback = lambda phase, done, total: None,
+    **options: Any,
 ) -> FuseResult:
     """Fuse the key heads and value heads of a model and write the result as a checkpoint folder.
 
     Args:
         model: folder or hub id of a model of a supported family (docs/architectures.md).
-        config: every option; the defaults keep a quarter of the KV cache.
+        config: a `FuseConfig`, a YAML file or the name of a packaged config; by default a quarter of the cache is kept.
         output: default `<model>-headfuse-<budget>` beside the model; in the working directory for one of the hub.
         plan: a reviewed plan.json that replaces budget and grouping.
         overwrite: replace an existing output.
         resume: go on with an interrupted conversion.
-        device: where layers are computed.
-        dtype: of the written weights; default the source's.
-        trust_remote_code: allow the source's own code.
         on_progress: called with phase, done and total layers.
+        **options: those of `headfuse fuse` by name, which win over `config`: `budget`, `method`, `allocator`,
+            `grouping`, `layout`, `preset`, `data`, `samples`, `sequence_length`, `seed`; `device`, `dtype` (of the
+            written weights; by default the source's), `threads`, `trust_remote_code`; and the sections `budget`,
+            `calibration` and `dha` of YAML, as mappings.
 
     Raises:
         HeadfuseError: for every kind of bad input; nothing appears under the output name.
     """
-    prepared = prepare(
-        model, config, output=output, plan=plan, overwrite=overwrite, resume=resume, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    prepared = prepare(model, config, output=output, plan=plan, overwrite=overwrite, resume=resume, **options)
     source, config, output, text = prepared.source, prepared.config, prepared.output, prepared.text
     reviewed = prepared.plan and adopt(prepared.plan, source)
-    options = {**prepared.options, "plan": None if reviewed is None else reviewed.to_json()}
+    common = {**prepared.options, "plan": None if reviewed is None else reviewed.to_json()}
     trained = FUSION_METHODS[config.method].trained
     if trained:
-        options["source"] = source.identity().fingerprint
+        common["source"] = source.identity().fingerprint
     streamed = StreamedModel(source.checkpoint, source.config, prepared.device)
     with output_folder(output, overwrite=overwrite, resume=resume, reads=[source.folder]) as partial:
         conversion = Conversion(source, streamed, text, partial, on_progress)
-        found = resumed_plan(partial, source, options)
+        found = resumed_plan(partial, source, common)
         if trained:
-            written = _train(conversion, config, reviewed, options, trust_remote_code)
+            written = _train(conversion, config, reviewed, common, prepared.machine.trust_remote_code)
         else:
             planned = found or reviewed or _plan(conversion, plan_options(config))
-            written = _write(conversion, planned, options, Refinement(config.preset, config.seed))
-        return _finish(conversion, written, config, output)
+            written = _write(conversion, planned, common, Refinement(config.preset, config.seed))
+        return _finish(conversion, written, config, output, prepared.machine.dtype)
 
 
 @dataclass(frozen=True)
@@ -97,12 +94,15 @@ class _Written:
     held_out_before: tuple[float, ...]
 
 
-def _finish(conversion: Conversion, written: _Written, config: FuseConfig, output: Path) -> FuseResult:
-    """Write what lies beside the weights; what came out, under the name that the folder gets."""
+def _finish(
+    conversion: Conversion, written: _Written, config: FuseConfig, output: Path, dtype: str | None
+) -> FuseResult:
+    """Write what lies beside the weights; return what was reached, under the name that the folder gets."""
     itemsize = next(iter(written.writer.dtypes.values())).itemsize
     kv_bytes = [shape.kv_bytes_per_token(itemsize) for shape in (conversion.source.heads, written.plan)]
     result = FuseResult(output, written.plan, written.stages, written.held_out_before, *kv_bytes)
-    write_beside_weights(conversion.folder, conversion.source, result, config, written.writer)
+    checksums = written.writer.checksums()
+    write_beside_weights(conversion.folder, conversion.source, result, config, dtype, checksums)
     Checkpoint(conversion.folder)  # what was written opens again: headers and index agree
     return result
 
@@ -129,7 +129,6 @@ def _train(
     for name in writer.shapes:
         tensor = trained.weights.get(name)
         writer.write(name, source.checkpoint.read(name) if tensor is None else tensor)
-    write_config(partial, source, trained.plan, options["dtype"])
     return _Written(trained.plan, writer, (Stage("trained", trained.held_out_after),), trained.held_out_before)
 
 
@@ -137,7 +136,6 @@ def _write(conversion: Conversion, plan: FusionPlan, options: dict[str, Any], re
     """Fuse layer after layer, then refine all of them together where that is worth it."""
     source, streamed, partial = conversion.source, conversion.streamed, conversion.folder
     writer, done = open_writer(source, streamed, plan, partial, options)
-    write_config(partial, source, plan, options["dtype"])
     as_written = LAYOUTS[plan.layout].config(streamed.config.to_dict(), plan)
     fused = FusedModel(plan, DecoderLayers.of_config(as_written, streamed.arch, writer, streamed.device))
     before, closed_form, last = _convert(conversion, fused, done)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,24 +10,25 @@ from typing import Any
 
 import torch
 
-from headfuse.checkpoint.folder import copy_companions
+from headfuse.checkpoint.finish import finish_folder
 from headfuse.checkpoint.hub import default_parent
-from headfuse.checkpoint.output import check_output, check_output_file, output_file, output_folder
-from headfuse.checkpoint.plan_file import write_plan
+from headfuse.checkpoint.output import output_file, output_folder
+from headfuse.checkpoint.output_checks import check_output, check_output_file
 from headfuse.checkpoint.writer import SafetensorsWriter
-from headfuse.choices import Target
-from headfuse.errors import ConfigError, UnsupportedModelError
+from headfuse.choices import FileType, Target, names
+from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headfuse.layouts import LAYOUTS, layerwise
 from headfuse.layouts.assignment import StockHeads, common_group
-from headfuse.layouts.folder import CACHE_BYTES, ModelFolder
+from headfuse.layouts.folder import ModelFolder, open_folder
 from headfuse.layouts.gguf import writer as gguf
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.families import architecture_of
 from headfuse.models.loading import load_tokenizer, names_code, unembedded_tokens, warn_of_unembedded
 from headfuse.plan import FusionPlan, LayerPlan, query_order
-from headfuse.reporting.card import extended_card
+from headfuse.reporting.card import exported_section, extended_card
 
-logger = logging.getLogger(__name__)
+CACHE_BYTES = 2
+"""Bytes of a number in llama.cpp's KV cache, f16 unless the user says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,45 @@ class ExportPlan:
     @property
     def kv_bytes(self) -> tuple[int, int]:
         """KV cache bytes per token of the folder and of the output, in the dtype of the output's cache."""
-        per_head = self.folder.heads.head_dim * self.itemsize
-        return self.folder.num_heads * per_head, 2 * sum(self.num_key_value_heads) * per_head
+        after = 2 * sum(self.num_key_value_heads) * self.folder.heads.head_dim * self.itemsize
+        return self.folder.kv_bytes_per_token(self.itemsize), after
+
+
+def export(
+    model: str | Path,
+    to: Target,
+    *,
+    output: str | Path | None = None,
+    file_type: FileType | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a model in another layout, without loss.
+
+    Args:
+        model: folder or hub id.
+        to: the layout of a folder, or `gguf` for one file that llama.cpp reads.
+        output: folder or file to write; by default it lies beside the model, with the layout in its name.
+        file_type: numbers in a GGUF file; by default `f16`.
+        overwrite: replace an existing output.
+        trust_remote_code: allow the model's own code.
+
+    Raises:
+        HeadfuseError: for every kind of bad input; nothing appears under the output name.
+    """
+    if to not in names(Target):
+        raise ConfigError(f"{to!r} is unknown", where="--to", fix=f"give one of {', '.join(names(Target))}")
+    if file_type is not None and file_type not in names(FileType):
+        raise ConfigError(f"{file_type!r} is unknown", where="--type", fix=f"give one of {', '.join(names(FileType))}")
+    path = None if output is None else Path(output)
+    plan = plan_export(str(model), to, output=path, file_type=file_type, trust_remote_code=trust_remote_code)
+    return write_export(plan, file_type=file_type or "f16", overwrite=overwrite)
 
 
 def plan_export(
     model: str, to: Target, *, output: Path | None = None, file_type: str | None = None, trust_remote_code: bool = False
 ) -> ExportPlan:
-    """What `export` would write; reads headers alone.
+    """What `write_export` would write; reads headers alone.
 
     Raises:
         UnsupportedModelError: where no lossless re-layout exists, or none that is smaller than the source.
@@ -69,19 +98,21 @@ def plan_export(
     """
     if to != "gguf" and file_type is not None:
         raise ConfigError("is the type of numbers in a GGUF file", where="--type", fix="leave it out, or use --to gguf")
-    folder = ModelFolder.open(model, trust_remote_code)
+    folder = open_folder(model, trust_remote_code)
+    _check_exportable(folder)
+    folder.weights.report()
     if names_code(folder.path):  # what needs code that is not trusted cannot go into the output
         load_tokenizer(folder.path, trust_remote_code)
     if to == folder.layout:
         raise ConfigError(f"is a folder of layout {to} already", where=folder.path, fix="use it as it is")
     if to != "gguf":
-        LAYOUTS[to].check(folder.config)
-    group = common_group(folder.maps)
-    layers = tuple(m.stock_heads(group if to == "gqa" else m.group) for m in folder.maps)
+        LAYOUTS[to].check(folder.family_config)
+    group = common_group(folder.assignments)
+    layers = tuple(m.stock_heads(group if to == "gqa" else m.group) for m in folder.assignments)
     _check_exact(folder, to, layers)
     counts = [len(layer.keys) for layer in layers]
     if to == "gguf":
-        name = gguf.architecture(folder.config, counts, folder.path).name
+        name = gguf.architecture(folder.family_config, counts, folder.path).name
         gguf.require_gguf()
     else:
         name = _config(folder, to, counts)["architectures"][0]
@@ -93,12 +124,31 @@ def plan_export(
     )  # fmt: skip
 
 
+def _check_exportable(folder: ModelFolder) -> None:
+    """Refuse key heads with rotary slots, which no stock class has, and a plan of another model."""
+    for layer_idx, slots in enumerate(getattr(folder.config, "rotary_slots", None) or ()):
+        if slots is not None:
+            raise UnsupportedModelError(
+                f"layer {layer_idx}: its key heads choose their rotary frequencies (rotary slots), which a "
+                "stock rotary embedding cannot compute",
+                where=folder.path,
+                fix="fuse the source with --layout gqa or --layout layerwise, which keep the stock order",
+            )
+    shape = ("num_hidden_layers", "num_attention_heads", "head_dim")
+    if folder.plan is not None and any(getattr(folder.plan.heads, n) != getattr(folder.heads, n) for n in shape):
+        raise CheckpointError(
+            "plan.json is of a model of another shape than config.json",
+            where=folder.path,
+            fix="restore both as headfuse wrote them",
+        )
+
+
 def _check_exact(folder: ModelFolder, to: Target, layers: tuple[StockHeads, ...]) -> None:
     """Refuse a stock form that is no smaller than the source, or that a norm over all key heads makes inexact."""
     wanted = 2 * sum(len(layer.keys) for layer in layers)
     if wanted > folder.num_heads and wanted >= folder.source_heads:
         worst = max(range(len(layers)), key=lambda i: len(layers[i].keys))
-        sizes = sorted(Counter(folder.maps[worst].pairs).values())
+        sizes = sorted(Counter(folder.assignments[worst].pairs).values())
         fix = "fuse the source with --layout gqa (every runtime)"
         fix += " or --layout layerwise (vLLM, llama.cpp)" * (folder.layout == "decoupled")
         raise UnsupportedModelError(
@@ -118,7 +168,7 @@ def _check_exact(folder: ModelFolder, to: Target, layers: tuple[StockHeads, ...]
         )
 
 
-def export(
+def write_export(
     plan: ExportPlan,
     *,
     file_type: str = "f16",
@@ -140,10 +190,10 @@ def export(
     folder, place = plan.folder, {"overwrite": overwrite, "reads": [plan.folder.path]}
     if plan.target == "gguf":
         tokenizer = load_tokenizer(folder.path, plan.trust_remote_code)
-        warn_of_unembedded(unembedded_tokens(tokenizer, folder.config.vocab_size), folder.path)  # they are cut
+        warn_of_unembedded(unembedded_tokens(tokenizer, folder.family_config.vocab_size), folder.path)  # they are cut
         with output_file(plan.output, **place) as partial:  # type: ignore[arg-type]
             gguf.write(
-                partial, folder.name, folder.config, plan.num_key_value_heads, tokenizer,
+                partial, folder.name, folder.family_config, plan.num_key_value_heads, tokenizer,
                 _shapes(plan), _tensors(plan, on_progress), file_type, folder.path,
             )  # fmt: skip
         return plan.output
@@ -153,15 +203,15 @@ def export(
         writer = SafetensorsWriter(partial, {name: (dtypes[name], shape) for name, shape in shapes.items()})
         for name, tensor in _tensors(plan, on_progress):
             writer.write(name, tensor)
-        config = _config(folder, plan.target, plan.num_key_value_heads)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        copy_companions(folder.path, partial, plan.trust_remote_code)
-        if (folder.path / "headfuse.yaml").exists():
-            shutil.copyfile(folder.path / "headfuse.yaml", partial / "headfuse.yaml")
-        card = extended_card(folder.path, plan.output.name, _card_section(plan))
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        if folder.plan is not None:
-            write_plan(partial, _moved(folder.plan, plan))
+        finish_folder(
+            partial,
+            folder.path,
+            config=_config(folder, plan.target, plan.num_key_value_heads),
+            card=extended_card(folder.path, plan.output.name, exported_section(plan)),
+            options={},
+            plan=folder.plan and _moved(folder.plan, plan),
+            trust_remote_code=plan.trust_remote_code,
+        )
     return plan.output
 
 
@@ -239,14 +289,3 @@ def _moved(plan: FusionPlan, export: ExportPlan) -> FusionPlan:
         groups = tuple(tuple(dict.fromkeys(chunk)) for chunk in chunks)
         layers.append(LayerPlan(layer_idx=layer.layer_idx, key_groups=groups, value_groups=groups))
     return plan.model_copy(update={"layout": export.target, "layers": tuple(layers)})
-
-
-def _card_section(plan: ExportPlan) -> str:
-    """What the model card says about the export."""
-    before, after = plan.kv_bytes
-    counts = " ".join(map(str, plan.num_key_value_heads))
-    return (
-        f"## Exported to layout {plan.target}\n\n"
-        f"By `headfuse export`, without loss: class `{plan.architecture}`, KV heads per layer {counts}, KV bytes per "
-        f"token {before} before and {after} after. Loads in: {LAYOUTS[plan.target].runtimes}.\n"
-    )

@@ -1,17 +1,18 @@
-"""The folder that a conversion writes: weights, config, and the files beside them."""
+"""The folder that a conversion writes: its weight files, and what lies beside them."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from headfuse.checkpoint.folder import copy_companions
+from headfuse.checkpoint.companions import FUSE_OPTIONS
+from headfuse.checkpoint.disk import write_whole
+from headfuse.checkpoint.finish import finish_folder
 from headfuse.checkpoint.hub import default_parent
-from headfuse.checkpoint.output import STATE, write_resume, write_whole
-from headfuse.checkpoint.plan_file import write_plan
+from headfuse.checkpoint.interrupted import STATE, write_resume
 from headfuse.checkpoint.reader import DTYPE_NAMES, Checkpoint
 from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.config.fuse import FuseConfig
@@ -21,11 +22,10 @@ from headfuse.layouts import LAYOUTS
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.canonical import CanonicalCheckpoint
 from headfuse.models.families import Architecture
-from headfuse.models.loading import keep_tokenizer_class
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.reporting.card import fused_card
+from headfuse.reporting.card import fused_card, keep_licence_text
 
 
 def default_output(source: Source, config: FuseConfig, plan: FusionPlan | None = None) -> Path:
@@ -82,24 +82,42 @@ def _written_tensors(
     return spec
 
 
-def write_config(partial: Path, source: Source, plan: FusionPlan, dtype: str | None) -> None:
-    """Write the config.json of the fused model."""
+def fused_config(source: Source, plan: FusionPlan, dtype: str | None) -> dict[str, Any]:
+    """The config.json of the fused model; `dtype` is that of the written weights, None the source's."""
     raw = source.raw_config()
     if dtype is not None:
         raw.pop("torch_dtype", None)
         raw["dtype"] = dtype
-    (partial / "config.json").write_text(json.dumps(LAYOUTS[plan.layout].config(raw, plan), indent=2) + "\n")
+    return LAYOUTS[plan.layout].config(raw, plan)
 
 
 def write_beside_weights(
-    partial: Path, source: Source, result: FuseResult, config: FuseConfig, writer: SafetensorsWriter
+    partial: Path,
+    source: Source,
+    result: FuseResult,
+    config: FuseConfig,
+    dtype: str | None,
+    checksums: Mapping[str, str],
 ) -> None:
-    """Everything but weights and config: tokenizer and licence, headfuse.yaml, card, plan.json with checksums."""
-    plan = result.plan
-    copy_companions(source.folder, partial, source.trust_remote_code)
-    if not LAYOUTS[plan.layout].stock_class:
-        keep_tokenizer_class(source.folder, partial)
-    head = f"# headfuse fuse --config headfuse.yaml {plan.source.model}\n"
-    (partial / "headfuse.yaml").write_text(head + config.to_yaml(), encoding="utf-8")
-    (partial / "README.md").write_text(fused_card(source, result), encoding="utf-8")
-    write_plan(partial, plan, writer.checksums())
+    """Complete the folder of a conversion, whose weights are written.
+
+    Args:
+        partial: the folder in the making.
+        source: the opened source.
+        result: for the model card and plan.json.
+        config: for headfuse.yaml.
+        dtype: of the written weights, None for the source's.
+        checksums: of weight files, as far as the writer knows them.
+    """
+    command = f"# headfuse fuse --config {FUSE_OPTIONS} {result.plan.source.model}\n"
+    keep_licence_text(source.folder, partial)
+    finish_folder(
+        partial,
+        source.folder,
+        config=fused_config(source, result.plan, dtype),
+        card=fused_card(source, result),
+        options={FUSE_OPTIONS: command + config.to_yaml()},
+        plan=result.plan,
+        checksums=checksums,
+        trust_remote_code=source.trust_remote_code,
+    )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from headfuse.checkpoint.output import STATE, sync, write_whole
+from headfuse.checkpoint.disk import sync, write_whole
+from headfuse.checkpoint.interrupted import STATE
 from headfuse.checkpoint.writer import SafetensorsWriter, mapped_tensor
 from headfuse.config.presets import PRESETS
 from headfuse.conversion.conversion import Conversion, FusedModel

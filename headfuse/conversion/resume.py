@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from headfuse.checkpoint.output import STATE, read_resume, write_whole
+from headfuse.checkpoint.disk import write_whole
+from headfuse.checkpoint.interrupted import STATE, read_resume
 from headfuse.checkpoint.plan_file import read_plan
 from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.errors import ConfigError, HeadfuseError

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from headfuse.checkpoint.output import STATE, sync
+from headfuse.checkpoint.disk import sync
+from headfuse.checkpoint.interrupted import STATE
 from headfuse.config.fuse import DhaConfig, FuseConfig
 from headfuse.dha import ratios as dha
 from headfuse.dha.operator import MixedProjection

@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headfuse.checkpoint.folder import resolve_model
-from headfuse.checkpoint.reader import Checkpoint
+from headfuse.config.command import EVALUATE
 from headfuse.config.evaluate import EvalConfig
-from headfuse.config.loading import load_options
-from headfuse.config.machine import Machine, take_machine
+from headfuse.config.machine import Machine
 from headfuse.config.values import data_name
 from headfuse.errors import CheckpointError, ConfigError
 from headfuse.estimates import clustered_mean, mean
 from headfuse.evaluation.agreement import agreement
-from headfuse.evaluation.capacity import FORMULA, Fit, fit, kv_bytes_per_token, stored_dtype
+from headfuse.evaluation.capacity import FORMULA, Fit, fit, stored_dtype
 from headfuse.evaluation.passkey import Retrieval, passkey_prompts, retrieve
 from headfuse.evaluation.perplexity import (
     EvaluationText,
@@ -35,7 +33,7 @@ from headfuse.evaluation.perplexity import (
 from headfuse.evaluation.result import Comparison, EvaluationResult, ModelFigures, PasskeyResult
 from headfuse.evaluation.speed import DecodeSpeed, decode_speed
 from headfuse.evaluation.tasks import Harness, Scores
-from headfuse.models.config import read_config
+from headfuse.layouts.folder import ModelFolder, open_folder
 from headfuse.models.loading import (
     check_context,
     check_tokens,
@@ -46,7 +44,6 @@ from headfuse.models.loading import (
     unembedded_tokens,
     warn_of_unembedded,
 )
-from headfuse.models.weights import report_weights
 from headfuse.text.documents import DEFAULT_DATA, read_documents
 
 logger = logging.getLogger(__name__)
@@ -57,10 +54,14 @@ class _Model:
     """A model that is to be measured; `name` is how the result may name it."""
 
     name: str
-    folder: Path
+    opened: ModelFolder
     tokenizer: PreTrainedTokenizerBase
     beyond: dict[int, str]
     """Tokens that the model does not embed."""
+
+    @property
+    def folder(self) -> Path:
+        return self.opened.path
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,13 @@ class _Measured:
     retrievals: list[Retrieval]
 
 
-def evaluate(model: str, *, on_stage: Callable[[str], None] = lambda stage: None, **options: Any) -> EvaluationResult:
+def evaluate(
+    model: str | Path,
+    config: EvalConfig | str | Path | None = None,
+    *,
+    on_stage: Callable[[str], None] = lambda stage: None,
+    **options: Any,
+) -> EvaluationResult:
     """Measure a causal LM, fused or not, and compare it with a baseline.
 
     One model is in memory at a time, with the other's last hidden states (windows x length x hidden size numbers);
@@ -82,14 +89,14 @@ def evaluate(model: str, *, on_stage: Callable[[str], None] = lambda stage: None
 
     Args:
         model: a model folder or hub id.
+        config: an `EvalConfig`, or a YAML file of its options.
         on_stage: called with the name of each stage as it begins.
-        **options: those of `EvalConfig` and of `Machine`, by name.
+        **options: those of `EvalConfig`, which win over `config`, and of `Machine`, by name.
 
     Raises:
         HeadfuseError: for a model, baseline, text, task or option that cannot be used.
     """
-    machine, others = take_machine(Machine, options)
-    return _evaluate(model, load_options(EvalConfig, None, others), machine, on_stage)
+    return _evaluate(str(model), *EVALUATE.read(config, options), on_stage)
 
 
 def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callable[[str], None]) -> EvaluationResult:
@@ -151,17 +158,16 @@ def _check(config: EvalConfig) -> None:
 
 def _open(names: list[str], config: EvalConfig, machine: Machine) -> list[_Model]:
     """The models' folders and tokenizers, once their configs were found to hold the windows."""
-    folders = [resolve_model(name) for name in names]
-    configs = [read_config(folder, machine.trust_remote_code) for folder in folders]
-    for read in configs:
-        check_context(read, config.sequence_length)
+    folders = [open_folder(name, machine.trust_remote_code, any_family=True) for name in names]
+    for folder in folders:
+        check_context(folder.config, config.sequence_length)
         for length in config.passkey:
-            check_context(read, length, "--passkey")
+            check_context(folder.config, length, "--passkey")
     models = []
-    for name, folder, read in zip(names, folders, configs, strict=True):
-        report_weights(folder, read)
-        tokenizer = load_tokenizer(folder, machine.trust_remote_code)
-        beyond = unembedded_tokens(tokenizer, read.get_text_config().vocab_size)
+    for name, folder in zip(names, folders, strict=True):
+        folder.weights.report()
+        tokenizer = load_tokenizer(folder.path, machine.trust_remote_code)
+        beyond = unembedded_tokens(tokenizer, folder.config.get_text_config().vocab_size)
         models.append(_Model(model_name(name), folder, tokenizer, beyond))
     return models
 
@@ -224,9 +230,9 @@ def _measure(
 def _figures(
     model: _Model, loaded: PreTrainedModel, losses: torch.Tensor, text: EvaluationText, config: EvalConfig
 ) -> ModelFigures:
-    checkpoint = Checkpoint(model.folder)
+    checkpoint = model.opened.checkpoint
     kv_dtype = stored_dtype(checkpoint)
-    kv_bytes = kv_bytes_per_token(loaded.config, kv_dtype.itemsize)
+    kv_bytes = model.opened.kv_bytes_per_token(kv_dtype.itemsize)
     fits: Fit | None = None
     if config.memory is not None:
         context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headfuse.errors import ConfigError
 from headfuse.evaluation.perplexity import Predictions
 from headfuse.models.states import model_states
-from headfuse.text.documents import start_token
+from headfuse.text.bos import start_token
 
 _INTRO = "There is an important fact hidden in a lot of irrelevant text. Find it and memorise it.\n"
 _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "

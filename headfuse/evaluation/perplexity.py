@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headfuse.errors import DataError
 from headfuse.models.logits import chunk_tokens
 from headfuse.models.states import model_states
-from headfuse.text.documents import start_token
+from headfuse.text.bos import start_token
 from headfuse.text.windows import labelled_tokens, with_start
 
 

@@ -1,10 +1,11 @@
-"""Opens a model folder of any layout."""
+"""Opens a model folder of any layout: its heads, the weight of its KV cache, and how its tensors are stored."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -12,93 +13,56 @@ from headfuse.checkpoint.folder import resolve_model
 from headfuse.checkpoint.hub import folder_name
 from headfuse.checkpoint.plan_file import read_plan
 from headfuse.checkpoint.reader import Checkpoint
-from headfuse.errors import CheckpointError, UnsupportedModelError
-from headfuse.layouts import decoupled, layerwise
+from headfuse.choices import Layout
+from headfuse.errors import CheckpointError
+from headfuse.layouts import layerwise
 from headfuse.layouts.assignment import HeadAssignment
 from headfuse.models.config import raw_config, read_config
-from headfuse.models.families import Architecture, architecture_of
+from headfuse.models.families import Architecture
 from headfuse.models.heads import head_layout
 from headfuse.models.model_code import warn_of_other_code
-from headfuse.models.weights import ModelWeights, untie
+from headfuse.models.weights import ModelWeights, is_supported, stored_architecture, untie
 from headfuse.plan import FusionPlan, HeadLayout
 
-CACHE_BYTES = 2
-"""Bytes of a number in llama.cpp's KV cache, f16 unless the user says otherwise."""
+_RESTORE = "restore the config.json that headfuse wrote"
+
+
+def layout_of(config: PreTrainedConfig) -> Layout:
+    """The layout of a model, by its loaded config; `gqa` for every stock class."""
+    if config.model_type == "headfuse":
+        return "decoupled"
+    return "layerwise" if hasattr(config, "num_key_value_heads_per_layer") else "gqa"
+
+
+def cached_heads(config: PreTrainedConfig) -> int:
+    """Key heads and value heads in the KV cache, over all layers."""
+    layout = layout_of(config)
+    if layout == "decoupled":
+        return sum(config.num_key_heads) + sum(config.num_value_heads)
+    if layout == "layerwise":
+        return 2 * sum(config.num_key_value_heads_per_layer)
+    text = config.get_text_config()
+    return 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+
+
+def kv_bytes_per_token(config: PreTrainedConfig, itemsize: int) -> int:
+    """Bytes that one token takes in the KV cache over all layers, at `itemsize` bytes a number."""
+    text = config.get_text_config() if layout_of(config) == "gqa" else config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return cached_heads(config) * head_dim * itemsize
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """An opened model folder of any layout."""
+    """An opened model folder of any layout.
+
+    What only some commands need is read when it is asked for, and then raises HeadfuseError where it is damaged.
+    """
 
     path: Path
-    layout: Literal["decoupled", "layerwise", "gqa"]
-    family: dict[str, Any]
-    """config.json of the source's own class, whatever its number of KV heads."""
     config: PreTrainedConfig
-    heads: HeadLayout
-    maps: tuple[HeadAssignment, ...]
-    checkpoint: Checkpoint
-    plan: FusionPlan | None
-
-    @classmethod
-    def open(cls, model: str, trust_remote_code: bool = False) -> ModelFolder:
-        """Open and check a folder.
-
-        Raises:
-            CheckpointError: for a folder that is missing, damaged or of a family that is not known.
-            UnsupportedModelError: for key heads with rotary slots, which no stock class has.
-        """
-        path = resolve_model(model)
-        loaded = read_config(path, trust_remote_code)
-        warn_of_other_code(path)
-        raw = raw_config(path)
-        layout: Literal["decoupled", "layerwise", "gqa"] = "gqa"
-        family, maps = raw, None
-        if loaded.model_type == "headfuse":
-            layout, family = "decoupled", raw["source_config"]
-            for layer_idx, slots in enumerate(loaded.rotary_slots or ()):
-                if slots is not None:
-                    raise UnsupportedModelError(
-                        f"layer {layer_idx}: its key heads choose their rotary frequencies (rotary slots), which a "
-                        "stock rotary embedding cannot compute",
-                        where=path,
-                        fix="fuse the source with --layout gqa or --layout layerwise, which keep the stock order",
-                    )
-            both = zip(loaded.key_head_of_query, loaded.value_head_of_query, strict=True)
-            maps = tuple(HeadAssignment(tuple(keys), tuple(values)) for keys, values in both)
-        elif hasattr(loaded, "num_key_value_heads_per_layer"):
-            if str(loaded.source_model_type) not in layerwise.FAMILIES:
-                raise CheckpointError(
-                    f"source_model_type is {loaded.source_model_type!r}", where=path / "config.json",
-                    fix="restore the config.json that headfuse wrote",
-                )  # fmt: skip
-            layout, family = "layerwise", layerwise.family_config(loaded.to_dict())
-            counts = loaded.num_key_value_heads_per_layer
-            maps = tuple(HeadAssignment.stock(loaded.num_attention_heads, count) for count in counts)
-        fields = {name: value for name, value in family.items() if name != "model_type"}
-        try:
-            config = AutoConfig.for_model(family["model_type"], **fields)
-        except Exception as error:  # the strict configs of transformers raise many kinds
-            reason = " ".join(str(error).split())[:300]
-            fix = "restore the config.json that headfuse wrote"
-            raise CheckpointError(reason, where=path / "config.json", fix=fix) from None
-        heads = head_layout(config, path / "config.json")
-        if maps is None:
-            maps = (
-                HeadAssignment.stock(heads.num_attention_heads, heads.num_key_value_heads),
-            ) * heads.num_hidden_layers
-        plan = read_plan(path) if (path / "plan.json").exists() else None
-        shape = ("num_hidden_layers", "num_attention_heads", "head_dim")
-        if plan is not None and any(getattr(plan.heads, name) != getattr(heads, name) for name in shape):
-            raise CheckpointError(
-                "plan.json is of a model of another shape than config.json", where=path,
-                fix="restore both as headfuse wrote them",
-            )  # fmt: skip
-        weights = ModelWeights.open(path, loaded)
-        weights.report()
-        if weights.untied:
-            family, config.tie_word_embeddings = untie(family), False
-        return cls(path, layout, family, config, heads, maps, weights.checkpoint, plan)
+    """As transformers loads it."""
+    weights: ModelWeights
 
     @property
     def name(self) -> str:
@@ -106,16 +70,78 @@ class ModelFolder:
         return folder_name(self.path).rsplit("/")[-1]
 
     @property
+    def layout(self) -> Layout:
+        """How its heads lie on the disk."""
+        return layout_of(self.config)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Its weight files."""
+        return self.weights.checkpoint
+
+    @cached_property
+    def plan(self) -> FusionPlan | None:
+        """Its plan.json; None where there is none."""
+        return read_plan(self.path) if (self.path / "plan.json").exists() else None
+
+    @property
     def arch(self) -> Architecture:
         """How the folder stores its attention."""
-        own = architecture_of(self.heads.model_type)
-        return decoupled.stored(own) if self.layout == "decoupled" else own
+        return stored_architecture(self.config, self.path / "config.json")
 
     @property
     def num_heads(self) -> int:
-        """Key heads and value heads of all layers."""
-        sides = [(set(m.key_head_of_query), set(m.value_head_of_query)) for m in self.maps]
-        return sum(len(keys) + len(values) for keys, values in sides)
+        """Key heads and value heads in the KV cache, over all layers."""
+        return cached_heads(self.config)
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes that one token takes in the KV cache over all layers, at `itemsize` bytes a number."""
+        return kv_bytes_per_token(self.config, itemsize)
+
+    def raw_config(self) -> dict[str, Any]:
+        """config.json for an output: see `models.config.raw_config`; without ties that the weights do not have."""
+        raw = raw_config(self.path)
+        return untie(raw) if self.weights.untied else raw
+
+    @cached_property
+    def family(self) -> dict[str, Any]:
+        """config.json of the source's own class, whatever its number of KV heads."""
+        raw = self.raw_config()
+        if self.layout == "decoupled":
+            return raw["source_config"]
+        if self.layout == "gqa":
+            return raw
+        model_type = str(getattr(self.config, "source_model_type", None))
+        if model_type not in layerwise.FAMILIES:
+            raise CheckpointError(f"source_model_type is {model_type!r}", where=self._config_path, fix=_RESTORE)
+        family = layerwise.family_config(self.config.to_dict())
+        return untie(family) if self.weights.untied else family
+
+    @cached_property
+    def family_config(self) -> PreTrainedConfig:
+        """`family` as transformers loads it."""
+        fields = {name: value for name, value in self.family.items() if name != "model_type"}
+        try:
+            return AutoConfig.for_model(self.family["model_type"], **fields)
+        except Exception as error:  # the strict configs of transformers raise many kinds
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(reason, where=self._config_path, fix=_RESTORE) from None
+
+    @cached_property
+    def heads(self) -> HeadLayout:
+        """The shape of the attention in the source's own class."""
+        return head_layout(self.family_config, self._config_path)
+
+    @cached_property
+    def assignments(self) -> tuple[HeadAssignment, ...]:
+        """The key head and the value head that each query head reads, layer by layer."""
+        config, queries = self.config, self.heads.num_attention_heads
+        if self.layout == "decoupled":
+            both = zip(config.key_head_of_query, config.value_head_of_query, strict=True)
+            return tuple(HeadAssignment(tuple(keys), tuple(values)) for keys, values in both)
+        if self.layout == "layerwise":
+            return tuple(HeadAssignment.stock(queries, count) for count in config.num_key_value_heads_per_layer)
+        return (HeadAssignment.stock(queries, self.heads.num_key_value_heads),) * self.heads.num_hidden_layers
 
     @property
     def source_heads(self) -> int:
@@ -124,3 +150,28 @@ class ModelFolder:
             return self.plan.heads.total_heads
         count = self.heads.num_attention_heads if self.layout == "layerwise" else self.heads.num_key_value_heads
         return 2 * self.heads.num_hidden_layers * count
+
+    @property
+    def _config_path(self) -> Path:
+        return self.path / "config.json"
+
+
+def open_folder(model: str, trust_remote_code: bool = False, *, any_family: bool = False) -> ModelFolder:
+    """Open a model folder, or a model of the hub, of any layout.
+
+    Args:
+        model: folder or hub id.
+        trust_remote_code: allow the model's own code.
+        any_family: open a family that headfuse does not convert as well; its weights are then not compared with its
+            config, and `arch`, `heads` and `assignments` may raise.
+
+    Raises:
+        CheckpointError: for a folder that is missing or damaged.
+        UnsupportedModelError: for a family that is not supported, and for quantised weights.
+    """
+    path = resolve_model(model)
+    config = read_config(path, trust_remote_code)
+    warn_of_other_code(path)
+    if any_family and not is_supported(config):
+        return ModelFolder(path, config, ModelWeights(Checkpoint(path), untied=False, left_out=()))
+    return ModelFolder(path, config, ModelWeights.open(path, config))

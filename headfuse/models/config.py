@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from headfuse.checkpoint.inputs import read_json
 from headfuse.checkpoint.quantised import refuse_gguf, refuse_quantised_config
-from headfuse.checkpoint.reader import INDEX, SINGLE
+from headfuse.checkpoint.weight_files import INDEX, SINGLE
 from headfuse.errors import CheckpointError, UnsupportedModelError
 from headfuse.models.families import ARCHITECTURES
 

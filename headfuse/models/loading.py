@@ -112,17 +112,6 @@ def load_model(
     return model.to(target).eval()
 
 
-def keep_tokenizer_class(source: Path, target: Path) -> None:
-    """Name the tokenizer's class in a folder of another model type: transformers picks some by the model type."""
-    path = target / "tokenizer_config.json"
-    if not path.exists():
-        return
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    if "auto_map" not in fields:
-        fields["tokenizer_class"] = type(load_tokenizer(source)).__name__
-        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
 def stored_names(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A loaded model's weights under the names, and in the shapes, that they have on the disk: experts one by one."""
     return revert_weight_conversion(model, dict(weights))

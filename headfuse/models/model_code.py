@@ -14,9 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from headfuse.checkpoint.output import RESUME, output_folder, partial_folder
+from headfuse.checkpoint.checksums import file_sha256
+from headfuse.checkpoint.finish import code_files
+from headfuse.checkpoint.interrupted import RESUME
+from headfuse.checkpoint.output import output_folder
+from headfuse.checkpoint.paths import partial_folder
 from headfuse.checkpoint.plan_file import verify
-from headfuse.checkpoint.reader import file_sha256
 from headfuse.errors import CheckpointError, ConfigError, OutputError
 from headfuse.models.config import read_config
 
@@ -28,15 +31,11 @@ _VERSION = re.compile(r"^CODE_VERSION = (\d{1,9})\b", re.MULTILINE)
 
 def installed_files(folder: Path) -> tuple[Path, ...]:
     """The installed files that belong beside the weights of a folder; none where its class is a stock one."""
-    from headfuse.modeling import CODE
-
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # which whoever loads the folder explains
         return ()
-    if not isinstance(raw, dict) or "headfuse_format" not in raw:
-        return ()
-    return CODE.get(str(raw.get("model_type")), ())
+    return code_files(raw) if isinstance(raw, dict) else ()
 
 
 def code_state(folder: Path) -> State | None:

@@ -19,8 +19,9 @@ from headfuse.models.heads import head_layout
 from headfuse.models.loading import check_tokens, load_tokenizer, unembedded_tokens, warn_of_unembedded
 from headfuse.models.weights import ModelWeights, untie
 from headfuse.plan import HeadLayout, SourceModel
+from headfuse.text.bos import start_token
 from headfuse.text.calibration import CalibrationText
-from headfuse.text.documents import read_documents, start_token
+from headfuse.text.documents import read_documents
 from headfuse.text.windows import varied_windows
 
 logger = logging.getLogger(__name__)

@@ -90,14 +90,9 @@ class ModelWeights:
             )
 
 
-def report_weights(folder: Path, config: PreTrainedConfig) -> None:
-    """Check and report the weights of a folder; those of a family that is not in the table, only loading checks.
-
-    Raises:
-        HeadfuseError: as `ModelWeights.open`.
-    """
-    if config.model_type in {*ARCHITECTURES, "headfuse"} or hasattr(config, "source_model_type"):
-        ModelWeights.open(folder, config).report()
+def is_supported(config: PreTrainedConfig) -> bool:
+    """Whether a model, of any layout, is of a family that headfuse converts."""
+    return config.model_type in {*ARCHITECTURES, "headfuse"} or hasattr(config, "source_model_type")
 
 
 def shown_names(names: tuple[str, ...] | list[str]) -> str:

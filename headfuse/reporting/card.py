@@ -1,9 +1,9 @@
-"""Model cards."""
+"""Model cards: README.md of fused, trained and exported models."""
 
 from __future__ import annotations
 
 import logging
-import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,20 @@ from huggingface_hub import ModelCardData, metadata_load
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from headfuse.checkpoint.hub import repository_of
+from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
+from headfuse.reporting.templating import render
 
 if TYPE_CHECKING:
+    from headfuse.conversion.export import ExportPlan
     from headfuse.conversion.result import FuseResult
     from headfuse.models.source import Source
     from headfuse.training.uptrain import UptrainResult
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
+SOURCE_CARD = "README-source.md"
+"""The source's card, where the licence stands in it."""
 INHERITED = ("language", "pipeline_tag", "library_name", "datasets")
 """What is as true of the fused model as of its source, besides licence, gate and tags; figures are not."""
 TAGS = ("headfuse", "kv-cache")
@@ -28,35 +33,24 @@ TAGS = ("headfuse", "kv-cache")
 
 def fused_card(source: Source, result: FuseResult) -> str:
     """README.md of the output: what was fused, figures before and after, and how to load it."""
-    plan, budget = result.plan, result.plan.head_budget
-    rows = [f"| {i} | {k} | {v} |" for i, (k, v) in enumerate(zip(budget.key_heads, budget.value_heads, strict=True))]
-    revision = f" at revision `{plan.source.revision}`" if plan.source.revision else ""
-    lines = [
-        f"# {source.name}, {plan.kv_ratio:.4g} of its KV cache", "",
-        f"Made from `{source.name}`{revision} with headfuse {plan.headfuse_version}: its key heads and value heads "
-        f"were fused (method `{plan.method}`, allocator `{plan.allocator}`, layout `{plan.layout}`); "
-        + ("all weights were trained." if plan.method == "dha" else "only the attention projections changed."),
-        "", "| | source | fused |", "|---|---|---|",
-        f"| KV bytes per token | {result.kv_bytes_before} | {result.kv_bytes_after} |",
-    ]  # fmt: skip
-    if result.nll_before is not None and result.nll_after is not None:
-        lines += [
-            f"| NLL per token, held-out calibration text | {result.nll_before:.4f} | {result.nll_after:.4f} |",
-            f"| perplexity | {_perplexity(result.nll_before)} | {_perplexity(result.nll_after)} |",
-        ]
-    stages = [f"{stage.name} {stage.nll:.4f}" for stage in result.stages if stage.kept and stage.nll is not None]
-    lines += ["", f"NLL after each stage of the conversion: {', '.join(stages)}."] if len(stages) > 1 else []
-    lines += [
-        "",
-        f"Loads in: {LAYOUTS[plan.layout].runtimes}.",
-        "",
-        "| layer | key heads | value heads |",
-        "|---|---|---|",
-        *rows,
-    ]
+    plan = result.plan
+    body = render(
+        "fused_card.jinja",
+        source=source.name,
+        plan=plan,
+        trained=FUSION_METHODS[plan.method].trained,
+        result=result,
+        stages=[stage for stage in result.stages if stage.kept and stage.nll is not None],
+        runtimes=LAYOUTS[plan.layout].runtimes,
+    )
     repository = repository_of(source.folder)
-    data = _inherited(source.folder)
-    return _front_matter(data, None if repository is None else repository.name) + "\n".join(lines) + "\n"
+    return _front_matter(_inherited(source.folder), None if repository is None else repository.name) + body
+
+
+def keep_licence_text(source: Path, target: Path) -> None:
+    """Copy the source's card to where the output's `license_link` leads, if its own leads to the card."""
+    if _inherited(source).get("license_link") == SOURCE_CARD:
+        shutil.copyfile(source / CARD, target / SOURCE_CARD)
 
 
 def extended_card(folder: Path, name: str, section: str) -> str:
@@ -89,6 +83,8 @@ def _inherited(folder: Path) -> dict[str, Any]:
         for key, value in found.items()
         if key in INHERITED or str(key).startswith(("license", "extra_gated_"))
     }
+    if str(kept.get("license_link")).removeprefix("./") == CARD:
+        kept["license_link"] = SOURCE_CARD
     tags = _as_list(found.get("tags"))
     if "language" in kept:  # YAML 1.1 takes Norwegian's `no` for a truth value, the hub does not
         kept["language"] = ["no" if code is False else code for code in _as_list(kept["language"])]
@@ -112,36 +108,32 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _perplexity(nll: float) -> str:
-    """The figure, unless it is so large that it says nothing, or is beyond a float."""
-    return f"{math.exp(nll):.2f}" if nll < 20 else "above 10^8"
-
-
-def card_section(result: UptrainResult) -> str:
+def uptrained_section(result: UptrainResult) -> str:
     """What the model card says about the training."""
     recipe, teacher = result.recipe, f" from `{result.teacher}`" if result.teacher else ""
-    terms = {"kl": f"forward KL divergence{teacher} over the full vocabulary", "ce": "cross-entropy"}[recipe.loss]
-    terms += f" plus {recipe.cross_entropy:g} times cross-entropy" if recipe.cross_entropy else ""
-    terms += f" plus {recipe.hidden:g} times the relative error of every layer's output" if recipe.hidden else ""
-    terms += f", the first {recipe.layerwise:.0%} of the steps layer by layer" if recipe.layerwise else ""
-    trained = {
-        "all": "All weights were", "attention": "The attention weights were",
-        "lora": f"Adapters of rank {recipe.lora_rank} on the attention weights, merged into them, were",
-    }[recipe.train]  # fmt: skip
-    windows = f"{result.validation_windows} windows of {recipe.sequence_length} tokens of " + (
-        f"`{recipe.named()['validation_data']}`" if recipe.validation_data else "the text, held out"
-    )
     figures = {"source": result.nll_teacher, "before": result.nll_before, "after": result.nll_after}
-    rows = "".join(f"| {name} | {nll:.3f} |\n" for name, nll in figures.items() if nll is not None)
-    batch = (recipe.batch_size or 0) * recipe.gradient_accumulation * result.processes
-    best = f" (the weights are those after step {result.best_step})" if result.best_step != result.steps else ""
-    return (
-        "## Uptraining\n\n"
-        f"{trained} trained in float32 on {result.tokens:,} tokens of `{result.data}` by `headfuse uptrain`:"
-        f" {terms}, AdamW (betas 0.9 and 0.95, weight decay {recipe.weight_decay:g}), {result.steps}"
-        f" steps{best} of {batch} x {recipe.sequence_length} tokens, peak learning"
-        f" rate {recipe.learning_rate:g} ({recipe.fused_learning_rate:g} times that for key and value projections),"
-        f" {recipe.warmup:.0%} warm-up, cosine to {recipe.final_learning_rate:.0%},"
-        f" gradient norm at most {recipe.gradient_clip:g}, seed {recipe.seed}.\n"
-        + (f"\nNLL per token on {windows}:\n\n| model | NLL |\n|---|---|\n{rows}" if rows else "")
+    return render(
+        "uptrained_section.jinja",
+        result=result,
+        recipe=recipe,
+        loss={"kl": f"forward KL divergence{teacher} over the full vocabulary", "ce": "cross-entropy"}[recipe.loss],
+        trained={
+            "all": "All weights were",
+            "attention": "The attention weights were",
+            "lora": f"Adapters of rank {recipe.lora_rank} on the attention weights, merged into them, were",
+        }[recipe.train],
+        batch_size=(recipe.batch_size or 0) * recipe.gradient_accumulation * result.processes,
+        figures={name: nll for name, nll in figures.items() if nll is not None},
+    )
+
+
+def exported_section(plan: ExportPlan) -> str:
+    """What the model card says about an export."""
+    return render(
+        "exported_section.jinja",
+        target=plan.target,
+        architecture=plan.architecture,
+        num_key_value_heads=plan.num_key_value_heads,
+        kv_bytes=plan.kv_bytes,
+        runtimes=LAYOUTS[plan.target].runtimes,
     )

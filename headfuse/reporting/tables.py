@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -56,6 +56,19 @@ def figure_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], str]]
     return rows
 
 
+def gate_rows(gates: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Gate, verdict, value, threshold, standard error and sample of each gate."""
+    return [
+        [
+            gate["gate"],
+            "passed" if gate["passed"] else "FAILED",
+            *(_figure(gate[name]) for name in ("value", "threshold", "stderr")),
+            f"{gate['samples']} {gate['unit']}" if gate["samples"] else "",
+        ]
+        for gate in gates
+    ]
+
+
 def shown_estimate(estimate: dict[str, Any], sign: str = "") -> str:
     """A mean with its standard error."""
     return _with_error(estimate["value"], estimate["stderr"], sign)
@@ -67,3 +80,7 @@ def _with_error(value: float, error: float | None, sign: str = "") -> str:
 
 def _number(value: float | None) -> str:
     return "beyond 1e304" if value is None else f"{value:.4g}"
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.5g}"

@@ -10,24 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from headfuse.config.values import mixture_name, parse_data
 from headfuse.errors import DataError
-from headfuse.text.documents import (
-    HELD_OUT_EVERY,
-    SECTION_CHARACTERS,
-    VALIDATION_WINDOWS,
-    cut,
-    not_empty,
-    open_document,
-    read_documents,
-    shuffled,
-    start_token,
-)
-from headfuse.text.windows import token_windows, with_start
+from headfuse.text.bos import start_token
+from headfuse.text.documents import not_empty, open_document, read_documents, shuffled
+from headfuse.text.windows import cut, token_windows, with_start
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+SECTION_CHARACTERS = 16
+"""Characters of a section for each token of a window."""
+HELD_OUT_EVERY = 16
+"""One in so many sections is held out, until they fill the validation windows."""
+VALIDATION_WINDOWS = 16
 
 
 @dataclass

@@ -7,11 +7,25 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from headfuse.errors import DataError
-from headfuse.text.documents import TOKENISED_CHARACTERS, Document, cut, start_token
+from headfuse.text.bos import start_token
+from headfuse.text.records import Document
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+TOKENISED_CHARACTERS = 2**21
+"""Longer documents are tokenised in pieces."""
+
+
+def cut(text: str, limit: int) -> Iterator[str]:
+    """Cut a text into pieces of at most `limit` characters, after a line end or a space where there is one."""
+    start = 0
+    while len(text) - start > limit:
+        end = text.rfind("\n", start, start + limit) + 1 or text.rfind(" ", start, start + limit) + 1 or start + limit
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def with_start(windows: torch.Tensor, start: int | None) -> torch.Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from headfuse.checkpoint.folder import copy_companions
+from headfuse.checkpoint.finish import finish_folder
 from headfuse.checkpoint.hub import folder_name, in_cache
-from headfuse.checkpoint.output import output_folder, partial_folder
-from headfuse.checkpoint.plan_file import read_plan, write_plan
+from headfuse.checkpoint.output import output_folder
+from headfuse.checkpoint.paths import partial_folder
 from headfuse.checkpoint.reader import DTYPE_NAMES
 from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.config.machine import TrainingMachine
 from headfuse.errors import HeadfuseError
-from headfuse.models.config import raw_config
-from headfuse.models.weights import ModelWeights, untie
-from headfuse.reporting.card import card_section, extended_card
+from headfuse.layouts.folder import ModelFolder
+from headfuse.plan import FusionPlan
+from headfuse.reporting.card import extended_card, uptrained_section
 from headfuse.training.result import UptrainResult
 
 CONFIG = "uptrain.yaml"
@@ -51,7 +49,8 @@ def shared_folder(accelerator: Accelerator, output: Path, **options: Any) -> Ite
 
 def write_trained(
     partial: Path,
-    stored: ModelWeights,
+    model: ModelFolder,
+    plan: FusionPlan | None,
     weights: Mapping[str, torch.Tensor],
     result: UptrainResult,
     machine: TrainingMachine,
@@ -60,36 +59,35 @@ def write_trained(
 
     Args:
         partial: the folder in the making.
-        stored: the weights of the model that was trained.
+        model: the folder that was trained.
+        plan: its plan.json, as it was before the training.
         weights: the trained ones by name.
         result: for the model card.
-        machine: names the dtype of all weights, by default each tensor's own in `stored`.
+        machine: names the dtype of all weights, by default each tensor's own in `model`.
 
     Raises:
         HeadfuseError: for a weight that the dtype cannot hold.
     """
-    layout, dtype = stored.checkpoint, machine.dtype
-    source, forced = layout.folder, DTYPE_NAMES[dtype] if dtype else None
-    names = {name if name in weights else layout.stored_names[name]: name for name in layout.shapes}
-    tensors = {written: (forced or layout.dtypes[name], layout.shapes[name]) for written, name in names.items()}
+    checkpoint, dtype = model.checkpoint, machine.dtype
+    forced = DTYPE_NAMES[dtype] if dtype else None
+    names = {name if name in weights else checkpoint.stored_names[name]: name for name in checkpoint.shapes}
+    tensors = {written: (forced or checkpoint.dtypes[name], checkpoint.shapes[name]) for written, name in names.items()}
     writer = SafetensorsWriter(partial, tensors)
     for name, (kind, _) in tensors.items():
         tensor = weights[name].to("cpu", kind)
         if not torch.isfinite(tensor).all():
             raise HeadfuseError(f"{name} is beyond the range of {kind}", fix="write another --dtype, such as bfloat16")
         writer.write(name, tensor)
-    config = raw_config(source)
-    config = untie(config) if stored.untied else config
+    config = model.raw_config()
     if dtype is not None:
+        config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_companions(source, partial, machine.trust_remote_code)
-    if (source / "headfuse.yaml").exists():
-        shutil.copyfile(source / "headfuse.yaml", partial / "headfuse.yaml")
-    (partial / CONFIG).write_text(
-        f"# headfuse uptrain --config {CONFIG} MODEL\n{result.recipe.to_yaml()}", encoding="utf-8"
+    finish_folder(
+        partial,
+        model.path,
+        config=config,
+        card=extended_card(model.path, result.output.name, uptrained_section(result)),
+        options={CONFIG: f"# headfuse uptrain --config {CONFIG} MODEL\n{result.recipe.to_yaml()}"},
+        plan=plan,
+        trust_remote_code=machine.trust_remote_code,
     )
-    card = extended_card(source, result.output.name, card_section(result))
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    if (source / "plan.json").exists():
-        write_plan(partial, read_plan(source))

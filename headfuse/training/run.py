@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headfuse.checkpoint.folder import TRAIN_LOG
-from headfuse.checkpoint.output import RESUME, STATE, read_resume, sync, write_resume
+from headfuse.checkpoint.companions import TRAIN_LOG
+from headfuse.checkpoint.disk import sync
+from headfuse.checkpoint.interrupted import RESUME, STATE, read_resume, write_resume
 from headfuse.config.uptrain import UptrainConfig
 from headfuse.errors import ConfigError, OutputError
 from headfuse.text.stream import Batch

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from headfuse.checkpoint.output import sync, write_whole
+from headfuse.checkpoint.disk import sync, write_whole
 from headfuse.checkpoint.reader import fingerprint
 from headfuse.checkpoint.writer import mapped_tensor
 from headfuse.config.uptrain import UptrainConfig

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
-from headfuse.checkpoint.folder import resolve_model
-from headfuse.checkpoint.output import check_output
-from headfuse.config.machine import TrainingMachine, take_machine
-from headfuse.config.uptrain import UptrainConfig, load_recipe
+from headfuse.checkpoint.output_checks import check_output
+from headfuse.config.command import UPTRAIN
+from headfuse.config.machine import TrainingMachine
+from headfuse.config.uptrain import UptrainConfig
 from headfuse.errors import ConfigError
-from headfuse.models.config import read_config
+from headfuse.layouts.folder import ModelFolder, open_folder
 from headfuse.models.loading import (
     check_context,
     guard_embeddings,
@@ -29,7 +29,7 @@ from headfuse.models.loading import (
     unembedded_tokens,
     warn_of_unembedded,
 )
-from headfuse.models.weights import ModelWeights
+from headfuse.plan import FusionPlan
 from headfuse.text.documents import DEFAULT_DATA
 from headfuse.text.stream import TrainingText
 from headfuse.training.accelerator import make_accelerator, weights_of
@@ -51,7 +51,9 @@ __all__ = ["Progress", "UptrainResult", "default_output", "uptrain"]
 class _Job:
     """A run that was checked: what it reads, where it writes, and how."""
 
-    model: ModelWeights
+    model: ModelFolder
+    plan: FusionPlan | None
+    """It goes with the output; read here, so that a damaged one is refused before the training, not after it."""
     teacher: Path | None
     teacher_name: str | None
     output: Path
@@ -61,7 +63,7 @@ class _Job:
 
     @property
     def folder(self) -> Path:
-        return self.model.checkpoint.folder
+        return self.model.path
 
     @property
     def reads(self) -> list[Path]:
@@ -73,11 +75,11 @@ class _Job:
 
 
 def uptrain(
-    model: str,
+    model: str | Path,
+    config: UptrainConfig | str | Path | None = None,
     *,
-    config: str | None = None,
     teacher: str | None = None,
-    output: Path | None = None,
+    output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -89,19 +91,20 @@ def uptrain(
 
     Args:
         model: the fused folder or hub id.
-        config: a YAML file, or the name of a packaged recipe, of which the options win.
+        config: an `UptrainConfig`, a YAML file or the name of a packaged recipe.
         teacher: the model to learn from; by default the source that the folder's plan.json names.
         output: the folder to write; by default `<model>-uptrained`.
         overwrite: replace an existing output.
         resume: go on where an interrupted run with the same options was; an explicit learning rate may differ.
         on_progress: called after every step.
-        **options: those of `UptrainConfig` (`data` and `tokens` have no default) and of `TrainingMachine`, by name.
+        **options: those of `UptrainConfig`, which win over `config` (`data` and `tokens` have no default), and of
+            `TrainingMachine`, by name.
 
     Raises:
         HeadfuseError: for models, text, options or an output that cannot be used, and when the loss is not finite.
     """
-    machine, others = take_machine(TrainingMachine, options)
-    job = _check(model, load_recipe(config, others), machine, teacher, output)
+    recipe, machine = UPTRAIN.read(config, options)
+    job = _check(str(model), recipe, machine, teacher, None if output is None else Path(output))
     if job.accelerator.is_main_process:
         check_output(job.output, overwrite=overwrite, resume=resume, reads=job.reads)
     if DEFAULT_DATA in job.config.data:
@@ -117,7 +120,7 @@ def uptrain(
         run = Run(making, job.config, inputs, resume, job.accelerator.is_main_process)
         result, weights = _train(job, run, on_progress)
         if job.accelerator.is_main_process:
-            write_trained(making, job.model, weights, result, machine)
+            write_trained(making, job.model, job.plan, weights, result, machine)
     job.accelerator.wait_for_everyone()
     return result
 
@@ -131,9 +134,9 @@ def _check(
         raise ConfigError(
             "holds the teacher's last states alone, not those of its layers", where="--teacher-cache", fix=fix
         )
-    folder = resolve_model(model)
-    output = output or default_output(folder)
-    teacher_folder, teacher_name = find_teacher(folder, teacher) if config.distilled else (None, None)
+    folder = open_folder(model, machine.trust_remote_code)
+    output = output or default_output(folder.path)
+    teacher_folder, teacher_name = find_teacher(folder.path, teacher) if config.distilled else (None, None)
     accelerator = make_accelerator(
         machine.device,
         unused=config.layerwise > 0,
@@ -143,12 +146,10 @@ def _check(
     if config.train == "lora" and accelerator.distributed_type == DistributedType.FSDP:
         fix = "train: attention, or leave FSDP out: adapters need little memory"
         raise ConfigError("adapters cannot be merged into sharded weights", where="train: lora", fix=fix)
-    student_config = read_config(folder, machine.trust_remote_code)
-    check_context(student_config, config.sequence_length)
-    stored = ModelWeights.open(folder, student_config)
+    check_context(folder.config, config.sequence_length)
     if accelerator.is_main_process:
-        stored.report()
-    job = _Job(stored, teacher_folder, teacher_name, output, config, machine, accelerator)
+        folder.weights.report()
+    job = _Job(folder, folder.plan, teacher_folder, teacher_name, output, config, machine, accelerator)
     if config.batch_size is None:
         per_window = config.gradient_accumulation * config.sequence_length * accelerator.num_processes
         size = default_batch_size(config.tokens, per_window)

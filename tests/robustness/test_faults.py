@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from headfuse.checkpoint.output import output_file, output_folder, write_resume
+from headfuse.checkpoint.interrupted import write_resume
+from headfuse.checkpoint.output import output_file, output_folder
 from headfuse.checkpoint.plan_file import verify
 from headfuse.cli.app import app
 from headfuse.conversion.resume import FinishedLayers

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from headfuse.evaluation.passkey import passkey_prompts
 from headfuse.evaluation.perplexity import evaluation_text, nll_protocol
-from headfuse.text import documents as text
+from headfuse.text.bos import start_token
 from headfuse.text.calibration import CalibrationText
 from headfuse.text.documents import read_documents
 from headfuse.text.stream import TrainingText
@@ -30,8 +30,8 @@ def beginning(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def test_windows_begin_with_bos_where_the_tokenizer_does(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, beginning: PreTrainedTokenizerFast
 ) -> None:
-    assert text.start_token(tokenizer) is None
-    assert text.start_token(beginning) == 0
+    assert start_token(tokenizer) is None
+    assert start_token(beginning) == 0
     plain, windows = token_windows(SENTENCES, tokenizer, 15), token_windows(SENTENCES, beginning, 16)
     assert (windows[:, 0] == 0).all()
     assert torch.equal(windows[:, 1:], plain)

@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from headfuse.errors import DataError
-from headfuse.text import documents as text
 from headfuse.text.documents import read_documents
+from headfuse.text.records import Document
 from tests.text.corpus import CHAT, TEMPLATE, record
 
 SHARE = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "The cat."}]
@@ -23,7 +23,7 @@ def test_chats_are_rendered_by_the_template(tmp_path: Path, tokenizer: PreTraine
     chatting.chat_template = TEMPLATE
     documents = list(read_documents(str(tmp_path / "a.jsonl"), tokenizer=chatting))
     assert documents == ["<s>[user]Who?[assistant]The cat.", "plain"]
-    assert isinstance(documents[0], text.Document)
+    assert isinstance(documents[0], Document)
     assert documents[0].source == "chat"
     with pytest.raises(DataError, match="line 1: is a chat, and the tokenizer has no chat template"):
         list(read_documents(str(tmp_path / "a.jsonl"), tokenizer=tokenizer))

@@ -8,8 +8,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from headfuse.errors import DataError
+from headfuse.text import arrow
 from headfuse.text import documents as text
-from headfuse.text.documents import cut, read_documents, shuffled
+from headfuse.text.documents import read_documents, shuffled
+from headfuse.text.windows import cut
 from tests.text.corpus import SENTENCES, write_jsonl
 
 
@@ -192,7 +194,7 @@ def test_unreachable_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
         return [{"text": "from the hub"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(text, "_ask_hub", lambda name: None)
+    monkeypatch.setattr(arrow, "_ask_hub", lambda name: None)
     assert list(read_documents("org/name/config-1:test")) == ["from the hub"]
     assert list(read_documents("org/name")) == ["from the hub"]
     assert calls == [(("org/name", "config-1"), "test"), (("org/name", None), "train")]

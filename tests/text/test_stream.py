@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from headfuse.errors import DataError
-from headfuse.text import documents as text
+from headfuse.text import files as text
 from headfuse.text.documents import open_document, read_documents
 from headfuse.text.stream import TrainingText
 from headfuse.text.windows import token_windows

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from headfuse.checkpoint.reader import file_sha256
+from headfuse.checkpoint.checksums import file_sha256
 from headfuse.errors import ConfigError
 from headfuse.training.accelerator import make_accelerator
 from tests.support.tiny_models import tiny_model

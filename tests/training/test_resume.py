@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from headfuse.checkpoint.reader import file_sha256
+from headfuse.checkpoint.checksums import file_sha256
 from headfuse.errors import ConfigError, HeadfuseError, OutputError
 from headfuse.training.loop import Progress
 from tests.training.runs import Stop, losses, records, stop_at, train
@@ -19,7 +19,7 @@ from tests.training.runs import Stop, losses, records, stop_at, train
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from headfuse.checkpoint.reader import file_sha256
+from headfuse.checkpoint.checksums import file_sha256
 from headfuse.training.uptrain import uptrain
 model, data, folder, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from headfuse.checkpoint.reader import file_sha256
+from headfuse.checkpoint.checksums import file_sha256
 from headfuse.evaluation.perplexity import nll_per_window
 from headfuse.models.loading import load_model, load_tokenizer
 from headfuse.text.documents import read_documents

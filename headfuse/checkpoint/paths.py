@@ -1,0 +1,26 @@
+"""Names and identities of outputs on the disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def absolute(path: Path) -> Path:
+    """The path without `..` and with a name, also for `.`, whose last part is empty."""
+    return Path(os.path.abspath(path))
+
+
+def partial_folder(path: Path) -> Path:
+    """Where an output is built."""
+    path = absolute(path)
+    return path.with_name(path.name + ".partial")
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode: equal however a path is spelt."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
