@@ -107,7 +107,18 @@ def test_shipped_model_code_needs_only_torch_and_transformers() -> None:
 
 LIGHT = ", ".join(
     f"headfuse.{name}"
-    for name in ("errors", "choices", "estimates", "plan", "planning.budget", "config.fuse", "evaluation.gates")
+    for name in (
+        "errors",
+        "choices",
+        "estimates",
+        "plan",
+        "planning.budget",
+        "config.fuse",
+        "evaluation.gates",
+        "evaluation.ci_reports",
+        "reporting.report",
+        "checkpoint.plan_file",
+    )
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -174,4 +175,4 @@ def open_folder(model: str, trust_remote_code: bool = False, *, any_family: bool
     warn_of_other_code(path)
     if any_family and not is_supported(config):
         return ModelFolder(path, config, ModelWeights(Checkpoint(path), untied=False, left_out=()))
-    return ModelFolder(path, config, ModelWeights.open(path, config))
+    return ModelFolder(path, config, ModelWeights.open(path, deepcopy(config)))  # which building a model changes
