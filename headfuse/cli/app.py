@@ -63,6 +63,7 @@ class LayoutName(str, Enum):
     decoupled = "decoupled"
     layerwise = "layerwise"
     gqa = "gqa"
+    latent = "latent"
 
 
 class Runtime(str, Enum):

@@ -75,6 +75,8 @@ def run(
         "stages": [{"name": stage.name, "nll": stage.nll, "kept": stage.kept} for stage in result.stages],
         "key_heads": list(budget.key_heads),
         "value_heads": list(budget.value_heads),
+        "key_channels": result.plan.key_channels,
+        "value_channels": result.plan.value_channels,
     }
     document["gates"] = [judged.to_dict() for judged in judge(gates, _gated(result))]
     write_verdicts(document, junit, github_summary)
@@ -103,19 +105,19 @@ def _gated(result: FuseResult) -> dict[str, Any]:
 
 
 def _dry_run(prepared: Prepared, device: str, dtype: str | None) -> dict[str, Any]:
-    source, settings, budget = prepared.source, prepared.config, prepared.budget
+    source, settings, kept = prepared.source, prepared.config, prepared.kv_channels
     cost = estimate(source, settings, device)
     itemsize = next(iter(source.checkpoint.dtypes.values())).itemsize if dtype is None else DTYPE_NAMES[dtype].itemsize
-    per_head = source.heads.head_dim * itemsize
+    heads = source.heads
     return {
         "schema_version": 1,
         "command": "fuse",
         "dry_run": True,
         "output": str(prepared.output),
         "layout": settings.layout,
-        "kv_ratio": budget.total / source.heads.total_heads,
-        "kv_bytes_per_token": {"before": source.heads.total_heads * per_head, "after": budget.total * per_head},
-        "heads": {"source": source.heads.total_heads, "kept": budget.total},
+        "kv_ratio": kept / heads.kv_channels,
+        "kv_bytes_per_token": {"before": heads.kv_channels * itemsize, "after": kept * itemsize},
+        "heads": {"source": heads.total_heads, "kept": kept // heads.head_dim},
         "source_bytes": source.checkpoint.nbytes,
         "estimate": {"memory_bytes": cost.memory_bytes, "seconds": cost.seconds},
     }

@@ -64,6 +64,8 @@ def fit(memory_bytes: int, weight_bytes: int, kv_bytes: int, context: int, max_c
 
 def kv_bytes_per_token(config: PreTrainedConfig, itemsize: int) -> int:
     """Bytes that one token takes in the KV cache over all layers, at `itemsize` bytes a number."""
+    if hasattr(config, "key_widths"):  # layout latent
+        return sum(map(sum, (*config.key_widths, *config.value_widths))) * itemsize
     if config.model_type == "headfuse":
         heads = sum(config.num_key_heads) + sum(config.num_value_heads)
     elif hasattr(config, "num_key_value_heads_per_layer"):  # layout layerwise

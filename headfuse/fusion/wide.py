@@ -7,6 +7,7 @@ of the group's moments gives the maps of every width, and what every width loses
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,27 +64,38 @@ class KeyBasis:
 
     def narrowed(self, width: int) -> KeyBasis:
         """The components that lose the least energy in `width` channels; slots in the order of their frequencies."""
-        slots = self._slots_of_width()[width]
-        order = self.frequency[:slots].argsort(stable=True)
-        plain = None if self.plain is None else self.plain.narrowed(width - 2 * slots)
-        return KeyBasis(self.frequency[order], self.write[order], self.read[order], self.energy[order], plain)
+        return self.carrying(self.slots(width), width)
+
+    def slots(self, width: int) -> tuple[int, ...]:
+        """The frequencies of those components of `width` channels that are rotated, in rising order."""
+        count = self._best_slots(tail_sums(self.energy), self._plain_lost(), width)
+        return tuple(sorted(self.frequency[:count].tolist()))
+
+    def carrying(self, slots: Sequence[int], width: int) -> KeyBasis:
+        """The best components for slots of these frequencies, in their order, and for what `width` leaves beside them.
+
+        Args:
+            slots: a frequency each, at most g times the same.
+            width: channels in all.
+        """
+        ranked = {f: iter((self.frequency == f).nonzero().flatten().tolist()) for f in set(slots)}
+        index = torch.tensor([next(ranked[f]) for f in slots], dtype=torch.long)
+        plain = None if self.plain is None else self.plain.narrowed(width - 2 * len(index))
+        return KeyBasis(self.frequency[index], self.write[index], self.read[index], self.energy[index], plain)
 
     def lost(self) -> torch.Tensor:
         """Energy that each width from 0 on loses, `[width + 1]`; odd widths without plain channels waste one."""
         rotated, plain = tail_sums(self.energy), self._plain_lost()
-        return torch.stack([rotated[s] + plain[max(0, w - 2 * s)] for w, s in enumerate(self._slots_of_width())])
+        slots = [self._best_slots(rotated, plain, width) for width in range(self.width + 1)]
+        return torch.stack([rotated[s] + plain[max(0, w - 2 * s)] for w, s in enumerate(slots)])
 
     def _plain_lost(self) -> torch.Tensor:
         return torch.zeros(2, dtype=torch.float64) if self.plain is None else self.plain.lost()
 
-    def _slots_of_width(self) -> list[int]:
-        """How many of the channels of each width are best spent on slots."""
-        rotated, plain = tail_sums(self.energy), self._plain_lost()
-        best = []
-        for width in range(self.width + 1):
-            slots = torch.arange(max(0, (width - len(plain) + 2) // 2), min(width // 2, len(self.energy)) + 1)
-            best.append(int(slots[(rotated[slots] + plain[width - 2 * slots]).argmin()]))
-        return best
+    def _best_slots(self, rotated: torch.Tensor, plain: torch.Tensor, width: int) -> int:
+        """On how many slots a width is best spent, given what every number of slots and of plain channels loses."""
+        slots = torch.arange(max(0, (width - len(plain) + 2) // 2), min(width // 2, len(self.energy)) + 1)
+        return int(slots[(rotated[slots] + plain[width - 2 * slots]).argmin()])
 
 
 def tail_sums(energy: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,12 @@ class ModelFolder:
         loaded = read_config(path, trust_remote_code)
         warn_of_other_code(path)
         raw = raw_config(path)
+        if hasattr(loaded, "key_widths"):
+            raise UnsupportedModelError(
+                "its key heads and value heads are wide (layout latent), and no stock class has such heads",
+                where=path,
+                fix="fuse the source with --layout gqa (every runtime) or --layout layerwise (vLLM, llama.cpp)",
+            )
         layout: Literal["decoupled", "layerwise", "gqa"] = "gqa"
         family, maps = raw, None
         if loaded.model_type == "headfuse":

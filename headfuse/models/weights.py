@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _COMPUTED = r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$"
 """Stored tensors that transformers computes, besides those that a class names in _keys_to_ignore_on_load_unexpected."""
 _OTHER_SOURCE = "config.json and the weights do not belong together: restore both from one source"
+WITH_A_SOURCE = ("headfuse", "headfuse_latent")
+"""Model types whose config holds that of the source."""
 _NAMED = 3
 """Tensors that a message names."""
 
@@ -96,7 +98,7 @@ def report_weights(folder: Path, config: PreTrainedConfig) -> None:
     Raises:
         HeadfuseError: as `ModelWeights.open`.
     """
-    if config.model_type in {*ARCHITECTURES, "headfuse"} or hasattr(config, "source_model_type"):
+    if config.model_type in {*ARCHITECTURES, *WITH_A_SOURCE} or hasattr(config, "source_model_type"):
         ModelWeights.open(folder, config).report()
 
 
@@ -118,7 +120,7 @@ def stored_architecture(config: Any, where: object = None) -> Architecture:
     Raises:
         UnsupportedModelError: for a family that is not supported.
     """
-    if config.model_type == "headfuse":
+    if config.model_type in WITH_A_SOURCE:
         return architecture_of(config.source_config.model_type).decoupled()
     return architecture_of(getattr(config, "source_model_type", None) or config.model_type, where)
 
