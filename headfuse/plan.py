@@ -112,9 +112,7 @@ class LayerPlan(_Frozen):
 
     def channels(self, side: Side, head_dim: int) -> int:
         """Numbers that the cache holds of one token's keys or values."""
-        groups, widths = (
-            (self.key_groups, self.key_widths) if side == "key" else (self.value_groups, self.value_widths)
-        )
+        groups, widths = (self.key_groups, self.key_widths) if side == "key" else (self.value_groups, self.value_widths)
         return len(groups) * head_dim if widths is None else sum(widths)
 
     @model_serializer(mode="wrap")
@@ -275,7 +273,9 @@ def _check_wide(layer: LayerPlan, heads: HeadLayout) -> None:
         if max(key, value) > size * heads.head_dim:
             raise ValueError(f"{where}: a group of {size} heads has widths up to {size * heads.head_dim}")
         if not all(0 <= f < planes and table.count(f) <= size for f in set(table)):
-            raise ValueError(f"{where}, rotary_slots: frequencies are from 0 to {planes - 1}, each at most {size} times")
+            raise ValueError(
+                f"{where}, rotary_slots: frequencies are from 0 to {planes - 1}, each at most {size} times"
+            )
         if not 0 <= plain <= size * (heads.head_dim - heads.rotary_dim):
             raise ValueError(f"{where}: a key of width {key} cannot have {len(table)} rotary slots")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headfuse.fusion.moments import KeyMoments, ValueMoments, key_moments, planes, value_moments
+from headfuse.fusion.moments import key_moments, planes, value_moments
 from headfuse.fusion.refit import refit_output
 from headfuse.fusion.wide import KeyBasis, PlainBasis, key_basis, plain_basis
 from headfuse.fusion.wide_attention import cached_keys, cached_values, expanded_values
@@ -23,6 +23,11 @@ class WideKeys:
     bases: tuple[KeyBasis, ...]
     rotated: int
     """Channels of a source key that RoPE rotates; the first ones."""
+
+    def cached(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """What all groups cache of source keys `[n, T, d]`, side by side: `[T, w_k]`."""
+        own = zip(self.bases, groups, strict=True)
+        return torch.cat([cached_keys(heads[list(group)], basis) for basis, group in own], dim=-1)
 
     def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
         """Replace keys `[..., n, T, d]` by what the wide ones give back."""
@@ -49,6 +54,11 @@ class WideValues:
     """What the wide values of a layer's groups give back of the source's."""
 
     bases: tuple[PlainBasis, ...]
+
+    def cached(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """What all groups cache of source values `[n, T, d]`, side by side: `[T, w_v]`."""
+        own = zip(self.bases, groups, strict=True)
+        return torch.cat([cached_values(heads[list(group)], basis) for basis, group in own], dim=-1)
 
     def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
         """Replace values `[..., n, T, d]` by what the wide ones give back."""
@@ -98,18 +108,8 @@ def _written(
     weight: torch.Tensor, bias: torch.Tensor | None, maps: WideKeys | WideValues, groups: Groups
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Projections `[1, w, D]` and biases `[1, w]` of what is cached, from those of the source's heads."""
-
-    def cached(heads: torch.Tensor) -> torch.Tensor:  # [n, T, d] -> [1, w, T]
-        parts = [
-            cached_keys(heads[list(group)], basis)
-            if isinstance(basis, KeyBasis)
-            else cached_values(heads[list(group)], basis)
-            for basis, group in zip(maps.bases, groups, strict=True)
-        ]
-        return torch.cat(parts, dim=-1).T[None]
-
-    wide = cached(weight.double().mT)
-    return wide, None if bias is None else cached(bias.double()[:, None])[..., 0]
+    wide = maps.cached(weight.double().mT, groups).T[None]
+    return wide, None if bias is None else maps.cached(bias.double()[:, None], groups)
 
 
 def _reads(keys: WideKeys, values: WideValues) -> dict[str, torch.Tensor | None]:

@@ -1,4 +1,4 @@
-"""`latent`: one wide key and one wide value for a whole group of source heads, with the model code beside the weights."""
+"""`latent`: one wide key and one wide value for a group of source heads, with the model code beside the weights."""
 
 from __future__ import annotations
 

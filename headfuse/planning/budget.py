@@ -189,9 +189,7 @@ def width_quantum(heads: HeadLayout) -> int:
     return math.gcd(heads.head_dim, 8 if heads.head_dim <= 32 else 16)
 
 
-def budget_rules(
-    budget: BudgetConfig, shared_partition: bool, one_count: bool, wide: bool = False
-) -> BudgetRules:
+def budget_rules(budget: BudgetConfig, shared_partition: bool, one_count: bool, wide: bool = False) -> BudgetRules:
     """What a budget asks for and a layout allows.
 
     Args:

@@ -137,9 +137,7 @@ def survey(
         if quantum is None:
             surveyed, fused = survey_layer(layer.captures, layer.weights.output, heads, measures)
         else:
-            surveyed, fused = survey_wide_layer(
-                layer.captures, layer.weights.output, heads, quantum, measures.costs
-            )
+            surveyed, fused = survey_wide_layer(layer.captures, layer.weights.output, heads, quantum, measures.costs)
         for probe in probes:
             every = measures.shared_partition or quantum is not None or probe.every_count
             probe.advance(layer, {place: maps for place, maps in fused.items() if every or place[1] in few})
@@ -209,9 +207,7 @@ def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan
         layers = [LayerPlan(layer_idx=i, key_groups=each, value_groups=each) for i, each in enumerate(groups)]
     elif LAYOUTS[options.layout].wide:
         quantum = options.rules.channels(source.heads)
-        layers = [
-            wide_layer_plan(i, layer, keys, values, quantum) for i, (keys, values, layer) in enumerate(counts)
-        ]
+        layers = [wide_layer_plan(i, layer, keys, values, quantum) for i, (keys, values, layer) in enumerate(counts)]
     else:
         layers = [
             LayerPlan(

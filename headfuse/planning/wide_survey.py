@@ -42,7 +42,6 @@ def survey_wide_layer(
     """
     whole: Groups = (tuple(range(heads.num_key_value_heads)),)
     keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
-    pairs, energy = (key_pair_cost(keys, True), value_pair_cost(values)), (key_energy(keys), value_energy(values))
     key, value = key_basis(keys), plain_basis(values)
     widths = range(quantum, heads.num_key_value_heads * heads.head_dim + 1, quantum)
     fused, lost = dict[tuple[Side, int], tuple[Reconstruction, Groups]](), dict[Side, list[float]]()
@@ -53,8 +52,17 @@ def survey_wide_layer(
             fused["key", count] = WideKeys((narrow[0],), heads.rotary_dim), whole
             fused["value", count] = WideValues((narrow[1],)), whole
     slots: list[Groups | None] = [(key.slots(width),) for width in widths]
-    groups = [whole] * len(widths)
-    survey = LayerSurvey(*(each.tolist() for each in pairs), *energy, groups, slots, groups, {}, lost)
+    survey = LayerSurvey(
+        key_pairs=key_pair_cost(keys, True).tolist(),
+        value_pairs=value_pair_cost(values).tolist(),
+        key_energy=key_energy(keys),
+        value_energy=value_energy(values),
+        key_groups=[whole] * len(widths),
+        key_slots=slots,
+        value_groups=[whole] * len(widths),
+        shared_groups={},
+        lost=lost,
+    )
     return survey, fused
 
 
