@@ -144,8 +144,9 @@ def render(document: Mapping[str, Any], console: Console) -> None:
     for stage in document["stages"]:
         if not stage["kept"]:
             console.print(f"undone: {stage['name']}, which took the held-out NLL to {stage['nll']:.4f}")
-    console.print("key heads per layer:   " + " ".join(map(str, document["key_heads"])), soft_wrap=True)
-    console.print("value heads per layer: " + " ".join(map(str, document["value_heads"])), soft_wrap=True)
+    counted = "channels" if LAYOUTS[document["layout"]].wide else "heads"
+    console.print(f"key {counted} per layer:   " + " ".join(map(str, document[f"key_{counted}"])), soft_wrap=True)
+    console.print(f"value {counted} per layer: " + " ".join(map(str, document[f"value_{counted}"])), soft_wrap=True)
     console.print(f"loads in: {document['loads_in']}", soft_wrap=True)
     for judged in document["gates"]:
         console.print(str(GateResult(**judged)), highlight=False, soft_wrap=True)

@@ -29,7 +29,10 @@ TAGS = ("headfuse", "kv-cache")
 def fused_card(source: Source, result: FuseResult) -> str:
     """README.md of the output: what was fused, figures before and after, and how to load it."""
     plan, budget = result.plan, result.plan.head_budget
-    rows = [f"| {i} | {k} | {v} |" for i, (k, v) in enumerate(zip(budget.key_heads, budget.value_heads, strict=True))]
+    counted, counts = "heads", (budget.key_heads, budget.value_heads)
+    if LAYOUTS[plan.layout].wide:
+        counted, counts = "channels", (tuple(plan.key_channels), tuple(plan.value_channels))
+    rows = [f"| {i} | {k} | {v} |" for i, (k, v) in enumerate(zip(*counts, strict=True))]
     revision = f" at revision `{plan.source.revision}`" if plan.source.revision else ""
     lines = [
         f"# {source.name}, {plan.kv_ratio:.4g} of its KV cache", "",
@@ -50,7 +53,7 @@ def fused_card(source: Source, result: FuseResult) -> str:
         "",
         f"Loads in: {LAYOUTS[plan.layout].runtimes}.",
         "",
-        "| layer | key heads | value heads |",
+        f"| layer | key {counted} | value {counted} |",
         "|---|---|---|",
         *rows,
     ]

@@ -20,7 +20,7 @@ from headfuse.checkpoint.folder import TRAIN_LOG
 from headfuse.checkpoint.output import write_whole
 from headfuse.checkpoint.plan_file import read_plan
 from headfuse.errors import CheckpointError, ConfigError, OutputError
-from headfuse.plan import FusionPlan
+from headfuse.plan import WIDE, FusionPlan
 from headfuse.reporting.tables import figure_rows
 
 _STYLE = """
@@ -107,37 +107,45 @@ def _verdicts(document: Mapping[str, Any] | None) -> str:
     return f'<h2>Gates</h2><p class="{"failed" if failed else ""}">{verdict}</p>{_table(head, rows)}'
 
 
+def _kept(plan: FusionPlan) -> tuple[str, int, list[int], list[int]]:
+    """What a plan counts, how much a side of a source layer has of it, and what layers keep of keys and of values."""
+    budget, heads = plan.head_budget, plan.heads
+    if plan.layout in WIDE:
+        return "channels", heads.num_key_value_heads * heads.head_dim, plan.key_channels, plan.value_channels
+    return "heads", heads.num_key_value_heads, list(budget.key_heads), list(budget.value_heads)
+
+
 def _fused(plan: FusionPlan | None) -> str:
     if plan is None:
         return ""
-    budget, heads = plan.head_budget, plan.heads
+    heads, (counted, most, keys, values) = plan.heads, _kept(plan)
     facts = [
         ["source", plan.source.name],
         ["layout", plan.layout], ["method", plan.method], ["allocator", plan.allocator],
         ["KV cache kept", f"{plan.kv_ratio:.4f}"],
-        ["heads in the cache", f"{budget.total} of {heads.total_heads}"],
+        [f"{counted} in the cache", f"{sum(keys) + sum(values)} of {2 * heads.num_hidden_layers * most}"],
     ]  # fmt: skip
     layers = range(heads.num_hidden_layers)
     figure, axis = _axes(7.5, 3)
     width = 0.4
     for offset, counts, colour, hatch, name in (
-        (-width / 2, budget.key_heads, "#2b5c8a", "", "key heads"),
-        (width / 2, budget.value_heads, "#e8b04a", "///", "value heads"),
+        (-width / 2, keys, "#2b5c8a", "", f"key {counted}"),
+        (width / 2, values, "#e8b04a", "///", f"value {counted}"),
     ):
         axis.bar([i + offset for i in layers], counts, width, color=colour, hatch=hatch, edgecolor="black", label=name)
-    axis.axhline(heads.num_key_value_heads, color="black", linestyle="--", linewidth=1, label="source")
-    axis.set(xlabel="layer", ylabel="heads", ylim=(0, heads.num_key_value_heads * 1.3))
+    axis.axhline(most, color="black", linestyle="--", linewidth=1, label="source")
+    axis.set(xlabel="layer", ylabel=counted, ylim=(0, most * 1.3))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.yaxis.get_major_locator().set_params(integer=True)
     axis.legend(ncol=3, loc="upper center", frameon=False)
     rows = [
-        [i, len(layer.key_groups), len(layer.value_groups), _groups(layer.key_groups), _groups(layer.value_groups)]
+        [i, keys[i], values[i], _groups(layer.key_groups), _groups(layer.value_groups)]
         for i, layer in enumerate(plan.layers)
     ]
-    table = _table(["layer", "key heads", "value heads", "key groups", "value groups"], rows)
+    table = _table(["layer", f"key {counted}", f"value {counted}", "key groups", "value groups"], rows)
     return (
         f"<h2>What was fused</h2>{_table(['', ''], facts)}"
-        f"{_svg(figure, 'Key heads and value heads that each layer keeps; dashed: the source.')}"
+        f"{_svg(figure, f'Key {counted} and value {counted} that each layer keeps; dashed: the source.')}"
         f"<details><summary>Groups of source heads, layer by layer</summary>{table}</details>"
     )
 

@@ -86,15 +86,18 @@ def test_streamed_logits_are_the_models(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 
 
-@families
-def test_every_family_is_refined(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [*((family, "decoupled") for family in sorted(ARCHITECTURES)), ("gpt2", "latent"), ("phi", "latent")],
+)
+def test_every_family_is_refined(family: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default preset: probes and refinement run the source's own head and the fused model's own layers."""
     monkeypatch.setattr(
         "headfuse.conversion.refine.NEGLIGIBLE_NLL", -1.0
     )  # what a random model says is no better than chance
     model = tiny_model(tmp_path / "model", family)
     text = ("--samples", 6, "--sequence-length", 48)
-    document = fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", "decoupled", "--preset", "balanced", *text)
+    document = fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", layout, "--preset", "balanced", *text)
     assert [stage["name"] for stage in document["stages"]] == ["closed form", "refined"]
 
 
