@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import re
-import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from headfuse.choices import Layout, Side
-from headfuse.errors import ConfigError
+from headfuse.errors import ConfigError, validation_summary
 
 Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
@@ -296,48 +293,3 @@ def query_order(groups: Groups, heads: HeadLayout) -> list[int]:
     """The order of query heads that makes every group contiguous, as stock GQA reads them."""
     per_head = heads.queries_per_head
     return [head * per_head + i for group in groups for head in group for i in range(per_head)]
-
-
-def validation_summary(error: ValidationError) -> str:
-    """All problems of a pydantic error in one message, each with its place."""
-    lines = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
-        message = problem_words(problem)
-        lines.append(f"{place}: {message}" if place else message)
-    return "; ".join(lines)
-
-
-_WORDS = {
-    "missing": "is missing",
-    "extra_forbidden": "unknown key",
-    "finite_number": "must be a finite number, not {found}",
-    "greater_than": "must be above {gt}, not {found}",
-    "greater_than_equal": "must be at least {ge}, not {found}",
-    "less_than": "must be below {lt}, not {found}",
-    "less_than_equal": "must be at most {le}, not {found}",
-    "json_invalid": "is not valid JSON: {error}",
-}
-"""Kinds of pydantic's problems, in words of our own."""
-_TYPES = {
-    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list",
-    "list": "a list", "dict": "a mapping", "model": "a mapping of options",
-}  # fmt: skip
-"""Wanted types, by the beginning of the kind of problem."""
-
-
-def problem_words(problem: Mapping[str, Any]) -> str:
-    """What is wrong with a value, by a problem of a pydantic error: wanted, found, and for names the near one."""
-    kind, found = problem["type"], reprlib.repr(problem["input"])
-    context = problem.get("ctx", {})
-    if kind in ("value_error", "assertion_error"):
-        return str(context["error"])
-    if kind in _WORDS:
-        return _WORDS[kind].format(**context, found=found)
-    if kind == "literal_error":
-        names = re.findall(r"'([^']*)'", context["expected"])
-        near = difflib.get_close_matches(str(problem["input"]), names, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{found} is unknown; {hint}choose from {context['expected']}"
-    wanted = _TYPES.get(kind.split("_")[0])
-    return f"must be {wanted}, not {found}" if wanted else f"cannot be {found}"
