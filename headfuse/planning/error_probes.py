@@ -33,12 +33,21 @@ class ErrorProbes:
         windows: the tokens that the two models see, `[k, T]`.
         equal: their counts; lowered to the next that is measured.
         refit: whether the conversion refits output projections.
+        full: the count that keeps all of a side; by default the source's heads.
     """
 
     worth, every_count = ERRORS_WORTH, False
 
-    def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget, refit: bool) -> None:
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        windows: torch.Tensor,
+        equal: HeadBudget,
+        refit: bool,
+        full: int | None = None,
+    ) -> None:
         self.streamed, self.refit, self.errors = streamed, refit, Costs()
+        self.full = full or streamed.heads.num_key_value_heads
         self.equal: dict[Side, tuple[int, ...]] = {"key": equal.key_heads, "value": equal.value_heads}
         self.source = streamed.embed(windows)
         self.fused = dict.fromkeys(self.equal, self.source)
@@ -77,13 +86,13 @@ class ErrorProbes:
 
     def costs(self) -> Costs:
         """The scaled errors of each layer's sides, 0 for all heads; unscaled where nothing was lost."""
-        n, scales = self.streamed.heads.num_key_value_heads, dict.fromkeys(self.fused, 1.0)
+        scales = dict.fromkeys(self.fused, 1.0)
         found = divergences(self.streamed, self.source, list(self.fused.values()))
         for side, divergence in zip(self.fused, found, strict=True):
             if divergence > 0 and self.summed[side] > 0:
                 scales[side] = divergence / self.summed[side]
         return {
-            (i, side): {**{count: scales[side] * error for count, error in row.items()}, n: 0.0}
+            (i, side): {**{count: scales[side] * error for count, error in row.items()}, self.full: 0.0}
             for (i, side), row in self.errors.items()
         }
 
