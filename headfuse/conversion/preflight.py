@@ -15,7 +15,7 @@ from headfuse.checkpoint.paths import partial_folder
 from headfuse.checkpoint.reader import DTYPE_NAMES
 from headfuse.config.fuse import FuseConfig
 from headfuse.conversion.output import default_output
-from headfuse.conversion.resume import _check_resumed, text_digest
+from headfuse.conversion.resume import check_resumed, text_digest
 from headfuse.dha import pipeline as dha
 from headfuse.errors import ConfigError
 from headfuse.fusion import FUSION_METHODS
@@ -84,7 +84,7 @@ def prepare(
         "dtype": dtype,
     }
     if resume:
-        _check_resumed(partial_folder(output), options)
+        check_resumed(partial_folder(output), options)
     return Prepared(source, config, ready, budget, output, text, pick_device(device), options)
 
 
