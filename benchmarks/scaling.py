@@ -86,7 +86,7 @@ def forward(model: str, samples: int) -> None:
 def start_up() -> float:
     """Processor seconds until everything is imported and nothing is done."""
     return cost(
-        [sys.executable, "-c", "import headfuse.commands.fuse, transformers.models.llama.modeling_llama"]
+        [sys.executable, "-c", "import headfuse.conversion.convert, transformers.models.llama.modeling_llama"]
     ).seconds
 
 

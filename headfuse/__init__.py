@@ -8,13 +8,23 @@ from typing import Any
 __version__ = "0.1.0"
 
 _API = {
+    "EvalConfig": "headfuse.config.evaluate",
+    "FuseConfig": "headfuse.config.fuse",
+    "FusionPlan": "headfuse.plan",
+    "UptrainConfig": "headfuse.config.uptrain",
     "analyze": "headfuse.planning.analysis",
     "evaluate": "headfuse.evaluation.evaluate",
+    "export": "headfuse.conversion.export",
     "fuse": "headfuse.conversion.convert",
     "load_model": "headfuse.models.loading",
+    "report": "headfuse.reporting.written",
     "uptrain": "headfuse.training.uptrain",
 }
-__all__ = ["__version__", "analyze", "evaluate", "fuse", "load", "uptrain"]
+"""Name -> module, imported when the name is first used: `import headfuse` loads no torch."""
+__all__ = [
+    "EvalConfig", "FuseConfig", "FusionPlan", "UptrainConfig", "__version__", "analyze", "evaluate", "export", "fuse",
+    "load", "report", "uptrain",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,6 @@ ORDER = [
     ["training"],
     ["dha"],
     ["conversion"],
-    ["commands"],
     ["cli"],
     ["__main__"],
 ]

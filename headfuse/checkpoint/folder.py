@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from headfuse.checkpoint.companions import adapter_files, is_read
+from headfuse.checkpoint.companions import is_read
 from headfuse.checkpoint.hub import parse_hub_id
-from headfuse.checkpoint.inputs import local_model
+from headfuse.checkpoint.inputs import local_model, refuse_adapter
 from headfuse.checkpoint.weight_files import INDEX, SINGLE, no_weights, weight_map
 from headfuse.errors import CheckpointError, HeadfuseError
 
@@ -22,12 +22,6 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     """
     folder = local_model(name)
     if folder is not None:
-        try:
-            _refuse_adapter([path.name for path in folder.iterdir()], name)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot be read: {error.strerror}", where=name, fix="check its permissions"
-            ) from None
         return folder
     hub_id = parse_hub_id(name)
     assert hub_id is not None  # local_model has refused it
@@ -58,9 +52,9 @@ def _download(name: str, revision: str | None) -> Path:
             cached = snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"])
         except LocalEntryNotFoundError:
             raise unreachable from None
-        _refuse_adapter(os.listdir(cached), name)
+        refuse_adapter(os.listdir(cached), name)
         return Path(cached)
-    _refuse_adapter(names, name)
+    refuse_adapter(names, name)
     weights = next((file for file in (SINGLE, INDEX) if file in names), None)
     if weights is None and "config.json" in names:
         raise no_weights(names, name)
@@ -70,16 +64,3 @@ def _download(name: str, revision: str | None) -> Path:
 
     folder = fetch(file for file in names if is_read(file) or file == weights)
     return fetch(set(weight_map(folder).values())) if weights == INDEX else folder
-
-
-def _refuse_adapter(names: Iterable[str], where: object) -> None:
-    """Raise CheckpointError for a folder with an adapter in it, which changes what the weights beside it compute."""
-    adapter = adapter_files(names)
-    if adapter:
-        raise CheckpointError(
-            f"holds an adapter ({', '.join(adapter)}), and headfuse reads whole weights alone",
-            where=where,
-            fix="merge it into its base model with peft: PeftModel.from_pretrained(base, ADAPTER_FOLDER)"
-            ".merge_and_unload().save_pretrained(MERGED), copy the tokenizer's files, and give MERGED; to leave it "
-            "out, give a folder without its files",
-        )

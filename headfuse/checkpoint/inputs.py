@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from headfuse.checkpoint.companions import adapter_files
 from headfuse.checkpoint.hub import parse_hub_id
 from headfuse.errors import CheckpointError, ConfigError, OutputError
 
@@ -18,13 +20,14 @@ def local_model(name: str) -> Path | None:
     """The folder of a model; None for a hub id.
 
     Raises:
-        CheckpointError: when the name is neither.
+        CheckpointError: when the name is neither, and for an adapter.
     """
     if not name:  # Path("") would be the working directory: an unset variable of a script
         raise CheckpointError("the model's name is empty", where="MODEL", fix="give a model folder or a hub id")
     folder = Path(name)
     try:
         if folder.is_dir():
+            refuse_adapter([path.name for path in folder.iterdir()], name)
             return folder
         if folder.exists():
             raise CheckpointError("is a file", where=name, fix="give the model's folder, with config.json in it")
@@ -37,6 +40,19 @@ def local_model(name: str) -> Path | None:
             "no such folder", where=name, fix="give a model folder or a hub id like org/name or org/name@revision"
         )
     return None
+
+
+def refuse_adapter(names: Iterable[str], where: object) -> None:
+    """Raise CheckpointError for a folder with an adapter in it, which changes what the weights beside it compute."""
+    adapter = adapter_files(names)
+    if adapter:
+        raise CheckpointError(
+            f"holds an adapter ({', '.join(adapter)}), and headfuse reads whole weights alone",
+            where=where,
+            fix="merge it into its base model with peft: PeftModel.from_pretrained(base, ADAPTER_FOLDER)"
+            ".merge_and_unload().save_pretrained(MERGED), copy the tokenizer's files, and give MERGED; to leave it "
+            "out, give a folder without its files",
+        )
 
 
 def check_model(*names: str | None) -> None:

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from headfuse.config.loading import Options
-from headfuse.config.values import Count
+from headfuse.config.values import Count, parse_memory
+from headfuse.errors import ConfigError
+
+
+def _listed(value: Any, option: str) -> Any:
+    """What lies between commas, where an option is written as text."""
+    if not isinstance(value, str):
+        return value
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    if not names:  # an unset variable of a script: nothing would be measured
+        raise ConfigError("names nothing", where=option, fix="give one or more, or leave the option out")
+    return names
+
+
+def _tasks(value: Any) -> Any:
+    return _listed(value, "--tasks")
+
+
+def _lengths(value: Any) -> Any:
+    parts = _listed(value, "--passkey")
+    if isinstance(value, str):
+        if not all(part.isdigit() for part in parts):
+            raise ConfigError(
+                f"{value!r} is not a list of token counts", where="--passkey", fix="give counts such as 512,2048"
+            )
+        return [int(part) for part in parts]
+    return parts
+
+
+def _memory(value: Any) -> Any:
+    return parse_memory(value) if isinstance(value, str) else value
 
 
 class EvalConfig(Options):
@@ -21,18 +53,18 @@ class EvalConfig(Options):
     """Tokens in a window."""
     stride: int | None = None
     """Tokens from one window's begin to the next; by default the windows are independent."""
-    tasks: tuple[str, ...] = ()
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_tasks)] = ()
     """Task names of lm-evaluation-harness."""
     tasks_path: tuple[str, ...] = ()
     """Folders of local task files."""
     limit: Count | None = None
     """Questions of each task; None for all."""
-    passkey: tuple[int, ...] = ()
+    passkey: Annotated[tuple[int, ...], BeforeValidator(_lengths)] = ()
     """Context lengths, in tokens, of the retrieval test."""
     passkey_trials: Count = 10
     """Prompts of each length."""
-    memory: int | None = Field(default=None, ge=0)
-    """Bytes, for what fits beside the weights."""
+    memory: Annotated[int | None, BeforeValidator(_memory)] = Field(default=None, ge=0)
+    """Bytes, or text such as `24GB`, for what fits beside the weights."""
     speed: bool = False
     """Measure decoding against the baseline."""
     seed: int | None = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from headfuse.config.packaged import packaged
 from headfuse.config.values import Share
 from headfuse.errors import ConfigError
 from headfuse.plan import problem_words
@@ -47,24 +47,26 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 def load_options(
     model: type[OptionsT],
-    name: str | None,
+    config: OptionsT | str | Path | None,
     overrides: Mapping[str, Any],
     folder: str = "",
     fix: str = "see the README for every key",
 ) -> OptionsT:
-    """Read a YAML file, or a packaged config by name, and lay the command line over it.
+    """Read a YAML file, or a packaged config by name, and lay other options over it.
 
     Args:
         model: what the options are.
-        name: path of a YAML file, name of a packaged config, or None for the defaults.
+        config: path of a YAML file, name of a packaged config, options that were read before, or None for the defaults.
         overrides: dotted option -> value; None values are skipped.
-        folder: where in the package's data the packaged ones lie.
+        folder: the folder of `configs/` that holds the packaged ones.
         fix: where a reader finds every key.
 
     Raises:
         ConfigError: naming every problem with its place.
     """
-    raw = {} if name is None else _read_yaml(name, folder)
+    if isinstance(config, model) and all(value is None for value in overrides.values()):
+        return config
+    raw = _raw(model, config, folder, fix)
     for key, value in overrides.items():
         if value is None:
             continue
@@ -78,7 +80,22 @@ def load_options(
         return model.model_validate(raw)
     except ValidationError as error:
         problems = [_describe(dict(problem), model) for problem in error.errors() if not _not_meant(problem)]
-        raise ConfigError("; ".join(dict.fromkeys(problems)), where=name or "options", fix=fix) from None
+        where = config if isinstance(config, (str, Path)) else "options"
+        raise ConfigError("; ".join(dict.fromkeys(problems)), where=where, fix=fix) from None
+
+
+def _raw(model: type[Options], config: Options | str | Path | None, folder: str, fix: str) -> dict[str, Any]:
+    """The options of a config, by key, that it sets itself."""
+    if config is None:
+        return {}
+    if isinstance(config, model):
+        return config.model_dump(exclude_unset=True)
+    if isinstance(config, (str, Path)):
+        return _read_yaml(str(config), folder)
+    raise ConfigError(
+        f"config is of type {type(config).__name__}",
+        fix=f"give a {model.__name__}, a YAML file or a packaged name; {fix}",
+    )
 
 
 def _not_meant(problem: Mapping[str, Any]) -> bool:
@@ -101,16 +118,13 @@ class _UniqueKeys(yaml.SafeLoader):
 def _read_yaml(name: str, folder: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
-        data = resources.files("headfuse") / "data"
-        data = data / folder if folder else data
-        packaged = data / f"{name}.yaml"
-        if "/" in name or not packaged.is_file():
-            names = sorted(p.name.removesuffix(".yaml") for p in data.iterdir() if p.name.endswith(".yaml"))
-            near = difflib.get_close_matches(name, names, 1)
+        known = packaged(folder)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            fix = f"{hint}give a YAML file or a packaged name: {', '.join(names)}"
-            raise ConfigError("no such config", where=name or "--config", fix=fix)
-        text = packaged.read_text(encoding="utf-8")
+            names = f" or a packaged name: {', '.join(sorted(known))}" if known else ""
+            raise ConfigError("no such config", where=name or "--config", fix=f"{hint}give a YAML file{names}")
+        text = known[name].read_text(encoding="utf-8")
     else:
         try:
             text = path.read_text(encoding="utf-8")

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import model_validator
 
 from headfuse.choices import Dtype, names
-from headfuse.config.loading import Options, load_options
+from headfuse.config.loading import Options
 from headfuse.errors import ConfigError
 
 
-class Machine(Options):
-    """Where a model is loaded."""
+class Processor(Options):
+    """What computes, where nothing is written in a dtype of its own."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `mps`."""
-    dtype: str | None = None
-    """The dtype of the computation; by default float32 on a CPU, the stored one elsewhere."""
     threads: int | None = None
     """CPU threads."""
     trust_remote_code: bool = False
     """Run code that comes with a model."""
+
+
+class Machine(Processor):
+    """Where a model is loaded, and in which dtype."""
+
+    dtype: str | None = None
+    """The dtype of the computation; by default float32 on a CPU, the stored one elsewhere."""
 
     @model_validator(mode="after")
     def _known_dtypes(self) -> Machine:
@@ -58,15 +62,4 @@ class TrainingMachine(Machine):
         return self
 
 
-MachineT = TypeVar("MachineT", bound=Machine)
-
-
-def take_machine(kind: type[MachineT], options: Mapping[str, Any]) -> tuple[MachineT, dict[str, Any]]:
-    """The machine that some of the options describe, and the other options as they were given.
-
-    Raises:
-        ConfigError: naming every problem.
-    """
-    own = {name: value for name, value in options.items() if name in kind.model_fields}
-    others = {name: value for name, value in options.items() if name not in own}
-    return load_options(kind, None, own), others
+MachineT = TypeVar("MachineT", bound=Processor)

@@ -15,8 +15,8 @@ from headfuse.errors import DataError
 
 
 def _budget_text(value: Any) -> Any:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = repr(value)
+    if isinstance(value, (int, float, Fraction)) and not isinstance(value, bool):
+        value = str(value)
     if isinstance(value, str):
         parse_budget(value)
     elif not isinstance(value, dict):  # {key: .., value: ..} is another way to say it
@@ -64,6 +64,23 @@ def parse_tokens(text: str) -> int:
     if tokens < 1:
         raise ValueError(f"{text!r} is not a number of tokens such as 246000, 500k, 50M or 1.5B")
     return tokens
+
+
+_BYTES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", re.IGNORECASE)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `24GB` (10^9), `16GiB` (2^30), `500M` or a number of bytes.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = _SIZE.fullmatch(text)
+    size = int(float(match[1]) * _BYTES[(match[2] or "").upper()]) if match else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size such as 24GB or 16GiB")
+    return size
 
 
 def data_name(data: str) -> str:

@@ -37,55 +37,51 @@ logger = logging.getLogger(__name__)
 
 
 def fuse(
-    model: str,
-    config: FuseConfig | None = None,
+    model: str | Path,
+    config: FuseConfig | str | Path | None = None,
     *,
-    output: Path | None = None,
-    plan: Path | None = None,
+    output: str | Path | None = None,
+    plan: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    device: str = "auto",
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
     on_progress: ProgressCallback = lambda phase, done, total: None,
+    **options: Any,
 ) -> FuseResult:
     """Fuse the key heads and value heads of a model and write the result as a checkpoint folder.
 
     Args:
         model: folder or hub id of a model of a supported family (docs/architectures.md).
-        config: every option; the defaults keep a quarter of the KV cache.
+        config: a `FuseConfig`, a YAML file or the name of a packaged config; by default a quarter of the cache is kept.
         output: default `<model>-headfuse-<budget>` beside the model; in the working directory for one of the hub.
         plan: a reviewed plan.json that replaces budget and grouping.
         overwrite: replace an existing output.
         resume: go on with an interrupted conversion.
-        device: where layers are computed.
-        dtype: of the written weights; default the source's.
-        trust_remote_code: allow the source's own code.
         on_progress: called with phase, done and total layers.
+        **options: those of `headfuse fuse` by name, which win over `config`: `budget`, `method`, `allocator`,
+            `grouping`, `layout`, `preset`, `data`, `samples`, `sequence_length`, `seed`; `device`, `dtype` (of the
+            written weights; by default the source's), `threads`, `trust_remote_code`; and the sections `budget`,
+            `calibration` and `dha` of YAML, as mappings.
 
     Raises:
         HeadfuseError: for every kind of bad input; nothing appears under the output name.
     """
-    prepared = prepare(
-        model, config, output=output, plan=plan, overwrite=overwrite, resume=resume, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    prepared = prepare(model, config, output=output, plan=plan, overwrite=overwrite, resume=resume, **options)
     source, config, output, text = prepared.source, prepared.config, prepared.output, prepared.text
     reviewed = prepared.plan and adopt(prepared.plan, source)
-    options = {**prepared.options, "plan": None if reviewed is None else reviewed.to_json()}
+    common = {**prepared.options, "plan": None if reviewed is None else reviewed.to_json()}
     trained = FUSION_METHODS[config.method].trained
     if trained:
-        options["source"] = source.identity().fingerprint
+        common["source"] = source.identity().fingerprint
     streamed = StreamedModel(source.checkpoint, source.config, prepared.device)
     with output_folder(output, overwrite=overwrite, resume=resume, reads=[source.folder]) as partial:
         conversion = Conversion(source, streamed, text, partial, on_progress)
-        found = resumed_plan(partial, source, options)
+        found = resumed_plan(partial, source, common)
         if trained:
-            written = _train(conversion, config, reviewed, options, trust_remote_code)
+            written = _train(conversion, config, reviewed, common, prepared.machine.trust_remote_code)
         else:
             planned = found or reviewed or _plan(conversion, plan_options(config))
-            written = _write(conversion, planned, options, Refinement(config.preset, config.seed))
-        return _finish(conversion, written, config, output, dtype)
+            written = _write(conversion, planned, common, Refinement(config.preset, config.seed))
+        return _finish(conversion, written, config, output, prepared.machine.dtype)
 
 
 @dataclass(frozen=True)

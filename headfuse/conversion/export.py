@@ -15,7 +15,7 @@ from headfuse.checkpoint.hub import default_parent
 from headfuse.checkpoint.output import output_file, output_folder
 from headfuse.checkpoint.output_checks import check_output, check_output_file
 from headfuse.checkpoint.writer import SafetensorsWriter
-from headfuse.choices import Target
+from headfuse.choices import FileType, Target, names
 from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headfuse.layouts import LAYOUTS, layerwise
 from headfuse.layouts.assignment import StockHeads, common_group
@@ -56,10 +56,41 @@ class ExportPlan:
         return self.folder.kv_bytes_per_token(self.itemsize), after
 
 
+def export(
+    model: str | Path,
+    to: Target,
+    *,
+    output: str | Path | None = None,
+    file_type: FileType | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a model in another layout, without loss.
+
+    Args:
+        model: folder or hub id.
+        to: the layout of a folder, or `gguf` for one file that llama.cpp reads.
+        output: folder or file to write; by default it lies beside the model, with the layout in its name.
+        file_type: numbers in a GGUF file; by default `f16`.
+        overwrite: replace an existing output.
+        trust_remote_code: allow the model's own code.
+
+    Raises:
+        HeadfuseError: for every kind of bad input; nothing appears under the output name.
+    """
+    if to not in names(Target):
+        raise ConfigError(f"{to!r} is unknown", where="--to", fix=f"give one of {', '.join(names(Target))}")
+    if file_type is not None and file_type not in names(FileType):
+        raise ConfigError(f"{file_type!r} is unknown", where="--type", fix=f"give one of {', '.join(names(FileType))}")
+    path = None if output is None else Path(output)
+    plan = plan_export(str(model), to, output=path, file_type=file_type, trust_remote_code=trust_remote_code)
+    return write_export(plan, file_type=file_type or "f16", overwrite=overwrite)
+
+
 def plan_export(
     model: str, to: Target, *, output: Path | None = None, file_type: str | None = None, trust_remote_code: bool = False
 ) -> ExportPlan:
-    """What `export` would write; reads headers alone.
+    """What `write_export` would write; reads headers alone.
 
     Raises:
         UnsupportedModelError: where no lossless re-layout exists, or none that is smaller than the source.
@@ -137,7 +168,7 @@ def _check_exact(folder: ModelFolder, to: Target, layers: tuple[StockHeads, ...]
         )
 
 
-def export(
+def write_export(
     plan: ExportPlan,
     *,
     file_type: str = "f16",

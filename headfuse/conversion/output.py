@@ -25,7 +25,7 @@ from headfuse.models.families import Architecture
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.reporting.card import fused_card
+from headfuse.reporting.card import fused_card, keep_licence_text
 
 
 def default_output(source: Source, config: FuseConfig, plan: FusionPlan | None = None) -> Path:
@@ -110,6 +110,7 @@ def write_beside_weights(
         checksums: of weight files, as far as the writer knows them.
     """
     command = f"# headfuse fuse --config {FUSE_OPTIONS} {result.plan.source.model}\n"
+    keep_licence_text(source.folder, partial)
     finish_folder(
         partial,
         source.folder,

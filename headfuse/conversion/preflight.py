@@ -13,11 +13,12 @@ import headfuse
 from headfuse.checkpoint.output_checks import check_output, check_space
 from headfuse.checkpoint.paths import partial_folder
 from headfuse.checkpoint.reader import DTYPE_NAMES
+from headfuse.config.command import FUSE
 from headfuse.config.fuse import FuseConfig
+from headfuse.config.machine import Machine
 from headfuse.conversion.output import default_output
 from headfuse.conversion.resume import check_resumed, text_digest
 from headfuse.dha import pipeline as dha
-from headfuse.errors import ConfigError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.models.loading import pick_device
 from headfuse.models.source import Source
@@ -39,22 +40,21 @@ class Prepared:
     """The plan's, else the one of equal layers, of the same total."""
     output: Path
     text: CalibrationText
+    machine: Machine
     device: torch.device
     options: dict[str, Any]
     """What an interrupted run must have in common with this one, as far as no weight is read for it."""
 
 
 def prepare(
-    model: str,
-    config: FuseConfig | None = None,
+    model: str | Path,
+    config: FuseConfig | str | Path | None = None,
     *,
-    output: Path | None = None,
-    plan: Path | None = None,
+    output: str | Path | None = None,
+    plan: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    device: str = "auto",
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
+    **options: Any,
 ) -> Prepared:
     """Every check before the work, the same for a conversion and its dry run; reads headers and text, writes nothing.
 
@@ -63,29 +63,29 @@ def prepare(
     Raises:
         HeadfuseError: for a model, plan, budget, text, device or output that cannot be used.
     """
-    config = config or FuseConfig()
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise ConfigError(f"{dtype!r} is not written", where="--dtype", fix=f"give one of {', '.join(DTYPE_NAMES)}")
-    source = Source.open(model, trust_remote_code)
+    config, machine = FUSE.read(config, options)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    source = Source.open(str(model), machine.trust_remote_code)
     ready = None
     if plan is not None:
-        ready, config = reviewed_plan(plan, source, config)
-    output = output or default_output(source, config, ready)
+        ready, config = reviewed_plan(Path(plan), source, config)
+    output = default_output(source, config, ready) if output is None else Path(output)
     check_output(output, overwrite=overwrite, resume=resume, reads=[source.folder])
     budget = check_budget(config, source) if ready is None else ready.head_budget
     if FUSION_METHODS[config.method].trained:
         dha.check_family(source)
-    check_space(output, _written_bytes(source, budget, dtype))
-    text = source.calibration_text(config.calibration, config.seed, trust_remote_code)
+    check_space(output, _written_bytes(source, budget, machine.dtype))
+    text = source.calibration_text(config.calibration, config.seed, machine.trust_remote_code)
     options = {
         "headfuse": headfuse.__version__,
         "config": config.to_yaml(),
         "text": text_digest(text),
-        "dtype": dtype,
+        "dtype": machine.dtype,
     }
     if resume:
         check_resumed(partial_folder(output), options)
-    return Prepared(source, config, ready, budget, output, text, pick_device(device), options)
+    return Prepared(source, config, ready, budget, output, text, machine, pick_device(machine.device), options)
 
 
 def _written_bytes(source: Source, budget: HeadBudget, dtype: str | None) -> int:

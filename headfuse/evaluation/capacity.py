@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -13,8 +12,6 @@ from headfuse.checkpoint.reader import Checkpoint
 from headfuse.errors import ConfigError
 
 FORMULA = "weight bytes + batch x context x KV bytes per token <= memory; activations and the runtime's own not counted"
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -30,19 +27,6 @@ class Fit:
     max_context: int | None
     context: int
     largest_batch: int
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of `24GB` (10^9), `16GiB` (2^30), `500M` or a number of bytes.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    match = _SIZE.fullmatch(text)
-    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
-    if size < 1:
-        raise ValueError(f"{text!r} is not a size such as 24GB or 16GiB")
-    return size
 
 
 def fit(memory_bytes: int, weight_bytes: int, kv_bytes: int, context: int, max_context: int | None) -> Fit:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headfuse.config.command import EVALUATE
 from headfuse.config.evaluate import EvalConfig
-from headfuse.config.loading import load_options
-from headfuse.config.machine import Machine, take_machine
+from headfuse.config.machine import Machine
 from headfuse.config.values import data_name
 from headfuse.errors import CheckpointError, ConfigError
 from headfuse.estimates import clustered_mean, mean
@@ -75,7 +75,13 @@ class _Measured:
     retrievals: list[Retrieval]
 
 
-def evaluate(model: str, *, on_stage: Callable[[str], None] = lambda stage: None, **options: Any) -> EvaluationResult:
+def evaluate(
+    model: str | Path,
+    config: EvalConfig | str | Path | None = None,
+    *,
+    on_stage: Callable[[str], None] = lambda stage: None,
+    **options: Any,
+) -> EvaluationResult:
     """Measure a causal LM, fused or not, and compare it with a baseline.
 
     One model is in memory at a time, with the other's last hidden states (windows x length x hidden size numbers);
@@ -83,14 +89,14 @@ def evaluate(model: str, *, on_stage: Callable[[str], None] = lambda stage: None
 
     Args:
         model: a model folder or hub id.
+        config: an `EvalConfig`, or a YAML file of its options.
         on_stage: called with the name of each stage as it begins.
-        **options: those of `EvalConfig` and of `Machine`, by name.
+        **options: those of `EvalConfig`, which win over `config`, and of `Machine`, by name.
 
     Raises:
         HeadfuseError: for a model, baseline, text, task or option that cannot be used.
     """
-    machine, others = take_machine(Machine, options)
-    return _evaluate(model, load_options(EvalConfig, None, others), machine, on_stage)
+    return _evaluate(str(model), *EVALUATE.read(config, options), on_stage)
 
 
 def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callable[[str], None]) -> EvaluationResult:

@@ -12,12 +12,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from headfuse.config.packaged import packaged
 from headfuse.errors import ConfigError
 from headfuse.estimates import paired_stderr
 
@@ -104,13 +104,9 @@ def read_gates(text: str, known: Sequence[str] | None = None) -> list[Gate]:
     if "=" in text:
         return _parse([part for part in text.split(",") if part.strip()], "--gate", known)
     path = Path(text)
-    packaged = resources.files("headfuse") / "data" / "gates" / f"{text}.yaml"
     try:
-        if not path.is_file() and "/" not in text and packaged.is_file():
-            content = packaged.read_text(encoding="utf-8")
-        else:
-            content = path.read_text(encoding="utf-8")
-        raw = yaml.safe_load(content)
+        file = path if path.is_file() else packaged("gates").get(text, path)
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise ConfigError(
@@ -118,7 +114,7 @@ def read_gates(text: str, known: Sequence[str] | None = None) -> list[Gate]:
         ) from None
     listed = raw.get("gates") if isinstance(raw, dict) and set(raw) == {"gates"} else None
     if not isinstance(listed, list) or not listed:
-        raise ConfigError("must hold one key, gates, with a list", where=text, fix="see configs/ci-gate.yaml")
+        raise ConfigError("must hold one key, gates, with a list", where=text, fix="see configs/gates/ci-gate.yaml")
     return _parse([str(line) for line in listed], text, known)
 
 

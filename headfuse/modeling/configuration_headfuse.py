@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 FORMAT = 1
-CODE_VERSION = 2  # of the files beside the weights: a release that changes them raises it
+CODE_VERSION = 3  # of the files beside the weights: a release that changes them raises it
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(norm="head"),
     "qwen3_moe": Family(norm="head"),
     "stablelm": Family(),
+    "starcoder2": Family(),
 }
 """Model families whose attention can be decoupled."""
 AUTO_MAP = {

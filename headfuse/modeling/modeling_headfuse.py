@@ -39,8 +39,7 @@ class HeadfuseAttention(nn.Module):
     q_norm: nn.Module
     k_norm: nn.Module
     family: Family
-    resid_dropout: nn.Module
-    hidden_dropout: float
+    residual_dropout: float
     embed_positions: torch.Tensor
     sliding_window: int | None
     num_key_value_groups: int
@@ -76,9 +75,10 @@ class HeadfuseAttention(nn.Module):
         self.num_heads = (num_queries, num_keys)
         self.cache_heads = math.gcd(num_keys, num_values)
         self.scaling = getattr(self, "scaling", self.head_dim**-0.5)
-        rate = _dropout(self)
+        rate = _dropout(self, "attention_dropout", "attn_dropout", "dropout")
         self._modules.pop("attention_dropout", None)  # bloom's is a module, and a number may not take its name
         self.attention_dropout = rate
+        self.residual_dropout = _dropout(self, "residual_dropout", "resid_dropout", "hidden_dropout")
         self.clip = getattr(config, "clip_qkv", None)
         if not hasattr(self, "sliding_window"):
             self.sliding_window = getattr(config, "sliding_window", None)
@@ -184,9 +184,8 @@ class HeadfuseAttention(nn.Module):
                 **kwargs,
             )
         output = getattr(self, self.family.output)(output.reshape(batch, length, -1).contiguous())
-        if residual is not None:
-            output = residual + nn.functional.dropout(output, self.hidden_dropout, self.training)
-        return self.resid_dropout(output) if hasattr(self, "resid_dropout") else output, weights
+        output = nn.functional.dropout(output, self.residual_dropout, self.training)
+        return output if residual is None else residual + output, weights
 
     def _project(
         self, hidden_states: torch.Tensor, heads: tuple[int, ...]
@@ -294,9 +293,9 @@ def with_bias(bias: torch.Tensor, mask: torch.Tensor | None, length: int) -> tor
     return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
 
 
-def _dropout(attention: nn.Module) -> float:
-    """The dropout of attention weights, under one of its names."""
-    rates = (getattr(attention, name, None) for name in ("attention_dropout", "attn_dropout", "dropout"))
+def _dropout(attention: nn.Module, *names: str) -> float:
+    """The rate of the dropout that a stock attention has under one of these names, as a number or as a module."""
+    rates = (getattr(attention, name, None) for name in names)
     rate = next((rate for rate in rates if rate is not None), 0.0)
     return float(getattr(rate, "p", rate))
 

@@ -137,6 +137,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(key_norm="head"),
     "qwen3_moe": Architecture(key_norm="head", stacked=_EXPERTS),
     "stablelm": Architecture(partial_rotary=True, refused=("qk_layernorm",)),
+    "starcoder2": Architecture(),
 }
 _MLA = "its keys and values are already compressed together (multi-head latent attention)"
 UNSUPPORTED: dict[str, str] = {
@@ -170,6 +171,6 @@ def architecture_of(model_type: str, where: object = None) -> Architecture:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not supported: {reason}",
             where=where,
-            fix=f"supported: {', '.join(sorted(ARCHITECTURES))}; docs/add_an_architecture.md tells how to add one",
+            fix=f"supported: {', '.join(sorted(ARCHITECTURES))}; add one as docs/contributing/add_a_family.md says",
         )
     return ARCHITECTURES[model_type]

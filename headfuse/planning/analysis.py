@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from headfuse.config.command import ANALYZE
 from headfuse.config.fuse import FuseConfig
 from headfuse.models.loading import pick_device
 from headfuse.models.source import Source
@@ -38,33 +39,40 @@ class Analysis:
 
 
 def analyze(
-    model: str,
-    config: FuseConfig | None = None,
+    model: str | Path,
+    config: FuseConfig | str | Path | None = None,
     *,
-    device: str = "auto",
-    trust_remote_code: bool = False,
     on_progress: ProgressCallback = lambda phase, done, total: None,
+    **options: Any,
 ) -> Analysis:
     """Measure how alike the heads of every layer are, and propose a plan for the budget.
+
+    Args:
+        model: folder or hub id of a model of a supported family.
+        config: a `FuseConfig`, a YAML file or the name of a packaged config.
+        on_progress: called with phase, done and total layers.
+        **options: those of `headfuse.fuse` by name, but for `dtype`; they win over `config`.
 
     Raises:
         HeadfuseError: for every kind of bad input.
     """
-    config = config or FuseConfig()
-    source = Source.open(model, trust_remote_code)
+    config, machine = ANALYZE.read(config, options)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    source = Source.open(str(model), machine.trust_remote_code)
     check_budget(config, source)
-    text = source.calibration_text(config.calibration, config.seed, trust_remote_code)
-    streamed = StreamedModel(source.checkpoint, source.config, pick_device(device))
-    options, cka = plan_options(config), list[tuple[torch.Tensor, torch.Tensor]]()
+    text = source.calibration_text(config.calibration, config.seed, machine.trust_remote_code)
+    streamed = StreamedModel(source.checkpoint, source.config, pick_device(machine.device))
+    planned, cka = plan_options(config), list[tuple[torch.Tensor, torch.Tensor]]()
 
     def measure(layer: SourceLayer) -> None:
         cka.append((linear_cka(layer.weights.key), linear_cka(layer.weights.value)))
 
-    found = survey(streamed, text, options, on_progress, measure)
+    found = survey(streamed, text, planned, on_progress, measure)
     layers = list(zip(cka, found.layers, strict=True))
     keys = [_side(each, layer.key_pairs, layer.key_energy) for (each, _), layer in layers]
     values = [_side(each, layer.value_pairs, layer.value_energy) for (_, each), layer in layers]
-    return Analysis(keys, values, make_plan(source, options, found))
+    return Analysis(keys, values, make_plan(source, planned, found))
 
 
 def _side(cka: torch.Tensor, pairs: list[list[float]], energy: list[float]) -> SideAnalysis:

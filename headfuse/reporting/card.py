@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
+SOURCE_CARD = "README-source.md"
+"""The source's card, where the licence stands in it."""
 INHERITED = ("language", "pipeline_tag", "library_name", "datasets")
 """What is as true of the fused model as of its source, besides licence, gate and tags; figures are not."""
 TAGS = ("headfuse", "kv-cache")
@@ -42,6 +45,12 @@ def fused_card(source: Source, result: FuseResult) -> str:
     )
     repository = repository_of(source.folder)
     return _front_matter(_inherited(source.folder), None if repository is None else repository.name) + body
+
+
+def keep_licence_text(source: Path, target: Path) -> None:
+    """Copy the source's card to where the output's `license_link` leads, if its own leads to the card."""
+    if _inherited(source).get("license_link") == SOURCE_CARD:
+        shutil.copyfile(source / CARD, target / SOURCE_CARD)
 
 
 def extended_card(folder: Path, name: str, section: str) -> str:
@@ -74,6 +83,8 @@ def _inherited(folder: Path) -> dict[str, Any]:
         for key, value in found.items()
         if key in INHERITED or str(key).startswith(("license", "extra_gated_"))
     }
+    if str(kept.get("license_link")).removeprefix("./") == CARD:
+        kept["license_link"] = SOURCE_CARD
     tags = _as_list(found.get("tags"))
     if "language" in kept:  # YAML 1.1 takes Norwegian's `no` for a truth value, the hub does not
         kept["language"] = ["no" if code is False else code for code in _as_list(kept["language"])]

@@ -16,8 +16,9 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 from headfuse.checkpoint.output_checks import check_output
-from headfuse.config.machine import TrainingMachine, take_machine
-from headfuse.config.uptrain import UptrainConfig, load_recipe
+from headfuse.config.command import UPTRAIN
+from headfuse.config.machine import TrainingMachine
+from headfuse.config.uptrain import UptrainConfig
 from headfuse.errors import ConfigError
 from headfuse.layouts.folder import ModelFolder, open_folder
 from headfuse.models.loading import (
@@ -74,11 +75,11 @@ class _Job:
 
 
 def uptrain(
-    model: str,
+    model: str | Path,
+    config: UptrainConfig | str | Path | None = None,
     *,
-    config: str | None = None,
     teacher: str | None = None,
-    output: Path | None = None,
+    output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -90,19 +91,20 @@ def uptrain(
 
     Args:
         model: the fused folder or hub id.
-        config: a YAML file, or the name of a packaged recipe, of which the options win.
+        config: an `UptrainConfig`, a YAML file or the name of a packaged recipe.
         teacher: the model to learn from; by default the source that the folder's plan.json names.
         output: the folder to write; by default `<model>-uptrained`.
         overwrite: replace an existing output.
         resume: go on where an interrupted run with the same options was; an explicit learning rate may differ.
         on_progress: called after every step.
-        **options: those of `UptrainConfig` (`data` and `tokens` have no default) and of `TrainingMachine`, by name.
+        **options: those of `UptrainConfig`, which win over `config` (`data` and `tokens` have no default), and of
+            `TrainingMachine`, by name.
 
     Raises:
         HeadfuseError: for models, text, options or an output that cannot be used, and when the loss is not finite.
     """
-    machine, others = take_machine(TrainingMachine, options)
-    job = _check(model, load_recipe(config, others), machine, teacher, output)
+    recipe, machine = UPTRAIN.read(config, options)
+    job = _check(str(model), recipe, machine, teacher, None if output is None else Path(output))
     if job.accelerator.is_main_process:
         check_output(job.output, overwrite=overwrite, resume=resume, reads=job.reads)
     if DEFAULT_DATA in job.config.data:

@@ -171,8 +171,15 @@ def test_companions_in_folders_go_along_and_twins_of_the_weights_do_not(model: P
         assert not [name for name in LEFT if (folder / name.split("/")[0]).exists()]
         assert json.loads((folder / "plan.json").read_text())["files"].keys() >= set(KEPT)
     (exported / KEPT[1]).write_text("changed")
-    line = run("eval", exported, "--verify", "--json", code=1).splitlines()[0]
-    assert "additional_chat_templates/tools.jinja has changed" in json.loads(line)["error"]["what"]
+    error = failure(run("eval", exported, "--verify", "--json", code=1))
+    assert "additional_chat_templates/tools.jinja has changed" in error["what"]
+
+
+def failure(output: str) -> dict[str, str]:
+    """The error in the JSON document, which stands beside the message on stderr."""
+    document = next(line for line in output.splitlines() if line.startswith("{"))
+    error: dict[str, str] = json.loads(document)["error"]
+    return error
 
 
 def with_model_code(model: Path) -> None:
@@ -280,8 +287,8 @@ def command_line(command: str, model: Path, out: Path) -> list[object]:
 def test_a_tokenizer_that_only_its_code_can_read(model: Path, tmp_path: Path, command: str) -> None:
     with_tokenizer_code(model)
     shutil.move(model / "tokenizer.json", model / "own.tiktoken")
-    line = run(*command_line(command, model, tmp_path / "out"), "--json", code=1)
-    assert "--trust-remote-code" in json.loads(line.splitlines()[0])["error"]["fix"]
+    error = failure(run(*command_line(command, model, tmp_path / "out"), "--json", code=1))
+    assert "--trust-remote-code" in error["fix"]
     assert not (tmp_path / "out").exists()
 
 
@@ -292,8 +299,7 @@ def test_an_adapter_is_refused(model: Path, tmp_path: Path, command: str, alone:
     (model / "adapter_model.safetensors").write_bytes(b"")
     for name in ("config.json", "model.safetensors") if alone else ():
         (model / name).unlink()
-    line = run(*command_line(command, model, tmp_path / "out"), "--json", code=1)
-    error = json.loads(line.splitlines()[0])["error"]
+    error = failure(run(*command_line(command, model, tmp_path / "out"), "--json", code=1))
     assert "adapter_config.json, adapter_model.safetensors" in error["what"]
     assert "merge_and_unload" in error["fix"]
     assert not (tmp_path / "out").exists()

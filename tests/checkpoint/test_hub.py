@@ -88,7 +88,7 @@ def test_a_revision_with_every_command(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_a_revision_in_the_name(hub: FakeHub, tmp_path: Path) -> None:
-    assert document("fuse", "acme/tiny@v1", "--dry-run")["heads"]["source"] == 8
+    assert document("fuse", "acme/tiny@v1", "--dry-run", "--budget", 0.5)["heads"]["source"] == 8
     measures = ["--data", tmp_path / "text.txt", "--samples", 2, "--sequence-length", 16]
     measured = document("eval", "acme/tiny@v1", "--baseline", "acme/tiny", *measures)
     assert (measured["model"]["name"], measured["kv_ratio"]) == ("acme/tiny@v1", 0.5)

@@ -17,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from headfuse.cli.app import app
-from headfuse.commands.eval import render
+from headfuse.cli.eval import render
 from headfuse.config.fuse import FuseConfig, load_config
 from headfuse.errors import ConfigError
 from headfuse.plan import FusionPlan
@@ -81,7 +81,7 @@ def test_bad_input_is_refused_before_torch_is_imported(folder: Path) -> None:
         lines += [(1, [command, model, "--config", config]) for command in ("fuse", "analyze")]
     script = f"""
 import sys
-from headfuse.cli import app
+from headfuse.cli.app import app
 for code, line in {lines!r}:
     try:
         app(line)

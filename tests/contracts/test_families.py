@@ -25,7 +25,7 @@ from headfuse.models.streamed import StreamedModel
 from tests.support.commands import fuse, run
 from tests.support.model_outputs import assert_decoding_equals_forward, logits
 from tests.support.planted_heads import plant
-from tests.support.tiny_models import FAMILY_OPTIONS, tiny_model
+from tests.support.tiny_models import FAMILY_OPTIONS, VOCABULARY, tiny_model
 
 
 def exists(layout: str, family: str) -> bool:
@@ -230,13 +230,24 @@ def test_a_model_with_sliding_windows_in_some_layers(
     torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(("family", "layout"), CASES)
-def test_full_budget_copies_bit_for_bit(tmp_path: Path, family: str, layout: str) -> None:
-    model = tiny_model(tmp_path / "model", family)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def untouched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fused:
+    """A model with every dropout that its family has, and what fuse makes of it at its full cache."""
+    family, layout = request.param
+    folder = tmp_path_factory.mktemp(f"{family}-{layout}")
+    model = tiny_model(folder / "model", family)
+    config = json.loads((model / "config.json").read_text())
+    rates = {name: 0.2 for name, value in config.items() if "drop" in name and type(value) in (int, float)}
+    (model / "config.json").write_text(json.dumps(config | rates))
     quick = ("--samples", 2, "--allocator", "uniform", "--preset", "fast")
-    fuse(model, tmp_path / "out", "--budget", 1, "--layout", layout, *quick)
-    source, copied = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
-    arch, heads = ARCHITECTURES[family], head_layout(AutoConfig.from_pretrained(model))
+    document = fuse(model, folder / "out", "--budget", 1, "--layout", layout, *quick)
+    return Fused(family, layout, model, folder / "out", document)
+
+
+def test_full_budget_copies_bit_for_bit(untouched: Fused) -> None:
+    model, out, layout = untouched.model, untouched.out, untouched.layout
+    source, copied = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    arch, heads = ARCHITECTURES[untouched.family], head_layout(AutoConfig.from_pretrained(model))
     stored = LAYOUTS[layout].stored(arch)
     names = arch.model_names(source)
     source = {name if stored == arch else names[name]: tensor for name, tensor in source.items()}
@@ -248,9 +259,25 @@ def test_full_budget_copies_bit_for_bit(tmp_path: Path, family: str, layout: str
     assert source.keys() == copied.keys()
     assert all(torch.equal(source[name], copied[name]) for name in source)
     if stored == arch:
-        assert torch.equal(logits(model), logits(tmp_path / "out"))
+        assert torch.equal(logits(model), logits(out))
     else:  # three products in the place of one may be summed in another order
-        torch.testing.assert_close(logits(model), logits(tmp_path / "out"), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(model), logits(out), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_training_mode_drops_out_what_the_source_drops_out(untouched: Fused, attention: str) -> None:
+    """Under one seed: attention weights, residual stream, hidden states."""
+    import headfuse.modeling  # noqa: F401  registers decoupled models
+
+    if attention == "sdpa" and untouched.family in ("bloom", "gptj"):
+        pytest.skip("the source's class has eager attention alone")
+    tokens, outputs = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2)), []
+    for folder in (untouched.model, untouched.out):
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).train()
+        torch.manual_seed(0)
+        outputs.append(model(tokens).logits)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(outputs[0], logits(untouched.model), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("method", [name for name, method in FUSION_METHODS.items() if not method.trained])

@@ -40,7 +40,7 @@ def source_with(folder: Path, fields: dict[str, Any], files: list[int]) -> Path:
     if 0 in files:
         (model / "config.json").write_text(json.dumps(config | fields))
     if 1 in files:
-        own = fields if files == [1] else {"max_length": 33, "eos_token_id": 21, "top_k": 5}
+        own = fields if files == [1] else {"max_length": 33, "eos_token_id": 21, "repetition_penalty": 1.1}
         (model / "generation_config.json").write_text(json.dumps(own))
     return model
 

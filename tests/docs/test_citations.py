@@ -15,7 +15,7 @@ FILES = [
     if "companions" not in path.name  # they list the documents of other models
 ]
 DOCUMENTS = {path.name for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))}
-WRITTEN = {"README.md", "summary.md"}
+WRITTEN = {"README.md", "README-source.md", "summary.md"}
 """Files that runs and tests write."""
 
 CITATION = re.compile(r"mathematics\.md(?:#section-([\d-]+)|\s+sections?\s+(\d[\d.]*(?:(?:, | and )\d[\d.]*)*))?")

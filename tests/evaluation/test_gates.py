@@ -70,7 +70,7 @@ def test_bad_gate_files(tmp_path: Path, text: str) -> None:
 
 
 def test_the_packaged_gates_are_those_of_the_repository() -> None:
-    path = Path(__file__).parents[2] / "configs/ci-gate.yaml"
+    path = Path(__file__).parents[2] / "configs/gates/ci-gate.yaml"
     assert read_gates(str(path)) == read_gates("ci-gate") != []
 
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 import headfuse
+from headfuse.config.values import parse_memory
 from headfuse.estimates import clustered_mean, mean, paired_stderr
-from headfuse.evaluation.capacity import fit, parse_memory
+from headfuse.evaluation.capacity import fit
 from headfuse.evaluation.passkey import passkey_prompts
 from headfuse.evaluation.perplexity import predict
 from tests.support.commands import run

@@ -296,5 +296,6 @@ def test_models_that_see_a_window_are_refused_before_any_work(tmp_path: Path) ->
 def test_for_accepts_what_the_runtime_loads(fused: Path, runtime: str, layout: str) -> None:
     model = fused.parent / "model"
     code = 0 if layout in LAYOUT_FOR[runtime] else 1
-    output = run("fuse", model, "--dry-run", "--for", runtime, "--layout", layout, "--budget", "0.5", code=code)
+    options = ("--for", runtime, "--layout", layout, "--budget", "0.5", "--sequence-length", 32)
+    output = run("fuse", model, "--dry-run", *options, code=code)
     assert code == 0 or f"it loads {', '.join(LAYOUT_FOR[runtime])}" in output

@@ -73,6 +73,15 @@ def test_front_matter_that_cannot_be_read(sources: Path, tmp_path: Path, front: 
         assert isinstance(front, bytes) or "# Own" in text
 
 
+def test_a_licence_in_the_card_itself_goes_along(sources: Path, tmp_path: Path) -> None:
+    out, exported = tmp_path / "out", tmp_path / "exported"
+    link = card_of(sources, out, "license: other\nlicense_name: own\nlicense_link: README.md")["license_link"]
+    run("export", out, "--to", "layerwise", "-o", exported)
+    for folder in (out, exported):
+        assert (folder / link).read_bytes() == (sources / "README.md").read_bytes()
+        assert link in (folder / "plan.json").read_text()
+
+
 def test_a_section_leaves_the_card_before_it_as_it_was(sources: Path, tmp_path: Path) -> None:
     out, exported = tmp_path / "out", tmp_path / "exported"
     assert card_of(sources, out, "license: mit")["license"] == "mit"

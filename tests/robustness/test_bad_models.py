@@ -236,7 +236,7 @@ def test_a_loss_beyond_a_float_is_a_figure_all_the_same(model: Path, tmp_path: P
 def test_a_model_and_a_dataset_of_the_hub_offline(model: Path, tmp_path: Path) -> None:
     """In a process of its own: the libraries read HF_HUB_OFFLINE when they are imported."""
     code = f"""
-from headfuse.cli import app
+from headfuse.cli.app import app
 for args in (["nobody/nothing"], [{str(model)!r}, "--data", "nobody/nothing", "--sequence-length", "32"]):
     try:
         app(["fuse", *args, "-o", {str(tmp_path / "out")!r}, "--json"])

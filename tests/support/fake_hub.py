@@ -31,6 +31,8 @@ class FakeHub:
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of a request."""
         parts = [unquote(part) for part in urlsplit(path).path.strip("/").split("/")]
+        if "acme" not in parts:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
         if parts[:1] == ["api"]:
             _, _, owner, name, kind, revision, *_ = parts
         else:

@@ -104,7 +104,8 @@ TARGETS = {
     "tokenizer": Target("model/tokenizer.json", lambda p: [p.fuse(p.model)]),
     "tokenizer config": Target("model/tokenizer_config.json", lambda p: [p.fuse(p.model)]),
     "options": Target(
-        "fused/headfuse.yaml", lambda p: [("fuse", p.model, "-c", p.fused / "headfuse.yaml", "--dry-run")]
+        "fused/headfuse.yaml",
+        lambda p: [("fuse", p.model, "-c", p.fused / "headfuse.yaml", "--data", p.root / "text.txt", "--dry-run")],
     ),
     "plan": Target("plan.json", lambda p: [p.fuse(p.model, "--plan", p.root / "plan.json")]),
     "fused config": Target("fused/config.json", lambda p: [evaluation(p, p.fused)]),

@@ -25,6 +25,7 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_moe": _EXPERTS,
     "stablelm": {"use_qkv_bias": True},
+    "starcoder2": {"sliding_window": 16},
 }
 """What makes a family differ from llama at the size of these models."""
 NARROW = ("llama", "mistral", "qwen2", "qwen3", "gemma")

@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from headfuse.commands import uptrain as command
+from headfuse.cli.app import app
 from headfuse.errors import ConfigError, MissingExtraError
 from tests.training.runs import losses, train
 
@@ -42,21 +42,15 @@ def test_unknown_and_missing_trackers(fused: Path, data: str, monkeypatch: pytes
     assert "pip install wandb" in str(caught.value)
 
 
-def test_live_line_is_on_terminals_alone(
-    fused: Path, data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {
-        "model": str(fused), "data": data, "tokens": 64, "sequence_length": 16, "device": "cpu", "overwrite": True,
-    }  # fmt: skip
-    command.run(**options)
-    plain = capsys.readouterr().err
+def test_live_line_is_on_terminals_alone(fused: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--data", data, "--tokens", "64", "--sequence-length", "16", "--device", "cpu", "--overwrite"]
+    command = ["uptrain", str(fused), *options]
+    plain = CliRunner().invoke(app, command).stderr
     assert "\x1b" not in plain
     assert "training: step 1 of " in plain
     assert "tokens/s, left" not in plain
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "150")
-    command.run(**options)
-    shown = re.sub(r"\x1b\[[0-9;?]*\w", "", capsys.readouterr().err)
+    shown = re.sub(r"\x1b\[[0-9;?]*\w", "", CliRunner().invoke(app, command, color=True).stderr)
     assert re.search(r"loss \d\.\d+, validation NLL \d\.\d+ [\d,]+ tokens/s, left", shown)
-    command.run(**options, quiet=True)
-    assert "validation NLL" not in capsys.readouterr().err
+    assert "validation NLL" not in CliRunner().invoke(app, [*command, "--quiet"]).stderr

@@ -8,10 +8,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from headfuse.checkpoint.checksums import file_sha256
 from headfuse.checkpoint.plan_file import read_plan
-from headfuse.commands import uptrain as command
+from headfuse.cli.app import app
+from headfuse.cli.uptrain import render
 from headfuse.errors import HeadfuseError
 from headfuse.evaluation.perplexity import nll_per_window
 from headfuse.modeling import HeadfuseForCausalLM
@@ -195,11 +197,11 @@ def test_gradient_checkpointing_changes_no_loss(fused: Path, source: Path, data:
 
 
 def test_command_document_and_table(fused: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:
-    document = command.run(model=str(fused), data=data, tokens=64, sequence_length=16, device="cpu", threads=1)
-    assert capsys.readouterr().out == ""
+    options = ["--data", data, "--tokens", "64", "--sequence-length", "16", "--device", "cpu", "--threads", "1"]
+    document = json.loads(CliRunner().invoke(app, ["uptrain", str(fused), *options, "--json"]).stdout)
     assert document["kv_ratio"] == 0.5
     assert json.loads(json.dumps(document)) == document
-    command.render(document, Console(width=100))
+    render(document, Console(width=100))
     printed = capsys.readouterr().out
     for figure in ("nll_teacher", "nll_before", "nll_after"):
         assert f"{document[figure]:.4f}" in printed

@@ -5,65 +5,113 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.checkpoint.reader import DTYPE_NAMES
-from headfuse.config.fuse import load_config
-from headfuse.conversion.convert import fuse
-from headfuse.conversion.cost import estimate
-from headfuse.conversion.preflight import Prepared, prepare
-from headfuse.conversion.result import FuseResult
+from headfuse.cli import options
+from headfuse.cli.execute import Document, calm_libraries, execute, log_console
+from headfuse.cli.options import KEEP, OUTPUT
 from headfuse.estimates import mean
-from headfuse.evaluation.ci_reports import check_summary, write_verdicts
-from headfuse.evaluation.gates import FUSE_METRICS, GateResult, judge, read_gates
-from headfuse.layouts import LAYOUTS
 from headfuse.reporting.progress import stages
 
+if TYPE_CHECKING:
+    from headfuse.config.fuse import FuseConfig
+    from headfuse.conversion.result import FuseResult
 
-def run(
-    *,
-    model: str,
-    config: str | None,
-    overrides: Mapping[str, Any],
-    output: Path | None,
-    plan: Path | None,
-    overwrite: bool,
-    resume: bool,
-    device: str,
-    dtype: str | None,
-    trust_remote_code: bool,
-    dry_run: bool,
-    log: Console,
-    gate: str | None = None,
-    junit: Path | None = None,
-    github_summary: bool = False,
-) -> dict[str, Any]:
-    """Run the command; the result document."""
-    settings = load_config(config, overrides)
-    gates = [] if gate is None else read_gates(gate, FUSE_METRICS)
-    check_summary(github_summary)
-    if dry_run:
-        prepared = prepare(
-            model, settings, output=output, plan=plan, overwrite=overwrite, resume=resume, device=device, dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        return _dry_run(prepared, device, dtype)
+
+def fuse(  # a parameter an option: Typer reads them
+    ctx: typer.Context,
+    model: options.Model,
+    budget: options.Budget = None,
+    layout: options.Layout = None,
+    runtime: options.For = None,
+    plan: Annotated[Path | None, typer.Option(help="Apply a reviewed plan.json.", rich_help_panel=KEEP)] = None,
+    method: options.Method = None,
+    allocator: options.Allocator = None,
+    grouping: options.Grouping = None,
+    preset: options.Preset = None,
+    config: options.Config = None,
+    seed: options.Seed = None,
+    data: options.Data = None,
+    samples: options.Samples = None,
+    sequence_length: options.SequenceLength = None,
+    output: options.Output = None,
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    dtype: options.WrittenDtype = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check all that a run checks first; print sizes and estimates.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
+    gate: options.Gates = None,
+    junit: options.Junit = None,
+    github_summary: options.Summary = False,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Write a checkpoint with a smaller KV cache."""
+
+    def work() -> Document:
+        from headfuse.checkpoint.hub import at_revision
+        from headfuse.checkpoint.inputs import check_exists, check_model, check_writable
+        from headfuse.config.command import FUSE
+        from headfuse.evaluation.ci_reports import check_summary, write_verdicts
+        from headfuse.evaluation.gates import FUSE_METRICS, judge, read_gates
+        from headfuse.text.documents import check_data
+
+        gates = [] if gate is None else read_gates(gate, FUSE_METRICS)
+        check_model(model)
+        settings, machine = FUSE.read(
+            config, {**options.given(ctx, FUSE.names), "layout": options.layout_for(runtime, layout)}
+        )
+        check_data(settings.calibration.data)
+        check_exists(plan, "`headfuse analyze --output` writes plans; so does `headfuse fuse`")
+        check_writable(junit)
+        source = at_revision(model, revision)
+        check_summary(github_summary)
+        calm_libraries(verbose)
+        place = {"output": output, "plan": plan, "overwrite": overwrite, "resume": resume, **dict(machine)}
+        if dry_run:
+            return _dry_run(source, settings, place)
+        result = _fuse(source, settings, place, log_console(quiet or json_output))
+        document = _document(result)
+        document["gates"] = [judged.to_dict() for judged in judge(gates, _gated(result))]
+        write_verdicts(document, junit, github_summary)
+        return document
+
+    execute(work, render, json_output, quiet, verbose)
+
+
+def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Console) -> FuseResult:
+    """Convert, and show the stages."""
+    from headfuse.conversion.convert import fuse
+
     if settings.calibration.data == "default":
         log.print(
             "calibrating on the packaged text, generic prose: --data with text like the model's own use is better",
             soft_wrap=True,
         )
-    with stages(log, "reading") as report:
-        result = fuse(
-            model, settings, output=output, plan=plan, overwrite=overwrite, resume=resume, device=device, dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            on_progress=lambda phase, done, total: report(phase, f"{done} of {total}"),
-        )  # fmt: skip
+    with stages(log, "reading") as show:
+        return fuse(model, settings, on_progress=lambda phase, done, total: show(phase, f"{done} of {total}"), **place)
+
+
+def _document(result: FuseResult) -> Document:
+    from headfuse.layouts import LAYOUTS
+
     budget = result.plan.head_budget
-    document: dict[str, Any] = {
+    return {
         "schema_version": 1,
         "command": "fuse",
         "output": str(result.output),
@@ -76,9 +124,6 @@ def run(
         "key_heads": list(budget.key_heads),
         "value_heads": list(budget.value_heads),
     }
-    document["gates"] = [judged.to_dict() for judged in judge(gates, _gated(result))]
-    write_verdicts(document, junit, github_summary)
-    return document
 
 
 def _gated(result: FuseResult) -> dict[str, Any]:
@@ -102,9 +147,15 @@ def _gated(result: FuseResult) -> dict[str, Any]:
     }
 
 
-def _dry_run(prepared: Prepared, device: str, dtype: str | None) -> dict[str, Any]:
+def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Document:
+    """Make every check of a run; what it would write, and cost."""
+    from headfuse.checkpoint.reader import DTYPE_NAMES
+    from headfuse.conversion.cost import estimate
+    from headfuse.conversion.preflight import prepare
+
+    prepared = prepare(model, settings, **place)
     source, settings, budget = prepared.source, prepared.config, prepared.budget
-    cost = estimate(source, settings, device)
+    dtype, cost = prepared.machine.dtype, estimate(source, settings, prepared.machine.device)
     itemsize = next(iter(source.checkpoint.dtypes.values())).itemsize if dtype is None else DTYPE_NAMES[dtype].itemsize
     per_head = source.heads.head_dim * itemsize
     return {
@@ -123,6 +174,8 @@ def _dry_run(prepared: Prepared, device: str, dtype: str | None) -> dict[str, An
 
 def render(document: Mapping[str, Any], console: Console) -> None:
     """Print the result as a table."""
+    from headfuse.evaluation.gates import GateResult
+
     if document.get("dry_run"):
         kv, cost = document["kv_bytes_per_token"], document["estimate"]
         console.print(f"would write {document['output']}, layout {document['layout']}", soft_wrap=True)

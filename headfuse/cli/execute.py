@@ -1,0 +1,122 @@
+"""Runs a command: its document on stdout, its log on stderr, and one message and an exit code for every failure."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from headfuse.errors import HeadfuseError
+
+Document = dict[str, Any]
+"""What `--json` prints."""
+
+
+def execute(
+    work: Callable[[], Document],
+    render: Callable[[Document, Console], None],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Run a command; print its document; turn every failure into one message and an exit code."""
+    first = is_first_process()
+    document = _document(work, as_json and first, verbose)
+    if not first:
+        return
+    if as_json:
+        typer.echo(json.dumps(document))
+    elif quiet:
+        if document.get("output"):
+            typer.echo(document["output"])
+    else:
+        render(document, Console())
+    failed = [gate["gate"] for gate in document.get("gates", []) if not gate["passed"]]
+    if failed:
+        typer.echo(f"error: gates failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(3)
+
+
+def is_first_process() -> bool:
+    """Whether this one of the processes of `accelerate launch` prints; so does one that is alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def log_console(silent: bool) -> Console:
+    """Where the stages of a command are shown."""
+    return Console(stderr=True, quiet=silent)
+
+
+def calm_libraries(verbose: bool) -> None:
+    """Keep the libraries' own chatter and bars off stderr unless asked for; the first import of the heavy ones."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if verbose:
+        return
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def print_failure(what: str, where: str | None, fix: str | None) -> None:
+    """Print the document of a failure."""
+    error = {"what": what, "where": where, "fix": fix}
+    with contextlib.suppress(
+        OSError
+    ):  # a full disk behind stdout: the message on stderr tells the failure that matters
+        typer.echo(json.dumps({"schema_version": 1, "output": None, "error": error}))
+
+
+class _Terminated(BaseException):
+    """SIGTERM, so that cleaning up runs as it does for Ctrl-C."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _document(work: Callable[[], Document], as_json: bool, verbose: bool) -> Document:
+    """What the work came to; a failure is told here and leaves as an exit code."""
+    previous = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return work()
+    except (KeyboardInterrupt, _Terminated) as error:
+        what, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else ("terminated", 143)
+        fix = str(error) or "nothing was written; run it again"
+        typer.echo(f"{what}\n  {fix}", err=True)
+        if as_json:
+            print_failure(what, None, fix)
+        raise typer.Exit(code) from None
+    except Exception as error:
+        expected = error if isinstance(error, HeadfuseError) else _explained(error)
+        unforeseen = verbose and error is not expected
+        if not unforeseen:
+            typer.echo(f"error: {expected}", err=True)
+        if as_json:
+            print_failure(expected.what, expected.where, expected.fix)
+        if unforeseen:
+            raise
+        raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _explained(error: Exception) -> HeadfuseError:
+    """An error that no check foresaw, in the shape of those that were."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return HeadfuseError(error.strerror, where=error.filename, fix="check the path, its permissions and the disk")
+    if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
+        return HeadfuseError(
+            f"out of memory: {reason}", fix="give fewer --samples or a smaller --sequence-length, or another --device"
+        )
+    return HeadfuseError(
+        f"unexpected {type(error).__name__}: {reason}",
+        fix="this is a fault of headfuse: run again with --verbose and report the traceback",
+    )

@@ -1,1 +1,0 @@
-"""The commands of headfuse, each one short function."""

@@ -1,0 +1,55 @@
+"""What the documents say of model families is what the tables hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from headfuse.layouts import layerwise
+from headfuse.layouts.gguf import writer as gguf
+from headfuse.modeling.configuration_headfuse import FAMILIES
+from headfuse.models.families import ARCHITECTURES
+
+ROOT = Path(__file__).parents[2]
+README, TABLE, RUNTIMES = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/architectures.md", "docs/runtimes.md")
+)
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.splitlines() if line.startswith("| ")]
+OF_FAMILY = {family: row for row in ROWS[1:] for family in re.sub(r"\(.*?\)", "", row[0]).replace(" ", "").split(",")}
+
+
+def test_the_readme_counts_the_families() -> None:
+    assert re.findall(r"\[(\d+) families\]", README) == [str(len(ARCHITECTURES))]
+
+
+def test_the_table_has_every_family_once() -> None:
+    named = [family for row in ROWS[1:] for family in re.sub(r"\(.*?\)", "", row[0]).replace(" ", "").split(",")]
+    assert sorted(named) == sorted(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_the_table_says_what_an_entry_says(family: str) -> None:
+    _, layouts, keys, rest = OF_FAMILY[family]
+    arch = ARCHITECTURES[family]
+    exists = {"gqa": arch.stock_gqa, "decoupled": family in FAMILIES, "layerwise": family in layerwise.FAMILIES}
+    assert set(re.findall(r"`(\w+)`", layouts)) == {name for name, there in exists.items() if there}
+    assert keys.startswith("not rotated") == (arch.rotary == "none")
+    assert ("interleaved" in keys) == (arch.rotary == "interleaved")
+    assert ("in part" in keys) == arch.partial_rotary
+    assert ("norm" in keys) == (arch.key_norm is not None)
+    assert all(option in rest for option in arch.refused)
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "families"),
+    [
+        (README, r"counts differ by layer \(", layerwise.FAMILIES),
+        (TABLE, r"`--to gguf` writes ", gguf.FAMILIES),
+        (RUNTIMES, r"below\)\. Families: ", gguf.FAMILIES),
+    ],
+)
+def test_lists_of_families_in_prose(text: str, start: str, families: dict[str, object]) -> None:
+    found = re.findall(start + r"((?:\w+(?:, | and )?)+?)(?:\)|;|,? and refuses)", text)
+    assert [sorted(re.split(", | and ", names)) for names in found] == [sorted(families)]
