@@ -137,5 +137,16 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
+def test_every_file_of_the_package_is_shipped() -> None:
+    """A wheel holds only the data files that pyproject.toml names."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["headfuse"]
+    data = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    shipped = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    assert data
+    assert not {str(path.relative_to(PACKAGE)) for path in data if path not in shipped}
+
+
 def test_every_name_of_the_package_is_there() -> None:
     assert all(callable(getattr(headfuse, name)) for name in headfuse.__all__ if name != "__version__")

@@ -17,7 +17,7 @@ from headfuse.config.command import FUSE
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.machine import Machine
 from headfuse.conversion.output import default_output
-from headfuse.conversion.resume import _check_resumed, text_digest
+from headfuse.conversion.resume import check_resumed, text_digest
 from headfuse.dha import pipeline as dha
 from headfuse.fusion import FUSION_METHODS
 from headfuse.models.loading import pick_device
@@ -84,7 +84,7 @@ def prepare(
         "dtype": machine.dtype,
     }
     if resume:
-        _check_resumed(partial_folder(output), options)
+        check_resumed(partial_folder(output), options)
     return Prepared(source, config, ready, kept, output, text, machine, pick_device(machine.device), options)
 
 

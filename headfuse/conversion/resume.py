@@ -49,14 +49,14 @@ def resumed_plan(partial: Path, source: Source, options: dict[str, Any]) -> Fusi
     """
     if read_resume(partial, "fuse") is None:
         return None
-    _check_resumed(partial, options)
+    check_resumed(partial, options)
     plan = None if "source" in options else _plan_of(partial)  # that of a training is in its state
     if plan is not None and plan.source.fingerprint != source.checkpoint.fingerprint():
         raise _other_run(partial, ["source"])
     return plan and plan.model_copy(update={"source": source.identity()})
 
 
-def _check_resumed(partial: Path, options: dict[str, Any]) -> None:
+def check_resumed(partial: Path, options: dict[str, Any]) -> None:
     """Raise ConfigError when the interrupted run in this folder, if there is one, had other options."""
     state = read_resume(partial, "fuse")
     before = {} if state is None else state.get("options")

@@ -437,7 +437,7 @@ def test_a_dry_run_of_a_resumed_run(model: Path, tmp_path: Path, monkeypatch: py
 
     data = ("--data", tmp_path / "text.txt", *FEW, "-o", tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr("headfuse.conversion.output.write_config", fail)
+        patched.setattr("headfuse.conversion.convert.write_beside_weights", fail)
         run("fuse", model, *data, "--budget", 0.5, code=130)
     assert "--resume" in run("fuse", model, *data, "--budget", 0.5, "--dry-run", code=1)
     run("fuse", model, *data, "--budget", 0.5, "--dry-run", "--resume")

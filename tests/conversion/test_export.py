@@ -139,6 +139,23 @@ def test_a_stock_model_becomes_layerwise(tmp_path: Path) -> None:
     assert torch.equal(logits(tmp_path / "out"), logits(model))
 
 
+def test_the_tokenizer_stays_of_its_class(tmp_path: Path) -> None:
+    """transformers picks some classes by the model type, which is another one in this layout."""
+    model = tiny_model(tmp_path / "model", query_heads=8)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    name = settings.pop("tokenizer_class")
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    exported(model, "layerwise", tmp_path / "out")
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["tokenizer_class"] == name
+
+
+def test_the_dtype_stays(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", query_heads=8)
+    fuse(model, tmp_path / "fused", "--budget", 0.5, "--layout", "layerwise", "--preset", "fast", "--dtype", "bfloat16")
+    exported(tmp_path / "fused", "gqa", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_what_will_be_written_is_said_before_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = planned(tmp_path, [(ALL, PAIRS)])
 

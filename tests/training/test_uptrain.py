@@ -14,6 +14,7 @@ from headfuse.checkpoint.checksums import file_sha256
 from headfuse.checkpoint.plan_file import read_plan
 from headfuse.cli.app import app
 from headfuse.cli.uptrain import render
+from headfuse.errors import HeadfuseError
 from headfuse.evaluation.perplexity import nll_per_window
 from headfuse.modeling import HeadfuseForCausalLM
 from headfuse.models.loading import load_model, load_tokenizer
@@ -76,6 +77,15 @@ def test_cross_entropy_needs_no_teacher(fused: Path, data: str, tmp_path: Path) 
     assert result.teacher is None
     assert result.nll_after < result.nll_before  # type: ignore[operator]
     assert not (result.output / "plan.json").exists()
+
+
+def test_a_damaged_plan_is_refused_before_the_training(fused: Path, data: str) -> None:
+    """It goes with the output; no step is made for an output that could not be written."""
+    (fused / "plan.json").write_text("{")
+    seen: list[Progress] = []
+    with pytest.raises(HeadfuseError, match=r"plan\.json"):
+        train(fused, data, loss="ce", on_progress=seen.append)
+    assert not seen
 
 
 def test_decoupled_model(source: Path, decoupled: Path, data: str) -> None:
