@@ -109,7 +109,7 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
         refit = rows * (2 * queries * (smaller + width) + 4 * queries * length) + 6 * smaller**2 * queries
         error = surveyed / 4 * (4 * queries * width + 4 * queries * length)
         work += layers * 2 * few * (refit * refits + error) + 3 * weighing_tokens(seen) * (once + 2 * head)
-        if preset.end_loss_probes:
+        if preset.end_loss_probes or LAYOUTS[config.layout].wide:
             work += PROBE_COST * seen * once + layers * (2 * counts + 1) * refit * refits
             work += layers * 2 * counts * probe_tokens(seen, layers, counts) * 2 * head
     if preset.model_passes and refits:

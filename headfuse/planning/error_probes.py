@@ -18,6 +18,8 @@ from headfuse.planning.fused_variants import Costs, Fused, captures_for_refit, w
 ERRORS_WORTH = 1000.0
 """Tokens on which the end loss tells as much of a count as the error of the attention output does: the error is biased,
 the end loss of few tokens is noise (docs/experiments.md)."""
+WIDE_ERRORS_WORTH = 100.0
+"""The same for the widths of wide heads, whose range is larger: errors give the first layer far too much there."""
 TINY = 1e-30
 
 
@@ -36,7 +38,8 @@ class ErrorProbes:
         full: the count that keeps all of a side; by default the source's heads.
     """
 
-    worth, every_count = ERRORS_WORTH, False
+    worth: float = ERRORS_WORTH
+    every_count = False
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.budget import BudgetRules, CostTable, budget_rules
 from headfuse.planning.costs import cost_row, measured_counts
 from headfuse.planning.end_loss_probes import EndLossProbes
-from headfuse.planning.error_probes import ErrorProbes
+from headfuse.planning.error_probes import WIDE_ERRORS_WORTH, ErrorProbes
 from headfuse.planning.fused_variants import Costs, probe_tokens, probe_windows, weighing_tokens
 from headfuse.planning.importance import HEAD_IMPORTANCE, cost_table
 from headfuse.planning.survey import LayerSurvey, SurveyOptions, survey_layer
@@ -51,7 +51,7 @@ class PlanOptions:
     grouping: str
     """Name in GROUPERS."""
     end_loss_probes: Literal["few", "all"] | None
-    """Of the preset: the counts whose cost is measured by the end loss, too."""
+    """Of the preset: the counts whose cost is measured by the end loss, too; of wide heads, always some."""
     seed: int
 
 
@@ -65,7 +65,7 @@ def plan_options(config: FuseConfig) -> PlanOptions:
         method=config.method,
         layout=config.layout,
         grouping=config.grouping,
-        end_loss_probes=PRESETS[config.preset].end_loss_probes,
+        end_loss_probes=PRESETS[config.preset].end_loss_probes or ("few" if layout.wide else None),
         seed=config.seed,
     )
 
@@ -187,6 +187,8 @@ def _probes(
     refit = FUSION_METHODS[options.method].refits_output
     full = options.rules.counted(heads)
     errors = ErrorProbes(streamed, probe_windows(unseen, weighing_tokens(tokens)), equal, refit, full)
+    if LAYOUTS[options.layout].wide:
+        errors.worth = WIDE_ERRORS_WORTH
     if options.end_loss_probes is None:
         return (errors,)
     if LAYOUTS[options.layout].wide:
