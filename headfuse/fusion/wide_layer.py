@@ -116,9 +116,14 @@ def _reads(keys: WideKeys, values: WideValues) -> dict[str, torch.Tensor | None]
     """The read maps as the model code has them: rows in the order of (group, source head, channel of the cache)."""
     slots = [torch.view_as_real(basis.read.T.contiguous()).flatten(0, 1) for basis in keys.bases]  # [g S, 2]
     plain = [basis.plain.read.mT.flatten(0, 1) for basis in keys.bases if basis.plain is not None]  # [g c, d - 2 p]
-    rows = torch.cat(plain) if plain else torch.empty(0)
     return {
-        "key_read": torch.cat(slots),
-        "key_read_plain": rows if len(rows) else None,
+        "key_read": _rows(slots),
+        "key_read_plain": _rows(plain),
         "value_read": torch.cat([basis.read.mT.flatten(0, 1) for basis in values.bases]),
     }
+
+
+def _rows(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """The rows of all parts; None where there are none, which no file has a place for."""
+    rows = torch.cat(parts) if parts else torch.empty(0)
+    return rows if len(rows) else None

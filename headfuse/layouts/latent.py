@@ -63,7 +63,7 @@ def sized(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> Atte
 
     def rows(widths: list[int], columns: int) -> torch.Tensor | None:
         count = sum(len(group) * width for group, width in zip(layer.key_groups, widths, strict=True))
-        return weights.key.new_empty((count, columns)) if count or columns == 2 else None
+        return weights.key.new_empty((count, columns)) if count else None
 
     plain = [width - 2 * len(table) for width, table in zip(keys, slots, strict=True)]
     return replace(
@@ -83,14 +83,14 @@ def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> At
     if not layer.untouched:
         return weights
     heads, order = plan.heads, [group[0] for group in layer.key_groups]
-    count, rest = heads.num_key_value_heads, heads.head_dim - heads.rotary_dim
+    count, planes, rest = heads.num_key_value_heads, heads.rotary_dim // 2, heads.head_dim - heads.rotary_dim
     return replace(
         weights,
         key=weights.key[order],
         key_bias=None if weights.key_bias is None else weights.key_bias[order],
         value=weights.value[order],
         value_bias=None if weights.value_bias is None else weights.value_bias[order],
-        key_read=torch.tensor([1.0, 0.0]).repeat(count * (heads.rotary_dim // 2), 1),
+        key_read=torch.tensor([1.0, 0.0]).repeat(count * planes, 1) if planes else None,
         key_read_plain=torch.eye(rest).repeat(count, 1) if rest else None,
         value_read=torch.eye(heads.head_dim).repeat(count, 1),
     )

@@ -41,7 +41,7 @@ class LatentAttention(HeadfuseAttention):
     """
 
     groups: list[Group]
-    key_read: nn.Parameter
+    key_read: nn.Parameter | None
     key_read_plain: nn.Parameter | None
     value_read: nn.Parameter
     head_order: torch.Tensor | None
@@ -65,7 +65,8 @@ class LatentAttention(HeadfuseAttention):
         like = self.v_proj.weight
         sizes = [(len(group.heads), group) for group in self.groups]
         plain = [n * (g.key.stop - g.key.start - 2 * g.slots) for n, g in sizes]
-        self.key_read = _parameter(like, sum(n * g.slots for n, g in sizes), 2)
+        rotated = sum(n * g.slots for n, g in sizes)
+        self.key_read = _parameter(like, rotated, 2) if rotated else None
         rest = self.head_dim - 2 * self.num_planes
         self.key_read_plain = _parameter(like, sum(plain), rest) if sum(plain) else None
         self.value_read = _parameter(like, sum(n * (g.value.stop - g.value.start) for n, g in sizes), self.head_dim)
@@ -160,13 +161,14 @@ class LatentAttention(HeadfuseAttention):
         heads = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return heads if self.head_order is None else heads.index_select(1, self.head_order)
 
-    def _read_maps(self) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    def _read_maps(self) -> list[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]]:
         """Of each group: factors [n, S, 2], maps of the channels that are not rotated [n, c, d - 2 p] and [n, r, d]."""
         found, slot, plain, value = [], 0, 0, 0
         for group in self.groups:
             n, width = len(group.heads), group.key.stop - group.key.start - 2 * group.slots
-            complex_read = self.key_read[slot : (slot := slot + n * group.slots)].unflatten(0, (n, group.slots))
-            plain_read = None
+            complex_read = plain_read = None
+            if self.key_read is not None:
+                complex_read = self.key_read[slot : (slot := slot + n * group.slots)].unflatten(0, (n, group.slots))
             if self.key_read_plain is not None:
                 plain_read = self.key_read_plain[plain : (plain := plain + n * width)].unflatten(0, (n, width))
             rows = n * (group.value.stop - group.value.start)
@@ -176,11 +178,11 @@ class LatentAttention(HeadfuseAttention):
         return found
 
     def _wide_queries(
-        self, query: torch.Tensor, group: Group, complex_read: torch.Tensor, plain_read: torch.Tensor | None
+        self, query: torch.Tensor, group: Group, complex_read: torch.Tensor | None, plain_read: torch.Tensor | None
     ) -> torch.Tensor:
         """Rotated queries [b, n, q, d] that read a group's cached keys as they are: [b, n, q, w_k]."""
         p, parts = self.num_planes, []
-        if group.slots:
+        if complex_read is not None:
             index = self.frequencies[group.rotated]
             first, second = query[..., :p].index_select(-1, index), query[..., p : 2 * p].index_select(-1, index)
             real, imaginary = complex_read[:, None].unbind(-1)  # [n, 1, S]
@@ -189,11 +191,13 @@ class LatentAttention(HeadfuseAttention):
             parts.append(query[..., 2 * p :] @ plain_read.mT)
         return torch.cat(parts, dim=-1)
 
-    def _key_matrix(self, group: Group, complex_read: torch.Tensor, plain_read: torch.Tensor | None) -> torch.Tensor:
+    def _key_matrix(
+        self, group: Group, complex_read: torch.Tensor | None, plain_read: torch.Tensor | None
+    ) -> torch.Tensor:
         """What a cached key [w_k] is multiplied with to give those of the group's source heads: [n, w_k, d]."""
         n, p, slots = len(group.heads), self.num_planes, group.slots
         parts = []
-        if slots:
+        if complex_read is not None:
             real, imaginary = complex_read.unbind(-1)  # [n, S]
             place = nn.functional.one_hot(self.frequencies[group.rotated], p).to(real)  # [S, p]
             real, imaginary = real[..., None] * place, imaginary[..., None] * place  # [n, S, p]
