@@ -11,6 +11,7 @@ from typing import Any
 
 from headfuse.checkpoint.companions import adapter_files
 from headfuse.checkpoint.hub import parse_hub_id
+from headfuse.checkpoint.quantised import refuse_gguf
 from headfuse.errors import CheckpointError, ConfigError, OutputError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -60,6 +61,8 @@ def check_model(*names: str | None) -> None:
     for name in names:
         folder = None if name is None else local_model(name)
         if folder is not None:
+            if not (folder / "config.json").exists():
+                refuse_gguf(folder)
             read_json(
                 folder / "config.json",
                 "this is not a model folder; give the one that holds config.json and the weights",

@@ -19,7 +19,7 @@ from headfuse.choices import FileType, Target, names
 from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headfuse.layouts import LAYOUTS, layerwise
 from headfuse.layouts.assignment import StockHeads, common_group
-from headfuse.layouts.folder import ModelFolder, open_folder
+from headfuse.layouts.folder import ModelFolder, open_folder, wide_heads
 from headfuse.layouts.gguf import writer as gguf
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.families import architecture_of
@@ -126,6 +126,8 @@ def plan_export(
 
 def _check_exportable(folder: ModelFolder) -> None:
     """Refuse key heads with rotary slots, which no stock class has, and a plan of another model."""
+    if folder.layout == "latent":
+        raise wide_heads(folder.path)
     for layer_idx, slots in enumerate(getattr(folder.config, "rotary_slots", None) or ()):
         if slots is not None:
             raise UnsupportedModelError(

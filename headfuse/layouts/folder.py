@@ -142,11 +142,7 @@ class ModelFolder:
         """The key head and the value head that each query head reads, layer by layer."""
         config, queries = self.config, self.heads.num_attention_heads
         if self.layout == "latent":
-            raise UnsupportedModelError(
-                "its key heads and value heads are wide (layout latent), and no stock class has such heads",
-                where=self.path,
-                fix="fuse the source with --layout gqa (every runtime) or --layout layerwise (vLLM, llama.cpp)",
-            )
+            raise wide_heads(self.path)
         if self.layout == "decoupled":
             both = zip(config.key_head_of_query, config.value_head_of_query, strict=True)
             return tuple(HeadAssignment(tuple(keys), tuple(values)) for keys, values in both)
@@ -165,6 +161,15 @@ class ModelFolder:
     @property
     def _config_path(self) -> Path:
         return self.path / "config.json"
+
+
+def wide_heads(path: Path) -> UnsupportedModelError:
+    """The refusal of a folder of layout latent where heads of a stock class are needed."""
+    return UnsupportedModelError(
+        "its key heads and value heads are wide (layout latent), and no stock class has such heads",
+        where=path,
+        fix="fuse the source with --layout gqa (every runtime) or --layout layerwise (vLLM, llama.cpp)",
+    )
 
 
 def open_folder(model: str, trust_remote_code: bool = False, *, any_family: bool = False) -> ModelFolder:
