@@ -61,7 +61,7 @@ def check_model(*names: str | None) -> None:
     for name in names:
         folder = None if name is None else local_model(name)
         if folder is not None:
-            if not (folder / "config.json").exists():
+            if not os.path.exists(folder / "config.json"):
                 refuse_gguf(folder)
             read_json(
                 folder / "config.json",
