@@ -47,7 +47,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 def document(*args: object, code: int = 0) -> dict[str, Any]:
     lines = run(*args, "--json", code=code).splitlines()
-    found: dict[str, Any] = json.loads(lines[0])
+    found: dict[str, Any] = json.loads(next(line for line in lines if line.startswith("{")))
     return found
 
 
@@ -71,7 +71,7 @@ def test_what_is_fetched_and_what_comes_of_it(hub: FakeHub, tmp_path: Path) -> N
 
 def test_a_revision_with_every_command(hub: FakeHub, tmp_path: Path) -> None:
     model, text = ["acme/tiny", "--revision", "v1"], ["--data", tmp_path / "text.txt"]
-    dry = document("fuse", *model, "--dry-run", "--budget", 0.5)
+    dry = document("fuse", *model, "--dry-run", *QUICK)
     assert dry["heads"]["source"] == 8, "the model at v1 has half as many as that at main"
     assert Path(dry["output"]) == tmp_path / "work/tiny-headfuse-0.5"
     document("analyze", *model, *text, *QUICK, "-o", "analysis")
@@ -88,7 +88,7 @@ def test_a_revision_with_every_command(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_a_revision_in_the_name(hub: FakeHub, tmp_path: Path) -> None:
-    assert document("fuse", "acme/tiny@v1", "--dry-run", "--budget", 0.5)["heads"]["source"] == 8
+    assert document("fuse", "acme/tiny@v1", "--dry-run", *QUICK)["heads"]["source"] == 8
     measures = ["--data", tmp_path / "text.txt", "--samples", 2, "--sequence-length", 16]
     measured = document("eval", "acme/tiny@v1", "--baseline", "acme/tiny", *measures)
     assert (measured["model"]["name"], measured["kv_ratio"]) == ("acme/tiny@v1", 0.5)
@@ -117,7 +117,7 @@ def test_pickles_and_adapters_are_refused_before_anything_is_fetched(hub: FakeHu
 
 
 def test_a_hub_that_is_away(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document("fuse", "acme/tiny", "--dry-run")
+    document("fuse", "acme/tiny", "--dry-run", *QUICK)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fetched = set(hub.fetched)
     document("fuse", "acme/tiny", "--data", tmp_path / "text.txt", *QUICK, "-o", "out")
