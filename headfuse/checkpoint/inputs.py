@@ -11,6 +11,7 @@ from typing import Any
 
 from headfuse.checkpoint.companions import adapter_files
 from headfuse.checkpoint.hub import parse_hub_id
+from headfuse.checkpoint.quantised import refuse_gguf
 from headfuse.errors import CheckpointError, ConfigError, OutputError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -56,10 +57,17 @@ def refuse_adapter(names: Iterable[str], where: object) -> None:
 
 
 def check_model(*names: str | None) -> None:
-    """Raise CheckpointError unless each name, if there is one, is a hub id or a folder with a readable config.json."""
+    """Check each name that is given: a hub id, or a folder with a readable config.json.
+
+    Raises:
+        CheckpointError: for anything else.
+        UnsupportedModelError: for a folder with nothing but a GGUF file.
+    """
     for name in names:
         folder = None if name is None else local_model(name)
         if folder is not None:
+            if not os.path.exists(folder / "config.json"):  # false, too, where the folder is closed
+                refuse_gguf(folder)
             read_json(
                 folder / "config.json",
                 "this is not a model folder; give the one that holds config.json and the weights",
