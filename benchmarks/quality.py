@@ -24,6 +24,7 @@ import torch
 from transformers import AutoConfig
 
 import headfuse
+from headfuse.checkpoint.plan_file import read_plan
 from headfuse.models.heads import head_layout
 from headfuse.models.loading import load_tokenizer
 from headfuse.text.documents import read_documents
@@ -99,10 +100,10 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def allocators(layout: str, conversion: str, wanted: list[str]) -> list[str]:
-    """Those that a layout and a conversion leave open: only `decoupled` has any, and `dha`, there alone, its own."""
+    """Those that a layout and a conversion leave open: of layouts with a choice; `dha`, in `decoupled`, its own."""
     if conversion == "dha":
         return ["dha-greedy"] if layout == "decoupled" else []
-    return wanted if layout == "decoupled" else [""]
+    return wanted if layout == "decoupled" else ["sensitivity"] if layout == "latent" else [""]
 
 
 def source(row: dict[str, Any], folder: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -132,10 +133,13 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
             raise SystemExit(f"failed: {' '.join(line)}")
         plan = json.loads((output / "plan.json").read_text())
         counts = [[len(layer[side]) for layer in plan["layers"]] for side in ("key_groups", "value_groups")]
+        kept = {"key_heads": counts[0], "value_heads": counts[1]}
+        if row["layout"] == "latent":
+            read = read_plan(output)
+            kept = {"key_channels": read.key_channels, "value_channels": read.value_channels}
         return {
             **figures(str(output), options),
-            "key_heads": counts[0],
-            "value_heads": counts[1],
+            **kept,
             "seconds": round(seconds, 1),
             "forward_seconds": round(forward, 1),
             "peak_mb": usage.ru_maxrss // 1024,

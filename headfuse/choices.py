@@ -10,7 +10,7 @@ Allocator = Literal["uniform", "dha-greedy", "sensitivity", "taylor", "shapley"]
 """Names in ALLOCATORS."""
 Grouping = Literal["cluster", "neighbours", "anneal"]
 """Names in GROUPERS."""
-Layout = Literal["decoupled", "layerwise", "gqa"]
+Layout = Literal["decoupled", "layerwise", "gqa", "latent"]
 """Names in LAYOUTS."""
 Preset = Literal["fast", "balanced", "best"]
 """Names in PRESETS."""

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class HeadfuseError(Exception):
     """An expected failure: printed as one message with exit code 1, never as a traceback.
@@ -47,3 +56,48 @@ class OutputError(HeadfuseError):
 
 class MissingExtraError(HeadfuseError):
     """An optional package that this call needs and that is not installed."""
+
+
+def validation_summary(error: ValidationError) -> str:
+    """All problems of a pydantic error in one message, each with its place."""
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        message = problem_words(problem)
+        lines.append(f"{place}: {message}" if place else message)
+    return "; ".join(lines)
+
+
+_WORDS = {
+    "missing": "is missing",
+    "extra_forbidden": "unknown key",
+    "finite_number": "must be a finite number, not {found}",
+    "greater_than": "must be above {gt}, not {found}",
+    "greater_than_equal": "must be at least {ge}, not {found}",
+    "less_than": "must be below {lt}, not {found}",
+    "less_than_equal": "must be at most {le}, not {found}",
+    "json_invalid": "is not valid JSON: {error}",
+}
+"""Kinds of pydantic's problems, in words of our own."""
+_TYPES = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list",
+    "list": "a list", "dict": "a mapping", "model": "a mapping of options",
+}  # fmt: skip
+"""Wanted types, by the beginning of the kind of problem."""
+
+
+def problem_words(problem: Mapping[str, Any]) -> str:
+    """What is wrong with a value, by a problem of a pydantic error: wanted, found, and for names the near one."""
+    kind, found = problem["type"], reprlib.repr(problem["input"])
+    context = problem.get("ctx", {})
+    if kind in ("value_error", "assertion_error"):
+        return str(context["error"])
+    if kind in _WORDS:
+        return _WORDS[kind].format(**context, found=found)
+    if kind == "literal_error":
+        names = re.findall(r"'([^']*)'", context["expected"])
+        near = difflib.get_close_matches(str(problem["input"]), names, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{found} is unknown; {hint}choose from {context['expected']}"
+    wanted = _TYPES.get(kind.split("_")[0])
+    return f"must be {wanted}, not {found}" if wanted else f"cannot be {found}"

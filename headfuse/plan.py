@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import re
-import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
-from headfuse.choices import Layout
-from headfuse.errors import ConfigError
+from headfuse.choices import Layout, Side
+from headfuse.errors import ConfigError, validation_summary
 
 Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
@@ -22,8 +20,10 @@ SHARED_PARTITION: tuple[Layout, ...] = ("layerwise", "gqa")
 """Layouts whose keys and values share one partition of a layer's heads, into groups of one size; as in LAYOUTS."""
 ONE_COUNT: tuple[Layout, ...] = ("gqa",)
 """Layouts with the same number of heads in every layer; as in LAYOUTS."""
+WIDE: tuple[Layout, ...] = ("latent",)
+"""Layouts whose fused heads have widths of their own and serve whole groups of source heads; as in LAYOUTS."""
 LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
-    "transformers": ("decoupled", "layerwise", "gqa"),
+    "transformers": ("decoupled", "layerwise", "gqa", "latent"),
     "vllm": ("gqa", "layerwise"),
     "llama.cpp": ("gqa", "layerwise"),
     "sglang": ("gqa",),
@@ -64,9 +64,14 @@ class HeadLayout(_Frozen):
         """The source KV head `kv(h)` that query head `h` reads."""
         return query_head // self.queries_per_head
 
+    @property
+    def kv_channels(self) -> int:
+        """Numbers that the cache holds of one token, over all layers."""
+        return self.total_heads * self.head_dim
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Cache bytes that one token takes over all layers, at `itemsize` bytes a number."""
-        return self.total_heads * self.head_dim * itemsize
+        return self.kv_channels * itemsize
 
 
 class HeadBudget(_Frozen):
@@ -88,12 +93,30 @@ class LayerPlan(_Frozen):
     key_groups: Groups
     value_groups: Groups
     rotary_slots: Groups | None = None
-    """The frequency that each slot of each fused key head carries, `[key heads, rotary_dim / 2]`; None: stock order."""
+    """The frequency that each slot of each fused key head carries, `[key heads, rotary_dim / 2]`; None: stock order.
+
+    A key head with a width of its own has as many slots as its group was given."""
+    key_widths: tuple[_Count, ...] | None = None
+    """Channels of each fused key head; None: `head_dim`."""
+    value_widths: tuple[_Count, ...] | None = None
+    """Channels of each fused value head; None: `head_dim`."""
 
     @property
     def untouched(self) -> bool:
-        """True when every group holds one head, so the layer is copied bit for bit."""
-        return all(len(group) == 1 for group in self.key_groups + self.value_groups)
+        """True when every group holds one head of its own width, so the layer is copied bit for bit."""
+        wide = self.key_widths is not None or self.value_widths is not None
+        return not wide and all(len(group) == 1 for group in self.key_groups + self.value_groups)
+
+    def channels(self, side: Side, head_dim: int) -> int:
+        """Numbers that the cache holds of one token's keys or values."""
+        groups, widths = (self.key_groups, self.key_widths) if side == "key" else (self.value_groups, self.value_widths)
+        return len(groups) * head_dim if widths is None else sum(widths)
+
+    @model_serializer(mode="wrap")
+    def _as_before_without_widths(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        widths = ("key_widths", "value_widths")
+        return {name: value for name, value in fields.items() if name not in widths or value is not None}
 
 
 class SourceModel(_Frozen):
@@ -136,7 +159,11 @@ class FusionPlan(_Frozen):
         for layer in self.layers:
             for side, groups in (("key", layer.key_groups), ("value", layer.value_groups)):
                 check_partition(groups, heads.num_key_value_heads, f"layer {layer.layer_idx}, {side}_groups")
-            if layer.rotary_slots is not None:
+            if self.layout in WIDE:
+                _check_wide(layer, heads)
+            elif layer.key_widths is not None or layer.value_widths is not None:
+                raise ValueError(f"layer {layer.layer_idx}: layout {self.layout} has heads of the source's width only")
+            elif layer.rotary_slots is not None:
                 _check_slots(layer, heads.rotary_dim // 2)
             if self.layout in SHARED_PARTITION:
                 where = f"layer {layer.layer_idx}: layout {self.layout}"
@@ -159,13 +186,28 @@ class FusionPlan(_Frozen):
         )
 
     @property
+    def kv_channels(self) -> int:
+        """Numbers that the cache holds of one token, over all layers."""
+        return sum(self.key_channels) + sum(self.value_channels)
+
+    @property
+    def key_channels(self) -> list[int]:
+        """Channels of keys that each layer caches."""
+        return [layer.channels("key", self.heads.head_dim) for layer in self.layers]
+
+    @property
+    def value_channels(self) -> list[int]:
+        """Channels of values that each layer caches."""
+        return [layer.channels("value", self.heads.head_dim) for layer in self.layers]
+
+    @property
     def kv_ratio(self) -> float:
         """Kept KV cache bytes over the source's."""
-        return self.head_budget.total / self.heads.total_heads
+        return self.kv_channels / self.heads.kv_channels
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Cache bytes that one token takes after fusion, at `itemsize` bytes a number."""
-        return self.head_budget.total * self.heads.head_dim * itemsize
+        return self.kv_channels * itemsize
 
     def to_json(self) -> str:
         """The text of plan.json."""
@@ -211,6 +253,30 @@ def _check_slots(layer: LayerPlan, frequencies: int) -> None:
         )
 
 
+def _check_wide(layer: LayerPlan, heads: HeadLayout) -> None:
+    """Raise ValueError for groups, widths and slots that a layer of wide heads cannot have."""
+    where, groups, planes = f"layer {layer.layer_idx}", layer.key_groups, heads.rotary_dim // 2
+    if groups != layer.value_groups:
+        raise ValueError(f"{where}: wide heads need key_groups equal to value_groups")
+    keys, values, slots = layer.key_widths, layer.value_widths, layer.rotary_slots
+    if keys is None and values is None and slots is None:
+        if not layer.untouched:
+            raise ValueError(f"{where}: key_widths, value_widths and rotary_slots are missing")
+        return
+    if keys is None or values is None or slots is None or {len(keys), len(values), len(slots)} != {len(groups)}:
+        raise ValueError(f"{where}: key_widths, value_widths and rotary_slots need one entry per group")
+    for group, key, value, table in zip(groups, keys, values, slots, strict=True):
+        size, plain = len(group), key - 2 * len(table)
+        if max(key, value) > size * heads.head_dim:
+            raise ValueError(f"{where}: a group of {size} heads has widths up to {size * heads.head_dim}")
+        if not all(0 <= f < planes and table.count(f) <= size for f in set(table)):
+            raise ValueError(
+                f"{where}, rotary_slots: frequencies are from 0 to {planes - 1}, each at most {size} times"
+            )
+        if not 0 <= plain <= size * (heads.head_dim - heads.rotary_dim):
+            raise ValueError(f"{where}: a key of width {key} cannot have {len(table)} rotary slots")
+
+
 def head_of_source(groups: Groups) -> list[int]:
     """The fused head of each source head."""
     owner = {head: index for index, group in enumerate(groups) for head in group}
@@ -227,48 +293,3 @@ def query_order(groups: Groups, heads: HeadLayout) -> list[int]:
     """The order of query heads that makes every group contiguous, as stock GQA reads them."""
     per_head = heads.queries_per_head
     return [head * per_head + i for group in groups for head in group for i in range(per_head)]
-
-
-def validation_summary(error: ValidationError) -> str:
-    """All problems of a pydantic error in one message, each with its place."""
-    lines = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
-        message = problem_words(problem)
-        lines.append(f"{place}: {message}" if place else message)
-    return "; ".join(lines)
-
-
-_WORDS = {
-    "missing": "is missing",
-    "extra_forbidden": "unknown key",
-    "finite_number": "must be a finite number, not {found}",
-    "greater_than": "must be above {gt}, not {found}",
-    "greater_than_equal": "must be at least {ge}, not {found}",
-    "less_than": "must be below {lt}, not {found}",
-    "less_than_equal": "must be at most {le}, not {found}",
-    "json_invalid": "is not valid JSON: {error}",
-}
-"""Kinds of pydantic's problems, in words of our own."""
-_TYPES = {
-    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list",
-    "list": "a list", "dict": "a mapping", "model": "a mapping of options",
-}  # fmt: skip
-"""Wanted types, by the beginning of the kind of problem."""
-
-
-def problem_words(problem: Mapping[str, Any]) -> str:
-    """What is wrong with a value, by a problem of a pydantic error: wanted, found, and for names the near one."""
-    kind, found = problem["type"], reprlib.repr(problem["input"])
-    context = problem.get("ctx", {})
-    if kind in ("value_error", "assertion_error"):
-        return str(context["error"])
-    if kind in _WORDS:
-        return _WORDS[kind].format(**context, found=found)
-    if kind == "literal_error":
-        names = re.findall(r"'([^']*)'", context["expected"])
-        near = difflib.get_close_matches(str(problem["input"]), names, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{found} is unknown; {hint}choose from {context['expected']}"
-    wanted = _TYPES.get(kind.split("_")[0])
-    return f"must be {wanted}, not {found}" if wanted else f"cannot be {found}"

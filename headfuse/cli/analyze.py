@@ -12,6 +12,7 @@ from rich.table import Table
 
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
+from headfuse.plan import WIDE
 from headfuse.reporting.progress import stages
 
 if TYPE_CHECKING:
@@ -83,17 +84,30 @@ def _analyze(model: str, output: Path | None, overwrite: bool, log: Console, **a
 
 
 def _document(result: Analysis, output: Path | None) -> Document:
-    budget = result.plan.head_budget
+    plan, budget = result.plan, result.plan.head_budget
+    channels = {"key": plan.key_channels, "value": plan.value_channels}
+    heads = {"key": budget.key_heads, "value": budget.value_heads}
     return {
         "schema_version": 1,
         "command": "analyze",
         "output": None if output is None else str(output),
-        "kv_ratio": result.plan.kv_ratio,
+        "layout": plan.layout,
+        "kv_ratio": plan.kv_ratio,
         "layers": [
             {
                 "layer_idx": i,
-                "key": {**vars(keys), "heads": budget.key_heads[i], "groups": result.plan.layers[i].key_groups},
-                "value": {**vars(values), "heads": budget.value_heads[i], "groups": result.plan.layers[i].value_groups},
+                "key": {
+                    **vars(keys),
+                    "heads": heads["key"][i],
+                    "channels": channels["key"][i],
+                    "groups": plan.layers[i].key_groups,
+                },
+                "value": {
+                    **vars(values),
+                    "heads": heads["value"][i],
+                    "channels": channels["value"][i],
+                    "groups": plan.layers[i].value_groups,
+                },
             }
             for i, (keys, values) in enumerate(zip(result.keys, result.values, strict=True))
         ],
@@ -103,12 +117,14 @@ def _document(result: Analysis, output: Path | None) -> Document:
 def render(document: Mapping[str, Any], console: Console) -> None:
     """Print redundancy and proposed heads per layer."""
     table = Table(title=f"Redundancy (mean pair similarity) and plan; KV cache kept: {document['kv_ratio']:.4f}")
-    for column in ("layer", "key CKA", "key aligned", "value CKA", "value aligned", "key heads", "value heads"):
+    counted = "channels" if document["layout"] in WIDE else "heads"
+    kept = f"key {counted}", f"value {counted}"
+    for column in ("layer", "key CKA", "key aligned", "value CKA", "value aligned", *kept):
         table.add_column(column, justify="right")
     for layer in document["layers"]:
         key, value = layer["key"], layer["value"]
         figures = (key["cka_redundancy"], key["redundancy"], value["cka_redundancy"], value["redundancy"])
-        table.add_row(str(layer["layer_idx"]), *(f"{x:.3f}" for x in figures), str(key["heads"]), str(value["heads"]))
+        table.add_row(str(layer["layer_idx"]), *(f"{x:.3f}" for x in figures), str(key[counted]), str(value[counted]))
     console.print(table)
     if document["output"]:
         console.print(f"wrote {document['output']}", soft_wrap=True)

@@ -15,6 +15,7 @@ from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
 from headfuse.cli.options import KEEP, OUTPUT
 from headfuse.estimates import mean
+from headfuse.plan import WIDE
 from headfuse.reporting.progress import stages
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ def _document(result: FuseResult) -> Document:
         "stages": [{"name": stage.name, "nll": stage.nll, "kept": stage.kept} for stage in result.stages],
         "key_heads": list(budget.key_heads),
         "value_heads": list(budget.value_heads),
+        "key_channels": result.plan.key_channels,
+        "value_channels": result.plan.value_channels,
     }
 
 
@@ -154,19 +157,19 @@ def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Docu
     from headfuse.conversion.preflight import prepare
 
     prepared = prepare(model, settings, **place)
-    source, settings, budget = prepared.source, prepared.config, prepared.budget
+    source, settings, kept = prepared.source, prepared.config, prepared.kv_channels
     dtype, cost = prepared.machine.dtype, estimate(source, settings, prepared.machine.device)
     itemsize = next(iter(source.checkpoint.dtypes.values())).itemsize if dtype is None else DTYPE_NAMES[dtype].itemsize
-    per_head = source.heads.head_dim * itemsize
+    heads = source.heads
     return {
         "schema_version": 1,
         "command": "fuse",
         "dry_run": True,
         "output": str(prepared.output),
         "layout": settings.layout,
-        "kv_ratio": budget.total / source.heads.total_heads,
-        "kv_bytes_per_token": {"before": source.heads.total_heads * per_head, "after": budget.total * per_head},
-        "heads": {"source": source.heads.total_heads, "kept": budget.total},
+        "kv_ratio": kept / heads.kv_channels,
+        "kv_bytes_per_token": {"before": heads.kv_channels * itemsize, "after": kept * itemsize},
+        "heads": {"source": heads.total_heads, "kept": kept // heads.head_dim},
         "source_bytes": source.checkpoint.nbytes,
         "estimate": {"memory_bytes": cost.memory_bytes, "seconds": cost.seconds},
     }
@@ -195,8 +198,9 @@ def render(document: Mapping[str, Any], console: Console) -> None:
     for stage in document["stages"]:
         if not stage["kept"]:
             console.print(f"undone: {stage['name']}, which took the held-out NLL to {stage['nll']:.4f}")
-    console.print("key heads per layer:   " + " ".join(map(str, document["key_heads"])), soft_wrap=True)
-    console.print("value heads per layer: " + " ".join(map(str, document["value_heads"])), soft_wrap=True)
+    counted = "channels" if document["layout"] in WIDE else "heads"
+    console.print(f"key {counted} per layer:   " + " ".join(map(str, document[f"key_{counted}"])), soft_wrap=True)
+    console.print(f"value {counted} per layer: " + " ".join(map(str, document[f"value_{counted}"])), soft_wrap=True)
     console.print(f"loads in: {document['loads_in']}", soft_wrap=True)
     for judged in document["gates"]:
         console.print(str(GateResult(**judged)), highlight=False, soft_wrap=True)

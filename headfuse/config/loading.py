@@ -12,8 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from headfuse.config.packaged import packaged
 from headfuse.config.values import Share
-from headfuse.errors import ConfigError
-from headfuse.plan import problem_words
+from headfuse.errors import ConfigError, problem_words
 
 
 def one_of(*names: str) -> AfterValidator:

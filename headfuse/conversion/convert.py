@@ -23,6 +23,7 @@ from headfuse.conversion.resume import FinishedLayers, resumed_plan
 from headfuse.dha import pipeline as dha
 from headfuse.fusion import FUSION_METHODS
 from headfuse.fusion.layer import fuse_layer
+from headfuse.fusion.wide_layer import fuse_wide_layer
 from headfuse.layouts import LAYOUTS
 from headfuse.models.decoder_layers import DecoderLayers, HiddenStates
 from headfuse.models.families import Architecture
@@ -175,7 +176,9 @@ def _fuse_and_write(
     """Fuse and write one layer; what was written, by full name."""
     layout, layer, weights = LAYOUTS[plan.layout], plan.layers[source.index], source.weights
     prefix = arch.layer_prefix(source.index) + "."
-    if not layer.untouched:
+    if not layer.untouched and layout.wide:
+        weights = fuse_wide_layer(weights, source.captures, layer, plan.heads)
+    elif not layer.untouched:
         weights = fuse_layer(weights, source.captures, layer, plan.heads, FUSION_METHODS[plan.method])
     tensors = layout.arrange(weights, layer, plan).in_layer(source.tensors, arch, plan.heads, layout.stored(arch))
     written = {prefix + name: tensors[name].to(done.writer.dtypes[prefix + name]) for name in sorted(tensors)}

@@ -17,17 +17,19 @@ from headfuse.models.families import architecture_of
 from headfuse.models.loading import pick_device
 from headfuse.models.source import Source
 from headfuse.planning.allocators import ALLOCATORS
+from headfuse.planning.budget import width_quantum
 from headfuse.planning.costs import measured_counts
 from headfuse.planning.fused_variants import PROBE_COST, ROWS_PER_UNKNOWN, probe_tokens, weighing_tokens
 from headfuse.planning.planner import SURVEYED
+from headfuse.planning.wide_survey import measured_widths
 from headfuse.text.calibration import START_LENGTH, STARTS_PER_WINDOW
 
 LIBRARIES = 450 * 10**6
 """Bytes that the process takes with its libraries loaded."""
 REFINED = 3.5
 """Price of a token's refinement within the layers, in forward passes: two of them, and the gradients."""
-EIGEN = 1
-"""Work on the groups of all head counts, over [n d, n d] products."""
+EIGEN, WIDE_EIGEN = 1, 10
+"""Work on the groups of all head counts, over [n d, n d] products; on all widths, which take all eigenvectors."""
 EFFICIENCY = 0.6
 """Share of a matrix product's speed that whole layers reach: SmolLM2-135M on two cores."""
 
@@ -74,7 +76,8 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     hidden = 2 * (seen + 2 * held_out) * width  # input and output of a layer
     captures = seen * (2 * queries + 2 * pairs)
     attention = 4 * heads.num_attention_heads * length**2 + length * vocabulary
-    statistics = 2 * (3 * queries**2 + 4 * pairs**2)  # float64
+    maps = 8 if LAYOUTS[config.layout].wide else 4
+    statistics = 2 * (3 * queries**2 + maps * pairs**2)  # float64
     at_work = max(2 * layer, layer + statistics)  # while the text runs through it; while it is fused
     memory = LIBRARIES + 4 * (outer + at_work + hidden + captures + attention)
 
@@ -83,7 +86,7 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     solve = 3 * queries**3
     surveyed = seen * SURVEYED
     sums = 2 * heads.num_attention_heads * length**2 + 2 * length * pairs + 2 * pairs**2  # of one token's values
-    groups = EIGEN * pairs**3
+    groups = (WIDE_EIGEN if LAYOUTS[config.layout].wide else EIGEN) * pairs**3
     moments = (seen + surveyed) * sums + solve + groups  # float64
     passes = seen + 2 * held_out + surveyed
     work = passes * once + layers * (seen * per_token + 2 * moments) + 2 * 2 * held_out * head
@@ -99,12 +102,14 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     if ALLOCATORS[config.budget.allocator].costs == "measured" and not LAYOUTS[config.layout].one_count:
         n = heads.num_key_value_heads
         counts, few = len(measured_counts(n, preset.end_loss_probes == "all")), len(measured_counts(n, False))
+        if LAYOUTS[config.layout].wide:
+            counts = few = len(measured_widths(pairs // width_quantum(heads)))
         rows = min(surveyed, ROWS_PER_UNKNOWN * queries)
         smaller = min(rows, queries)
         refit = rows * (2 * queries * (smaller + width) + 4 * queries * length) + 6 * smaller**2 * queries
         error = surveyed / 4 * (4 * queries * width + 4 * queries * length)
         work += layers * 2 * few * (refit * refits + error) + 3 * weighing_tokens(seen) * (once + 2 * head)
-        if preset.end_loss_probes:
+        if preset.end_loss_probes or LAYOUTS[config.layout].wide:
             work += PROBE_COST * seen * once + layers * (2 * counts + 1) * refit * refits
             work += layers * 2 * counts * probe_tokens(seen, layers, counts) * 2 * head
     if preset.model_passes and refits:

@@ -72,8 +72,7 @@ def _written_tensors(
         prefix = arch.layer_prefix(layer.layer_idx) + "."
         own = [name for name in spec if name.startswith(prefix)]
         tensors = {n.removeprefix(prefix): torch.empty(spec[n][1], dtype=spec[n][0], device="meta") for n in own}
-        weights = AttentionWeights.of_layer(tensors, arch, heads)
-        weights = weights.resized(len(layer.key_groups), len(layer.value_groups))
+        weights = layout.sized(AttentionWeights.of_layer(tensors, arch, heads), layer, plan)
         written = weights.in_layer(tensors, arch, heads, layout.stored(arch))
         for name in own:
             if name.removeprefix(prefix) not in written:

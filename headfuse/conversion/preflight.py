@@ -22,7 +22,7 @@ from headfuse.dha import pipeline as dha
 from headfuse.fusion import FUSION_METHODS
 from headfuse.models.loading import pick_device
 from headfuse.models.source import Source
-from headfuse.plan import FusionPlan, HeadBudget
+from headfuse.plan import FusionPlan
 from headfuse.planning.planner import check_budget
 from headfuse.planning.review import reviewed_plan
 from headfuse.text.calibration import CalibrationText
@@ -36,8 +36,8 @@ class Prepared:
     config: FuseConfig
     plan: FusionPlan | None
     """As it was reviewed, not yet adopted."""
-    budget: HeadBudget
-    """The plan's, else the one of equal layers, of the same total."""
+    kv_channels: int
+    """Numbers that the fused model's cache holds of one token."""
     output: Path
     text: CalibrationText
     machine: Machine
@@ -72,10 +72,10 @@ def prepare(
         ready, config = reviewed_plan(Path(plan), source, config)
     output = default_output(source, config, ready) if output is None else Path(output)
     check_output(output, overwrite=overwrite, resume=resume, reads=[source.folder])
-    budget = check_budget(config, source) if ready is None else ready.head_budget
+    kept = check_budget(config, source) if ready is None else ready.kv_channels
     if FUSION_METHODS[config.method].trained:
         dha.check_family(source)
-    check_space(output, _written_bytes(source, budget, machine.dtype))
+    check_space(output, _written_bytes(source, kept, machine.dtype))
     text = source.calibration_text(config.calibration, config.seed, machine.trust_remote_code)
     options = {
         "headfuse": headfuse.__version__,
@@ -85,13 +85,13 @@ def prepare(
     }
     if resume:
         check_resumed(partial_folder(output), options)
-    return Prepared(source, config, ready, budget, output, text, machine, pick_device(machine.device), options)
+    return Prepared(source, config, ready, kept, output, text, machine, pick_device(machine.device), options)
 
 
-def _written_bytes(source: Source, budget: HeadBudget, dtype: str | None) -> int:
-    """At least so many bytes are written: those of the source without the heads that go, biases aside."""
+def _written_bytes(source: Source, kv_channels: int, dtype: str | None) -> int:
+    """At least so many bytes are written: those of the source without the channels that go."""
     heads, checkpoint = source.heads, source.checkpoint
     fixed = None if dtype is None else DTYPE_NAMES[dtype].itemsize
     whole = sum(math.prod(s) * (fixed or checkpoint.dtypes[name].itemsize) for name, s in checkpoint.shapes.items())
-    gone = (heads.total_heads - budget.total) * heads.head_dim * (heads.hidden_size + 1)
+    gone = (heads.kv_channels - kv_channels) * (heads.hidden_size + 1)
     return whole - gone * (fixed or max(kind.itemsize for kind in checkpoint.dtypes.values()))

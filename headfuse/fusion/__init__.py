@@ -36,6 +36,8 @@ class FusionMethod:
     """In the place of `keys` behind a norm: real factors for writing, 1 for reading."""
     lossless: bool = False
     """Exact on heads that are equal up to a function-preserving map."""
+    wide: bool = False
+    """Fuses a group into one head of any width, too (wide_layer.py)."""
     trained: bool = False
     """The maps are where a training of the whole model starts from (dha.py)."""
 
@@ -100,6 +102,7 @@ FUSION_METHODS: dict[str, FusionMethod] = {
         refits_output=True,
         normed_keys=subspace.normed_keys,
         lossless=True,
+        wide=True,
     ),
     "dha": FusionMethod(mean.keys, mean.values, trained=True),
 }

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from headfuse.plan import Groups
+
+
+class Reconstruction(Protocol):
+    """What fused heads give back of the source's."""
+
+    def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """Replace `heads [..., n, T, d]` by what the fused heads of these groups give back."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headfuse.fusion.maps import HeadMaps
+from headfuse.fusion.maps import Reconstruction
 from headfuse.models.capture import AttentionCapture
 from headfuse.models.families import architecture_of
 from headfuse.plan import Groups, HeadLayout
@@ -102,7 +102,7 @@ def value_moments(
     captures: Sequence[AttentionCapture],
     output: torch.Tensor,
     heads: HeadLayout,
-    key_maps: tuple[HeadMaps, Groups] | None,
+    key_maps: tuple[Reconstruction, Groups] | None,
 ) -> ValueMoments:
     """Moments of values averaged by attention, the fused keys' where maps are given (mathematics.md section 3.3).
 

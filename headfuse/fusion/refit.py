@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from headfuse.choices import Side
-from headfuse.fusion.maps import HeadMaps
+from headfuse.fusion.maps import Reconstruction
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import Groups
 
 REFIT_RIDGE = 1.0
 """Ridge of the refit, in units of the mean diagonal times unknowns per row: what as many rows say of noise alone."""
-FusedHeads = Mapping[Side, tuple[HeadMaps, Groups]]
+FusedHeads = Mapping[Side, tuple[Reconstruction, Groups]]
 """Maps and groups of `key`, `value` or both: the sides that are fused."""
 
 

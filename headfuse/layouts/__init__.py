@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from headfuse.layouts import decoupled, gqa, layerwise
+from headfuse.layouts import decoupled, gqa, latent, layerwise
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.families import Architecture
 from headfuse.plan import FusionPlan, LayerPlan
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = ["LAYOUTS", "LAYOUT_FOR", "LayoutFormat"]
+
+
+def _with_fewer_heads(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
+    return weights.resized(len(layer.key_groups), len(layer.value_groups))
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class LayoutFormat:
     """Raises UnsupportedModelError for a source that the layout cannot hold."""
     stored: Callable[[Architecture], Architecture] = lambda arch: arch
     """Names and order of the attention's tensors in the output, given the source's."""
+    sized: Callable[[AttentionWeights, LayerPlan, FusionPlan], AttentionWeights] = _with_fewer_heads
+    """Weights of the shapes that a layer is written with, without content."""
     free_slots: bool = False
     """Fused key heads may choose which frequencies their rotary slots carry."""
     shared_partition: bool = True
@@ -36,6 +42,8 @@ class LayoutFormat:
     """All layers have the same number of heads."""
     stock_class: bool = False
     """The model is one of the source's own class."""
+    wide: bool = False
+    """One fused head serves a whole group of source heads, with a width and read maps of its own."""
 
 
 LAYOUTS: dict[str, LayoutFormat] = {
@@ -62,5 +70,16 @@ LAYOUTS: dict[str, LayoutFormat] = {
         gqa.check,
         one_count=True,
         stock_class=True,
+    ),
+    "latent": LayoutFormat(
+        latent.config,
+        latent.arrange,
+        "transformers (import headfuse.modeling, or trust_remote_code=True)",
+        latent.check,
+        latent.stored,
+        latent.sized,
+        free_slots=True,
+        shared_partition=False,
+        wide=True,
     ),
 }

@@ -15,7 +15,7 @@ from headfuse.checkpoint.hub import folder_name
 from headfuse.checkpoint.plan_file import read_plan
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.choices import Layout
-from headfuse.errors import CheckpointError
+from headfuse.errors import CheckpointError, UnsupportedModelError
 from headfuse.layouts import layerwise
 from headfuse.layouts.assignment import HeadAssignment
 from headfuse.models.config import raw_config, read_config
@@ -30,6 +30,8 @@ _RESTORE = "restore the config.json that headfuse wrote"
 
 def layout_of(config: PreTrainedConfig) -> Layout:
     """The layout of a model, by its loaded config; `gqa` for every stock class."""
+    if hasattr(config, "key_widths"):
+        return "latent"
     if config.model_type == "headfuse":
         return "decoupled"
     return "layerwise" if hasattr(config, "num_key_value_heads_per_layer") else "gqa"
@@ -48,6 +50,8 @@ def cached_heads(config: PreTrainedConfig) -> int:
 
 def kv_bytes_per_token(config: PreTrainedConfig, itemsize: int) -> int:
     """Bytes that one token takes in the KV cache over all layers, at `itemsize` bytes a number."""
+    if layout_of(config) == "latent":
+        return sum(map(sum, (*config.key_widths, *config.value_widths))) * itemsize
     text = config.get_text_config() if layout_of(config) == "gqa" else config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return cached_heads(config) * head_dim * itemsize
@@ -108,7 +112,7 @@ class ModelFolder:
     def family(self) -> dict[str, Any]:
         """config.json of the source's own class, whatever its number of KV heads."""
         raw = self.raw_config()
-        if self.layout == "decoupled":
+        if self.layout in ("decoupled", "latent"):
             return raw["source_config"]
         if self.layout == "gqa":
             return raw
@@ -137,6 +141,12 @@ class ModelFolder:
     def assignments(self) -> tuple[HeadAssignment, ...]:
         """The key head and the value head that each query head reads, layer by layer."""
         config, queries = self.config, self.heads.num_attention_heads
+        if self.layout == "latent":
+            raise UnsupportedModelError(
+                "its key heads and value heads are wide (layout latent), and no stock class has such heads",
+                where=self.path,
+                fix="fuse the source with --layout gqa (every runtime) or --layout layerwise (vLLM, llama.cpp)",
+            )
         if self.layout == "decoupled":
             both = zip(config.key_head_of_query, config.value_head_of_query, strict=True)
             return tuple(HeadAssignment(tuple(keys), tuple(values)) for keys, values in both)

@@ -1,24 +1,40 @@
-"""Models of layouts `decoupled` and `layerwise`: importing this package teaches transformers' Auto classes both."""
+"""Models of layouts with code of their own: importing this package teaches them to transformers' Auto classes."""
 
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from headfuse.modeling import configuration_headfuse, configuration_layerwise, modeling_headfuse, modeling_layerwise
+from headfuse.modeling import (
+    configuration_headfuse,
+    configuration_latent,
+    configuration_layerwise,
+    modeling_headfuse,
+    modeling_latent,
+    modeling_layerwise,
+)
 from headfuse.modeling.configuration_headfuse import AUTO_MAP, HeadfuseConfig
+from headfuse.modeling.configuration_latent import LatentConfig
 from headfuse.modeling.configuration_layerwise import LayerwiseConfig
 from headfuse.modeling.modeling_headfuse import HeadfuseForCausalLM, HeadfuseModel
+from headfuse.modeling.modeling_latent import LatentForCausalLM, LatentModel
 from headfuse.modeling.modeling_layerwise import DeciLMForCausalLM, DeciLMModel
 
 MODELING_FILES = (Path(configuration_headfuse.__file__), Path(modeling_headfuse.__file__))
 """The files to put beside decoupled weights, under their own names, for `trust_remote_code`."""
 LAYERWISE_FILES = (Path(configuration_layerwise.__file__), Path(modeling_layerwise.__file__))
 """The same for layerwise weights."""
-CODE = {HeadfuseConfig.model_type: MODELING_FILES, LayerwiseConfig.model_type: LAYERWISE_FILES}
+LATENT_FILES = (*MODELING_FILES, Path(configuration_latent.__file__), Path(modeling_latent.__file__))
+"""The same for latent weights."""
+CODE = {
+    HeadfuseConfig.model_type: MODELING_FILES,
+    LatentConfig.model_type: LATENT_FILES,
+    LayerwiseConfig.model_type: LAYERWISE_FILES,
+}
 """By model type."""
 
 for _config, _model, _causal in (
     (HeadfuseConfig, HeadfuseModel, HeadfuseForCausalLM),
+    (LatentConfig, LatentModel, LatentForCausalLM),
     (LayerwiseConfig, DeciLMModel, DeciLMForCausalLM),
 ):
     AutoConfig.register(_config.model_type, _config)
@@ -32,6 +48,7 @@ for _config, _model, _causal in (
 __all__ = [
     "AUTO_MAP",
     "CODE",
+    "LATENT_FILES",
     "LAYERWISE_FILES",
     "MODELING_FILES",
     "DeciLMForCausalLM",
@@ -39,5 +56,8 @@ __all__ = [
     "HeadfuseConfig",
     "HeadfuseForCausalLM",
     "HeadfuseModel",
+    "LatentConfig",
+    "LatentForCausalLM",
+    "LatentModel",
     "LayerwiseConfig",
 ]

@@ -74,7 +74,55 @@ READ_BY_STOCK_CLASSES = ("_remove_final_layer_norm",)
 """Private attributes of a source config that its models read."""
 
 
-class HeadfuseConfig(PreTrainedConfig):
+class FusedConfig(PreTrainedConfig):
+    """The config of a fused model, which holds that of its source: what is not set here is read from there.
+
+    Attributes of this config hide the source's.
+    """
+
+    has_no_defaults_at_init = True
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    headfuse_format: int = FORMAT
+    source_config: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Build the source's config."""
+        super().__post_init__(**kwargs)
+        if self.headfuse_format != FORMAT:
+            raise ValueError(
+                f"headfuse_format: {self.headfuse_format} is not supported, only {FORMAT}; use a matching headfuse"
+            )
+        self.source_config = _source_config(self.source_config)
+        for name in TOKEN_IDS:  # generation reads these from the dict of this config
+            self.__dict__.setdefault(name, getattr(self.source_config, name, None))
+
+    def __getattr__(self, name: str) -> Any:
+        source = self.__dict__.get("source_config")
+        hidden = name in NOT_INHERITED or (name.startswith("_") and name not in READ_BY_STOCK_CLASSES)
+        if hidden or not isinstance(source, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(source, name)
+
+    @property
+    def family(self) -> Family:
+        """The table entry of the source's family."""
+        return FAMILIES[self.source_config.model_type]
+
+    @property
+    def source_head_dim(self) -> int:
+        """Channels of a source head."""
+        source = self.source_config
+        return int(getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads)
+
+    def _per_layer(self, name: str) -> list[Any]:
+        value, num_layers = getattr(self, name), self.source_config.num_hidden_layers
+        if not isinstance(value, list | tuple) or len(value) != num_layers:
+            raise ValueError(f"{name}: must be a list of {num_layers} entries, one per layer")
+        return list(value)
+
+
+class HeadfuseConfig(FusedConfig):
     """The source model's config, and which heads each layer has instead of the source's.
 
     Attributes that are not set here are read from `source_config`; setting one hides the source's.
@@ -94,11 +142,6 @@ class HeadfuseConfig(PreTrainedConfig):
     """
 
     model_type = "headfuse"
-    has_no_defaults_at_init = True
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-
-    headfuse_format: int = FORMAT
-    source_config: Any = None
     num_key_heads: Any = None
     num_value_heads: Any = None
     key_head_of_query: Any = None
@@ -106,31 +149,12 @@ class HeadfuseConfig(PreTrainedConfig):
     rotary_slots: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Build the source's config and check the heads of every layer."""
+        """Check the heads of every layer."""
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
-        if self.headfuse_format != FORMAT:
-            raise ValueError(
-                f"headfuse_format: {self.headfuse_format} is not supported, only {FORMAT}; use a matching headfuse"
-            )
-        self.source_config = _source_config(self.source_config)
-        for name in TOKEN_IDS:  # generation reads these from the dict of this config
-            self.__dict__.setdefault(name, getattr(self.source_config, name, None))
         for side in ("key", "value"):
             self._check_heads(f"num_{side}_heads", f"{side}_head_of_query")
         self._check_slots()
-
-    def __getattr__(self, name: str) -> Any:
-        source = self.__dict__.get("source_config")
-        hidden = name in NOT_INHERITED or (name.startswith("_") and name not in READ_BY_STOCK_CLASSES)
-        if hidden or not isinstance(source, PreTrainedConfig):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(source, name)
-
-    @property
-    def family(self) -> Family:
-        """The table entry of the source's family."""
-        return FAMILIES[self.source_config.model_type]
 
     @property
     def num_key_value_heads(self) -> int:
@@ -163,12 +187,6 @@ class HeadfuseConfig(PreTrainedConfig):
             for head, frequencies in enumerate(table):
                 if not _is_table(frequencies, planes) or not all(0 <= f < planes for f in frequencies):
                     raise ValueError(f"rotary_slots[{layer_idx}][{head}]: must be {planes} integers in [0, {planes})")
-
-    def _per_layer(self, name: str) -> list[Any]:
-        value, num_layers = getattr(self, name), self.source_config.num_hidden_layers
-        if not isinstance(value, list | tuple) or len(value) != num_layers:
-            raise ValueError(f"{name}: must be a list of {num_layers} entries, one per layer")
-        return list(value)
 
 
 def rotary_dim(config: Any) -> int:

@@ -59,21 +59,22 @@ class HeadfuseAttention(nn.Module):
 
     def decouple(self, config: HeadfuseConfig) -> None:
         """Give a stock attention module, whose class has just become this one, the heads of its layer."""
-        num_queries = config.num_attention_heads
         num_keys, num_values = config.num_key_heads[self.layer_idx], config.num_value_heads[self.layer_idx]
-        self.config = config  # bloom's attention keeps none
-        self.family = family = config.family
-        self.head_dim = getattr(config.source_config, "head_dim", None) or config.hidden_size // num_queries
-        stock = getattr(self, family.packed or "q_proj")
-        has_bias = stock.bias is not None
-        for name, heads in (("q_proj", num_queries), ("k_proj", num_keys), ("v_proj", num_values)):
-            setattr(self, name, nn.Linear(config.hidden_size, heads * self.head_dim, bias=has_bias).to(stock.weight))
-        if family.packed:
-            delattr(self, family.packed)
-        if family.norm == "layer":
+        self.adopt(config)
+        self.replace_projections(num_keys * self.head_dim, num_values * self.head_dim)
+        if self.family.norm == "layer":
             self.k_norm = type(self.k_norm)(num_keys * self.head_dim, self.k_norm.variance_epsilon)
-        self.num_heads = (num_queries, num_keys)
+        self.num_heads = (config.num_attention_heads, num_keys)
         self.cache_heads = math.gcd(num_keys, num_values)
+        self.num_key_value_groups, tables = self._tables()
+        for name, table in tables.items():
+            self.register_buffer(name, None if table is None else torch.tensor(table), persistent=False)
+
+    def adopt(self, config: Any) -> None:
+        """Take what does not depend on the heads from the config and from the stock module."""
+        self.config = config  # bloom's attention keeps none
+        self.family = config.family
+        self.head_dim = config.source_head_dim
         self.scaling = getattr(self, "scaling", self.head_dim**-0.5)
         rate = _dropout(self, "attention_dropout", "attn_dropout", "dropout")
         self._modules.pop("attention_dropout", None)  # bloom's is a module, and a number may not take its name
@@ -82,9 +83,17 @@ class HeadfuseAttention(nn.Module):
         self.clip = getattr(config, "clip_qkv", None)
         if not hasattr(self, "sliding_window"):
             self.sliding_window = getattr(config, "sliding_window", None)
-        self.num_key_value_groups, tables = self._tables()
-        for name, table in tables.items():
-            self.register_buffer(name, None if table is None else torch.tensor(table), persistent=False)
+
+    def replace_projections(self, key_width: int, value_width: int) -> None:
+        """Projections of the source's queries, and of so many channels of keys and of values."""
+        family, config = self.family, self.config
+        stock = getattr(self, family.packed or "q_proj")
+        has_bias = stock.bias is not None
+        widths = {"q_proj": config.num_attention_heads * self.head_dim, "k_proj": key_width, "v_proj": value_width}
+        for name, width in widths.items():
+            setattr(self, name, nn.Linear(config.hidden_size, width, bias=has_bias).to(stock.weight))
+        if family.packed:
+            delattr(self, family.packed)
 
     def _tables(self) -> tuple[int, dict[str, list[int] | None]]:
         """Query heads that share one expanded key and value head, and the index buffers (None = nothing to do)."""
@@ -144,28 +153,20 @@ class HeadfuseAttention(nn.Module):
             residual, position_embeddings = position_embeddings, None
         cache = next((one for one in (cache, past_key_values, layer_past) if one is not None), None)
         batch, length, _ = hidden_states.shape
-        heads = (batch, length, -1, self.head_dim)
-        query, key, value = self._project(hidden_states, heads)
         if position_embeddings is None and self.family.rotary != "none":
             sin, cos = self.embed_positions[position_ids].chunk(2, dim=-1)
             position_embeddings = sin, cos
-        if position_embeddings is not None:
-            cos, sin = (self._angles(angles) for angles in position_embeddings)
-            if self.family.rotary == "once":
-                cos, sin = sin, cos
-            both = rotate(torch.cat((query, key), dim=2), cos, sin)  # in one go: a decode step is bound by calls
-            query, key = both.split(self.num_heads, dim=2)
+        query, key, value = self._states(hidden_states, position_embeddings)
         query = query.transpose(1, 2)
-
-        # Static caches size both buffers by one head count: there neighbouring heads share a row of the cache.
-        static = cache is not None and cache.is_compileable
-        folded = (batch, length, self.cache_heads, -1) if static else heads
+        folded = (batch, length, *self._cache_shape(cache))
         key, value = key.reshape(folded).transpose(1, 2), value.reshape(folded).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
 
         if alibi is not None:
-            attention_mask = with_bias(alibi.unflatten(0, (-1, self.num_heads[0])), attention_mask, length)
+            attention_mask = with_bias(
+                alibi.unflatten(0, (-1, self.config.num_attention_heads)), attention_mask, length
+            )
         if self._reads_once(length, key.shape[2], attention_mask):
             output, weights = self.attend_once(query, key, value, attention_mask)
         else:
@@ -175,8 +176,7 @@ class HeadfuseAttention(nn.Module):
             output, weights = attention_interface(
                 self,
                 query,
-                _select(_unfold(key, self.head_dim), self.key_heads),
-                _select(_unfold(value, self.head_dim), self.value_heads),
+                *self._expanded(key, value),
                 attention_mask,
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
@@ -186,6 +186,32 @@ class HeadfuseAttention(nn.Module):
         output = getattr(self, self.family.output)(output.reshape(batch, length, -1).contiguous())
         output = nn.functional.dropout(output, self.residual_dropout, self.training)
         return output if residual is None else residual + output, weights
+
+    def _states(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [b, s, heads, d], rotated."""
+        query, key, value = self._project(hidden_states, (*hidden_states.shape[:2], -1, self.head_dim))
+        if position_embeddings is not None:
+            cos, sin = self._cos_and_sin(position_embeddings)
+            both = rotate(torch.cat((query, key), dim=2), cos, sin)  # in one go: a decode step is bound by calls
+            query, key = both.split(self.num_heads, dim=2)
+        return query, key, value
+
+    def _cache_shape(self, cache: Cache | None) -> tuple[int, int]:
+        """Heads and channels of a row in the cache; -1 means the rest.
+
+        Static caches size both buffers by one head count: there neighbouring heads share a row of the cache.
+        """
+        static = cache is not None and cache.is_compileable
+        return (self.cache_heads, -1) if static else (-1, self.head_dim)
+
+    def _expanded(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cached keys and values as attention functions read them: one head for equal numbers of query heads."""
+        return (
+            _select(_unfold(key, self.head_dim), self.key_heads),
+            _select(_unfold(value, self.head_dim), self.value_heads),
+        )
 
     def _project(
         self, hidden_states: torch.Tensor, heads: tuple[int, ...]
@@ -201,6 +227,11 @@ class HeadfuseAttention(nn.Module):
         if norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key, value
+
+    def _cos_and_sin(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both in this order, as `_angles` gives them."""
+        cos, sin = (self._angles(angles) for angles in position_embeddings)
+        return (sin, cos) if self.family.rotary == "once" else (cos, sin)
 
     def _angles(self, angles: torch.Tensor) -> torch.Tensor:
         """The cos or sin as [b, s, 1 or heads, p]: of each slot of all query heads, then of key heads."""
@@ -234,14 +265,19 @@ class HeadfuseAttention(nn.Module):
             key_sizes, value_sizes = self.sizes
         query = _select(query * self.scaling, rows[0]).flatten(1, 2)
         scores = _select(_grouped_product(_score, query, key, key_sizes, self.head_dim), rows[1])
-        if attention_mask is not None and attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask[:, 0], torch.finfo(scores.dtype).min)
-        elif attention_mask is not None:
-            scores = scores + attention_mask[:, 0]
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = probabilities(scores, attention_mask)
         output = _select(_grouped_product(torch.bmm, weights, value, value_sizes, self.head_dim), rows[2])
         wanted = self.config._attn_implementation == "eager"
         return output, _select(weights, rows[2]).unsqueeze(2) if wanted else None
+
+
+def probabilities(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention weights of one query per head from scores [b, n_q, s] and a mask [b, 1, 1, s]: bool, additive, None."""
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask[:, 0], torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask[:, 0]
+    return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
 
 
 def check_runtime(config: HeadfuseConfig) -> None:
@@ -420,6 +456,7 @@ class HeadfusePreTrainedModel(PreTrainedModel):
     """What the base model and the causal LM share: constructing one gives a subclass of the family's stock class."""
 
     config_class = HeadfuseConfig
+    attention_class: ClassVar[type] = HeadfuseAttention
     stock_class: ClassVar[type | None] = None
     stock_classes: ClassVar[Any] = MODEL_MAPPING
 
@@ -428,8 +465,9 @@ class HeadfusePreTrainedModel(PreTrainedModel):
         model_class: Any = cls
         if cls.stock_class is None:
             # not isinstance: as remote code, each of the two files may be loaded with a HeadfuseConfig of its own
-            if config is None or config.model_type != HeadfuseConfig.model_type:
-                raise TypeError(f"{cls.__name__} needs a HeadfuseConfig, not {type(config).__name__}")
+            if config is None or config.model_type != cls.config_class.model_type:
+                wanted = cls.config_class.__name__
+                raise TypeError(f"{cls.__name__} needs a {wanted}, not {type(config).__name__}")
             model_class = _specialise(model_class, cls.stock_classes[type(config.source_config)])
         return super().__new__(model_class)
 
@@ -438,7 +476,7 @@ class HeadfusePreTrainedModel(PreTrainedModel):
         check_runtime(config)
         for layer in self.base_model.get_submodule(config.family.layers):
             attention = getattr(layer, config.family.attention)
-            attention.__class__ = _specialise(HeadfuseAttention, attention.__class__)
+            attention.__class__ = _specialise(self.attention_class, attention.__class__)
             attention.decouple(config)
         self.post_init()
 

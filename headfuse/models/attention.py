@@ -41,6 +41,10 @@ def _numbered(tensors: Mapping[str, torch.Tensor], pattern: str) -> list[str]:
     return list(itertools.takewhile(tensors.__contains__, names))
 
 
+READ_MAPS = ("key_read", "key_read_plain", "value_read")
+"""Tensors of an attention with wide heads, beside its projections."""
+
+
 @dataclass(frozen=True)
 class AttentionWeights:
     """The projections of one layer, head by head; channels of queries and keys in the canonical order.
@@ -48,6 +52,9 @@ class AttentionWeights:
     Shapes: `query [n_q, d, D]`, `key [n_k, d, D]`, `value [n_v, d, D]`, `output [D, n_q, d]`; biases `[n, d]` for
     query, key and value, `[D]` for the output, or None; weights of the norms of queries and keys `[1, d]` where each
     head has one, `[n, d]` where the layer has one.
+
+    Wide heads: `key [1, w_k, D]` and `value [1, w_v, D]` of all groups side by side, and their read maps as the model
+    code of layout latent has them.
     """
 
     query: torch.Tensor
@@ -60,6 +67,9 @@ class AttentionWeights:
     output_bias: torch.Tensor | None = None
     query_norm: torch.Tensor | None = None
     key_norm: torch.Tensor | None = None
+    key_read: torch.Tensor | None = None
+    key_read_plain: torch.Tensor | None = None
+    value_read: torch.Tensor | None = None
 
     @classmethod
     def from_tensors(
@@ -120,6 +130,7 @@ class AttentionWeights:
             tensors |= _join(flat, kind, arch, heads)
         for name, norm in zip(arch.norms, (own.query_norm, own.key_norm), strict=False):
             tensors[f"{name}.weight"] = None if norm is None else norm.flatten()
+        tensors |= {name: getattr(own, name) for name in READ_MAPS}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def double(self) -> AttentionWeights:

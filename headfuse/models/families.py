@@ -142,6 +142,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 _MLA = "its keys and values are already compressed together (multi-head latent attention)"
 UNSUPPORTED: dict[str, str] = {
     "headfuse": "is already a model with heads of its own in every layer",
+    "headfuse_latent": "is already a model with heads of its own in every layer",
     "nemotron-nas": "is already a model with heads of its own in every layer",
     "mpt": "its attention has a bias (ALiBi) and projections of a form that is not known here",
     "falcon": "its class repeats keys and values for every query head before it caches them, so no cache would shrink",
@@ -163,7 +164,7 @@ def architecture_of(model_type: str, where: object = None) -> Architecture:
         UnsupportedModelError: saying why, and naming the families that are supported.
     """
     if model_type not in ARCHITECTURES:
-        if model_type in ("headfuse", "nemotron-nas"):
+        if model_type in ("headfuse", "headfuse_latent", "nemotron-nas"):
             raise UnsupportedModelError(
                 UNSUPPORTED[model_type], where=where, fix="fuse the source model at the budget you want"
             )

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _COMPUTED = r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$"
 """Stored tensors that transformers computes, besides those that a class names in _keys_to_ignore_on_load_unexpected."""
 _OTHER_SOURCE = "config.json and the weights do not belong together: restore both from one source"
+WITH_A_SOURCE = ("headfuse", "headfuse_latent")
+"""Model types whose config holds that of the source."""
 _NAMED = 3
 """Tensors that a message names."""
 
@@ -92,7 +94,7 @@ class ModelWeights:
 
 def is_supported(config: PreTrainedConfig) -> bool:
     """Whether a model, of any layout, is of a family that headfuse converts."""
-    return config.model_type in {*ARCHITECTURES, "headfuse"} or hasattr(config, "source_model_type")
+    return config.model_type in {*ARCHITECTURES, *WITH_A_SOURCE} or hasattr(config, "source_model_type")
 
 
 def shown_names(names: tuple[str, ...] | list[str]) -> str:
@@ -113,7 +115,7 @@ def stored_architecture(config: Any, where: object = None) -> Architecture:
     Raises:
         UnsupportedModelError: for a family that is not supported.
     """
-    if config.model_type == "headfuse":
+    if config.model_type in WITH_A_SOURCE:
         return architecture_of(config.source_config.model_type).decoupled()
     return architecture_of(getattr(config, "source_model_type", None) or config.model_type, where)
 

@@ -1,4 +1,4 @@
-"""How many key heads and value heads each layer keeps under one budget. Pure."""
+"""How many key heads and value heads each layer keeps under one budget, or how wide ones. Pure."""
 
 from __future__ import annotations
 
@@ -51,6 +51,16 @@ class BudgetRules:
     """With `layerwise`: counts that divide the source's, so that the groups of a layer have one size."""
     one_count: bool = False
     """One count for keys and values of all layers that divides the source's: the shape of stock GQA."""
+    wide: bool = False
+    """Heads have widths of their own: what is counted is not heads but quanta of their channels."""
+
+    def channels(self, heads: HeadLayout) -> int:
+        """Channels of what is counted: of a head, or a quantum."""
+        return width_quantum(heads) if self.wide else heads.head_dim
+
+    def counted(self, heads: HeadLayout) -> int:
+        """How much of what is counted one side of one source layer has."""
+        return heads.num_key_value_heads * heads.head_dim // self.channels(heads)
 
     def leave_a_choice(self, heads: HeadLayout) -> bool:
         """Whether several allocations meet these rules, so that costs matter."""
@@ -66,7 +76,7 @@ class BudgetRules:
         Raises:
             BudgetError: for layers or counts that this model does not have.
         """
-        layers, n = heads.num_hidden_layers, heads.num_key_value_heads
+        layers, n = heads.num_hidden_layers, self.counted(heads)
         outside = [layer for layer in self.keep_layers if layer >= layers]
         if outside:
             raise BudgetError(
@@ -102,21 +112,23 @@ class BudgetRules:
         """
         if self.one_count:
             return self._allocate_one_count(heads)
-        choices, layers, side = self.choices(heads), heads.num_hidden_layers, heads.total_heads // 2
+        choices, layers = self.choices(heads), heads.num_hidden_layers
+        side = layers * self.counted(heads)
+        counted = f"quanta of {self.channels(heads)} channels" if self.wide else "heads"
         choose = ALLOCATORS[allocator].choose
         if self.layerwise:
             return self._allocate_layers(choose, heads, choices, costs)
         if isinstance(self.total, tuple):
             key_choices, value_choices = choices[:layers], choices[layers:]
-            key_total = _head_count(self.total[0], side, key_choices, "budget.total.key")
-            value_total = _head_count(self.total[1], side, value_choices, "budget.total.value")
+            key_total = _head_count(self.total[0], side, key_choices, "budget.total.key", counted)
+            value_total = _head_count(self.total[1], side, value_choices, "budget.total.value", counted)
             keys = choose(key_total, key_choices, costs.key if costs else None)
             values = choose(value_total, value_choices, costs.value if costs else None)
             return HeadBudget(key_heads=tuple(keys), value_heads=tuple(values))
         if self.total is None:
             counts: Sequence[int] = [row[0] for row in choices]
         else:
-            total = _head_count(self.total, heads.total_heads, choices, "--budget")
+            total = _head_count(self.total, 2 * side, choices, "--budget", counted)
             counts = choose(total, choices, costs.rows if costs else None)
         return HeadBudget(key_heads=tuple(counts[:layers]), value_heads=tuple(counts[layers:]))
 
@@ -172,14 +184,30 @@ class BudgetRules:
         return HeadBudget(key_heads=(count,) * heads.num_hidden_layers, value_heads=(count,) * heads.num_hidden_layers)
 
 
-def budget_rules(budget: BudgetConfig, shared_partition: bool, one_count: bool) -> BudgetRules:
+def width_quantum(heads: HeadLayout) -> int:
+    """Channels of the steps in which the widths of wide heads are chosen."""
+    return math.gcd(heads.head_dim, 8 if heads.head_dim <= 32 else 16)
+
+
+def budget_rules(budget: BudgetConfig, shared_partition: bool, one_count: bool, wide: bool = False) -> BudgetRules:
     """What a budget asks for and a layout allows.
 
     Args:
         budget: the options.
         shared_partition: whether the layout's keys and values share one partition of a layer's heads.
         one_count: whether the layout has one count for all layers.
+        wide: whether its heads have widths of their own.
+
+    Raises:
+        BudgetError: for rules that count heads, where there is one wide head.
     """
+    for name in _COUNT_HEADS if wide else ():
+        if getattr(budget, name) != BudgetConfig.model_fields[name].default:
+            raise BudgetError(
+                "counts heads, and layout latent has one wide head for keys and one for values in every layer",
+                where=f"budget.{name}",
+                fix="leave it out, or use layout decoupled",
+            )
     return BudgetRules(
         budget.shares,
         budget.key_heads,
@@ -190,20 +218,25 @@ def budget_rules(budget: BudgetConfig, shared_partition: bool, one_count: bool) 
         layerwise=shared_partition or budget.layerwise,
         equal_groups=shared_partition,
         one_count=one_count,
+        wide=wide,
     )
+
+
+_COUNT_HEADS = ("key_heads", "value_heads", "min_key_heads", "min_value_heads", "layerwise")
+"""Options of a budget that count heads."""
 
 
 def _divisors(n: int) -> list[int]:
     return [count for count in range(1, n + 1) if n % count == 0]
 
 
-def _head_count(budget: Fraction, source: int, choices: Choices, where: str) -> int:
+def _head_count(budget: Fraction, source: int, choices: Choices, where: str, counted: str = "heads") -> int:
     """Heads that a share of `source` heads buys, rounded within half a head, at most what the choices hold."""
     count, least = math.floor(budget * source + Fraction(1, 2)), sum(row[0] for row in choices)
     if count < least:
         raise BudgetError(
-            f"{float(budget):.4g} keeps {count} of {source} heads, and at least {least} are needed "
-            f"for the fewest heads of every layer",
+            f"{float(budget):.4g} keeps {count} of {source} {counted}, and at least {least} are needed "
+            f"for the fewest {counted} of every layer",
             where=where,
             fix=f"the smallest budget that works here is {Fraction(least, source)}",
         )

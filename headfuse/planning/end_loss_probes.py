@@ -40,12 +40,21 @@ class EndLossProbes:
         equal: the counts of the model that the variants differ from; those that are not given to `advance` are lowered
             to the next one that is.
         refit: whether the conversion refits output projections.
+        full: the count that keeps all of a side; by default the source's heads.
     """
 
     every_count = True
 
-    def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget, refit: bool) -> None:
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        windows: torch.Tensor,
+        equal: HeadBudget,
+        refit: bool,
+        full: int | None = None,
+    ) -> None:
         self.streamed, self.refit, self.worth = streamed, refit, float(windows.numel())
+        self.full = full or streamed.heads.num_key_value_heads
         self.equal: dict[Side, list[int]] = {"key": list(equal.key_heads), "value": list(equal.value_heads)}
         self.source = self.fused = streamed.embed(windows)
         self.variants: list[tuple[int, Side, int, HiddenStates]] = []
@@ -58,7 +67,7 @@ class EndLossProbes:
             fused: maps and groups of each `(side, count)` with fewer heads than the source.
         """
         layer_idx, tensors, output = source.index, source.tensors, source.weights.output
-        n = self.streamed.heads.num_key_value_heads
+        n = self.full
         counts = {side: sorted({n} | {count for s, count in fused if s == side}) for side in self.equal}
         for side, row in self.equal.items():
             row[layer_idx] = max(count for count in counts[side] if count <= row[layer_idx] or count == counts[side][0])

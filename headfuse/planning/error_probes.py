@@ -18,6 +18,8 @@ from headfuse.planning.fused_variants import Costs, Fused, captures_for_refit, w
 ERRORS_WORTH = 1000.0
 """Tokens on which the end loss tells as much of a count as the error of the attention output does: the error is biased,
 the end loss of few tokens is noise (docs/experiments.md)."""
+WIDE_ERRORS_WORTH = 100.0
+"""The same for the widths of wide heads, whose range is larger: errors give the first layer far too much there."""
 TINY = 1e-30
 
 
@@ -33,12 +35,22 @@ class ErrorProbes:
         windows: the tokens that the two models see, `[k, T]`.
         equal: their counts; lowered to the next that is measured.
         refit: whether the conversion refits output projections.
+        full: the count that keeps all of a side; by default the source's heads.
     """
 
-    worth, every_count = ERRORS_WORTH, False
+    worth: float = ERRORS_WORTH
+    every_count = False
 
-    def __init__(self, streamed: StreamedModel, windows: torch.Tensor, equal: HeadBudget, refit: bool) -> None:
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        windows: torch.Tensor,
+        equal: HeadBudget,
+        refit: bool,
+        full: int | None = None,
+    ) -> None:
         self.streamed, self.refit, self.errors = streamed, refit, Costs()
+        self.full = full or streamed.heads.num_key_value_heads
         self.equal: dict[Side, tuple[int, ...]] = {"key": equal.key_heads, "value": equal.value_heads}
         self.source = streamed.embed(windows)
         self.fused = dict.fromkeys(self.equal, self.source)
@@ -77,13 +89,13 @@ class ErrorProbes:
 
     def costs(self) -> Costs:
         """The scaled errors of each layer's sides, 0 for all heads; unscaled where nothing was lost."""
-        n, scales = self.streamed.heads.num_key_value_heads, dict.fromkeys(self.fused, 1.0)
+        scales = dict.fromkeys(self.fused, 1.0)
         found = divergences(self.streamed, self.source, list(self.fused.values()))
         for side, divergence in zip(self.fused, found, strict=True):
             if divergence > 0 and self.summed[side] > 0:
                 scales[side] = divergence / self.summed[side]
         return {
-            (i, side): {**{count: scales[side] * error for count, error in row.items()}, n: 0.0}
+            (i, side): {**{count: scales[side] * error for count, error in row.items()}, self.full: 0.0}
             for (i, side), row in self.errors.items()
         }
 

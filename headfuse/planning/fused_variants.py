@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from headfuse.choices import Side
-from headfuse.fusion.maps import HeadMaps
+from headfuse.fusion.maps import Reconstruction
 from headfuse.fusion.refit import FusedHeads
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
@@ -26,8 +26,8 @@ ROWS_PER_UNKNOWN = 4
 """Rows of text behind a refit that only tells what a count costs, for each number in a row of the projection."""
 Costs = dict[tuple[int, Side], dict[int, float]]
 """Of a layer's side: cost of each measured count."""
-Fused = Mapping[tuple[Side, int], tuple[HeadMaps, Groups]]
-"""Maps and groups of each `(side, count)` with fewer heads than the source."""
+Fused = Mapping[tuple[Side, int], tuple[Reconstruction, Groups]]
+"""Maps and groups of each `(side, count)` with fewer heads than the source; of wide heads, with fewer quanta."""
 
 
 def probe_tokens(tokens: float, layers: int, counts: int) -> int:
@@ -75,7 +75,7 @@ def with_heads(
     return weights.in_layer(tensors, streamed.arch, streamed.heads)
 
 
-def reconstructed(weights: AttentionWeights, side: Side, maps: HeadMaps, groups: Groups) -> AttentionWeights:
+def reconstructed(weights: AttentionWeights, side: Side, maps: Reconstruction, groups: Groups) -> AttentionWeights:
     """A source layer's weights with the heads of one side replaced by what the fused heads give back of them."""
 
     def back(weight: torch.Tensor) -> torch.Tensor:

@@ -11,20 +11,22 @@ import headfuse
 from headfuse.choices import Layout, Side
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.presets import PRESETS
+from headfuse.errors import ConfigError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
 from headfuse.models.source import Source
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
-from headfuse.plan import FusionPlan, HeadBudget, LayerPlan
+from headfuse.plan import FusionPlan, LayerPlan
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.budget import BudgetRules, CostTable, budget_rules
 from headfuse.planning.costs import cost_row, measured_counts
 from headfuse.planning.end_loss_probes import EndLossProbes
-from headfuse.planning.error_probes import ErrorProbes
+from headfuse.planning.error_probes import WIDE_ERRORS_WORTH, ErrorProbes
 from headfuse.planning.fused_variants import Costs, probe_tokens, probe_windows, weighing_tokens
 from headfuse.planning.importance import HEAD_IMPORTANCE, cost_table
 from headfuse.planning.survey import LayerSurvey, SurveyOptions, survey_layer
+from headfuse.planning.wide_survey import measured_widths, survey_wide_layer, wide_layer_plan
 from headfuse.text.calibration import START_WEIGHT, CalibrationText
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ class PlanOptions:
     grouping: str
     """Name in GROUPERS."""
     end_loss_probes: Literal["few", "all"] | None
-    """Of the preset: the counts whose cost is measured by the end loss, too."""
+    """Of the preset: the counts whose cost is measured by the end loss, too; of wide heads, always some."""
     seed: int
 
 
@@ -57,26 +59,45 @@ def plan_options(config: FuseConfig) -> PlanOptions:
     """What the options of `fuse` say about the plan."""
     layout = LAYOUTS[config.layout]
     return PlanOptions(
-        rules=budget_rules(config.budget, layout.shared_partition, layout.one_count),
+        rules=budget_rules(config.budget, layout.shared_partition, layout.one_count, layout.wide),
         budget=config.budget.label,
         allocator=config.budget.allocator,
         method=config.method,
         layout=config.layout,
         grouping=config.grouping,
-        end_loss_probes=PRESETS[config.preset].end_loss_probes,
+        end_loss_probes=PRESETS[config.preset].end_loss_probes or ("few" if layout.wide else None),
         seed=config.seed,
     )
 
 
-def check_budget(config: FuseConfig, source: Source) -> HeadBudget:
-    """A plan-free allocation, which refuses what cannot work before any heavy step.
+def check_budget(config: FuseConfig, source: Source) -> int:
+    """Channels of the cache that a budget keeps; refuses what cannot work before any heavy step.
 
     Raises:
         UnsupportedModelError: when the layout cannot hold this model.
+        ConfigError: for a method or an allocator that the layout does not go with.
         BudgetError: saying which budget works.
     """
     LAYOUTS[config.layout].check(source.config)
-    return plan_options(config).rules.allocate("uniform", source.heads)
+    if LAYOUTS[config.layout].wide:
+        _check_wide(config)
+    rules = plan_options(config).rules
+    return rules.allocate("uniform", source.heads).total * rules.channels(source.heads)
+
+
+def _check_wide(config: FuseConfig) -> None:
+    """Refuse a method that makes heads of the source's width, and an allocator that scores single heads."""
+    methods = [name for name, method in FUSION_METHODS.items() if method.wide]
+    if config.method not in methods:
+        raise ConfigError(
+            f"method {config.method} makes no wide heads", where="--method",
+            fix=f"use {', '.join(methods)}, or layout decoupled",
+        )  # fmt: skip
+    if ALLOCATORS[config.budget.allocator].costs == "importance":
+        raise ConfigError(
+            f"allocator {config.budget.allocator} scores single heads, and layout latent has one wide head",
+            where="--allocator", fix="use sensitivity, or layout decoupled",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,10 +132,14 @@ def survey(
     measures, layers = _survey_options(options, costs == "measured"), list[LayerSurvey]()
     probes = _probes(streamed, text, options) if measures.costs else ()
     few = measured_counts(heads.num_key_value_heads, False)
+    quantum = options.rules.channels(heads) if LAYOUTS[options.layout].wide else None
     for layer in streamed.walk([streamed.embed(part.statistics), streamed.embed(part.starts, START_WEIGHT)]):
-        surveyed, fused = survey_layer(layer.captures, layer.weights.output, heads, measures)
+        if quantum is None:
+            surveyed, fused = survey_layer(layer.captures, layer.weights.output, heads, measures)
+        else:
+            surveyed, fused = survey_wide_layer(layer.captures, layer.weights.output, heads, quantum, measures.costs)
         for probe in probes:
-            every = measures.shared_partition or probe.every_count
+            every = measures.shared_partition or quantum is not None or probe.every_count
             probe.advance(layer, {place: maps for place, maps in fused.items() if every or place[1] in few})
         on_layer(layer)
         layers.append(surveyed)
@@ -160,12 +185,18 @@ def _probes(
     used, tokens = len(text.part(SURVEYED).statistics), text.statistics.numel()
     unseen = text.statistics[used:] if used < len(text.statistics) else text.statistics
     refit = FUSION_METHODS[options.method].refits_output
-    errors = ErrorProbes(streamed, probe_windows(unseen, weighing_tokens(tokens)), equal, refit)
+    full = options.rules.counted(heads)
+    errors = ErrorProbes(streamed, probe_windows(unseen, weighing_tokens(tokens)), equal, refit, full)
+    if LAYOUTS[options.layout].wide:
+        errors.worth = WIDE_ERRORS_WORTH
     if options.end_loss_probes is None:
         return (errors,)
-    counts = len(measured_counts(heads.num_key_value_heads, options.end_loss_probes == "all"))
+    if LAYOUTS[options.layout].wide:
+        counts = len(measured_widths(full))
+    else:
+        counts = len(measured_counts(full, options.end_loss_probes == "all"))
     seen = probe_windows(unseen, probe_tokens(tokens, streamed.num_layers, counts))
-    return errors, EndLossProbes(streamed, seen, equal, refit)
+    return errors, EndLossProbes(streamed, seen, equal, refit, full)
 
 
 def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan:
@@ -176,6 +207,9 @@ def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan
     if LAYOUTS[options.layout].shared_partition:
         groups = [layer.shared_groups[keys] for keys, _, layer in counts]
         layers = [LayerPlan(layer_idx=i, key_groups=each, value_groups=each) for i, each in enumerate(groups)]
+    elif LAYOUTS[options.layout].wide:
+        quantum = options.rules.channels(source.heads)
+        layers = [wide_layer_plan(i, layer, keys, values, quantum) for i, (keys, values, layer) in enumerate(counts)]
     else:
         layers = [
             LayerPlan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from fractions import Fraction
 from pathlib import Path
 
 from headfuse.checkpoint.plan_file import read_plan
@@ -44,6 +45,8 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
         )
     counts = plan.head_budget
     budget = BudgetConfig(key_heads=counts.key_heads, value_heads=counts.value_heads)
+    if LAYOUTS[plan.layout].wide:  # counts say nothing of widths
+        budget = BudgetConfig(total=str(Fraction(plan.kv_channels, plan.heads.kv_channels)))
     return plan, config.model_copy(update={"method": plan.method, "layout": plan.layout, "budget": budget})
 
 

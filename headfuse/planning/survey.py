@@ -10,7 +10,7 @@ import torch
 from headfuse.choices import Side
 from headfuse.fusion import FusionMethod, Maps
 from headfuse.fusion.losses import lost_key_energy, lost_value_energy
-from headfuse.fusion.maps import HeadMaps
+from headfuse.fusion.maps import Reconstruction
 from headfuse.fusion.moments import KeyMoments, ValueMoments, key_moments, value_moments
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import Groups, HeadLayout
@@ -123,7 +123,7 @@ def survey_layer(
         key_groups = [shared.get(count, groups) for count, groups in enumerate(key_groups, start=1)]
         value_groups = [shared.get(count, groups) for count, groups in enumerate(value_groups, start=1)]
     key_slots = [options.method.rotary_slots(groups, keys) if slots else None for groups in key_groups]
-    lost, maps = dict[Side, list[float]](), dict[tuple[Side, int], tuple[HeadMaps, Groups]]()
+    lost, maps = dict[Side, list[float]](), dict[tuple[Side, int], tuple[Reconstruction, Groups]]()
     if options.costs:
         counts = set(shared) if options.shared_partition else set(measured_counts(n, options.every_count))
         lost = {"key": [0.0] * n, "value": [0.0] * n}
@@ -141,18 +141,20 @@ def survey_layer(
             lost["value"][count - 1] = sum(alone[group] for group in value)
             if count in counts:
                 maps["key", count], maps["value", count] = (key_maps, key), (value_maps, value)
-    energy = _key_energy(keys), _value_energy(values)
+    energy = key_energy(keys), value_energy(values)
     survey = LayerSurvey(key_pairs, value_pairs, *energy, key_groups, key_slots, value_groups, shared, lost)
     return survey, maps
 
 
-def _key_energy(moments: KeyMoments) -> list[float]:
+def key_energy(moments: KeyMoments) -> list[float]:
+    """Each head's share of the layer's key energy, as queries see it."""
     energy = (moments.gram.diagonal(dim1=1, dim2=2).real.T * moments.query_energy).sum(1)
     if moments.tail is not None:
         energy = energy + torch.einsum("iaib,iab->i", moments.tail.covariance, moments.tail.output_gram)
     return (energy / energy.sum().clamp_min(1e-300)).tolist()
 
 
-def _value_energy(moments: ValueMoments) -> list[float]:
+def value_energy(moments: ValueMoments) -> list[float]:
+    """Each head's share of the energy that values bring to the layer's output."""
     energy = torch.einsum("iaib,iab->i", moments.covariance, moments.output_gram)
     return (energy / energy.sum().clamp_min(1e-300)).tolist()

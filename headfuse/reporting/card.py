@@ -14,6 +14,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from headfuse.checkpoint.hub import repository_of
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
+from headfuse.reporting.tables import kept
 from headfuse.reporting.templating import render
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def fused_card(source: Source, result: FuseResult) -> str:
         trained=FUSION_METHODS[plan.method].trained,
         result=result,
         stages=[stage for stage in result.stages if stage.kept and stage.nll is not None],
+        kept=kept(plan),
         runtimes=LAYOUTS[plan.layout].runtimes,
     )
     repository = repository_of(source.folder)

@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from headfuse.plan import FusionPlan
+from headfuse.reporting.tables import kept
 
 
 @dataclass(frozen=True)
@@ -24,22 +25,22 @@ class Chart:
 
 
 def heads_chart(plan: FusionPlan) -> Chart:
-    """Bars of the key heads and value heads that each layer keeps."""
-    source, budget = plan.heads.num_key_value_heads, plan.head_budget
+    """Bars of the key heads and value heads that each layer keeps, or of their channels where heads are wide."""
+    counted, source, keys, values = kept(plan)
     layers = range(plan.heads.num_hidden_layers)
     figure, axis = _axes(7.5, 3)
     width = 0.4
     for offset, counts, colour, hatch, name in (
-        (-width / 2, budget.key_heads, "#2b5c8a", "", "key heads"),
-        (width / 2, budget.value_heads, "#e8b04a", "///", "value heads"),
+        (-width / 2, keys, "#2b5c8a", "", f"key {counted}"),
+        (width / 2, values, "#e8b04a", "///", f"value {counted}"),
     ):
         axis.bar([i + offset for i in layers], counts, width, color=colour, hatch=hatch, edgecolor="black", label=name)
     axis.axhline(source, color="black", linestyle="--", linewidth=1, label="source")
-    axis.set(xlabel="layer", ylabel="heads", ylim=(0, source * 1.3))
+    axis.set(xlabel="layer", ylabel=counted, ylim=(0, source * 1.3))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.yaxis.get_major_locator().set_params(integer=True)
     axis.legend(ncol=3, loc="upper center", frameon=False)
-    return Chart(_svg(figure), "Key heads and value heads that each layer keeps; dashed: the source.")
+    return Chart(_svg(figure), f"Key {counted} and value {counted} that each layer keeps; dashed: the source.")
 
 
 def agreement_chart(name: str, parts: Sequence[Mapping[str, Any]]) -> Chart:

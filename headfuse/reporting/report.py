@@ -15,7 +15,7 @@ from headfuse.checkpoint.plan_file import read_plan
 from headfuse.errors import CheckpointError, ConfigError, OutputError
 from headfuse.plan import FusionPlan
 from headfuse.reporting.charts import agreement_chart, heads_chart, training_chart
-from headfuse.reporting.tables import figure_rows, gate_rows
+from headfuse.reporting.tables import figure_rows, gate_rows, kept
 from headfuse.reporting.templating import render
 
 
@@ -48,6 +48,7 @@ def write_report(
         options=options.read_text(encoding="utf-8", errors="replace") if plan and options.is_file() else None,
         gate_rows=gate_rows,
         group_rows=_group_rows,
+        kept=kept,
         quality_rows=_quality_rows,
         heads_chart=heads_chart,
         agreement_chart=agreement_chart,
@@ -78,8 +79,9 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def _group_rows(plan: FusionPlan) -> list[list[object]]:
     """Counts and groups of source heads, layer by layer."""
+    _, _, keys, values = kept(plan)
     return [
-        [i, len(layer.key_groups), len(layer.value_groups), _groups(layer.key_groups), _groups(layer.value_groups)]
+        [i, keys[i], values[i], _groups(layer.key_groups), _groups(layer.value_groups)]
         for i, layer in enumerate(plan.layers)
     ]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headfuse.plan import WIDE, FusionPlan
+
 
 def figure_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
     """What there is to show of the model and its baseline: name, a cell for each, and their comparison."""
@@ -84,3 +86,11 @@ def _number(value: float | None) -> str:
 
 def _figure(value: float | None) -> str:
     return "none" if value is None else f"{value:.5g}"
+
+
+def kept(plan: FusionPlan) -> tuple[str, int, list[int], list[int]]:
+    """What a plan counts, how much a side of a source layer has of it, and what layers keep of keys and of values."""
+    budget, heads = plan.head_budget, plan.heads
+    if plan.layout in WIDE:
+        return "channels", heads.num_key_value_heads * heads.head_dim, plan.key_channels, plan.value_channels
+    return "heads", heads.num_key_value_heads, list(budget.key_heads), list(budget.value_heads)

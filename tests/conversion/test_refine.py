@@ -29,7 +29,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "mha-6m"
 TEXT = ("--samples", 24, "--sequence-length", 128)
 
 
-@pytest.mark.parametrize("layout", ["decoupled", "gqa"])
+@pytest.mark.parametrize("layout", ["decoupled", "gqa", "latent"])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 def test_layer_by_layer_is_the_whole_model_at_once(
     tmp_path: Path, model_type: str, layout: str, monkeypatch: pytest.MonkeyPatch

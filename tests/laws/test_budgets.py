@@ -10,7 +10,7 @@ import torch
 
 from headfuse.errors import BudgetError
 from headfuse.layouts import LAYOUTS
-from headfuse.plan import ONE_COUNT, SHARED_PARTITION, HeadLayout
+from headfuse.plan import ONE_COUNT, SHARED_PARTITION, WIDE, HeadLayout
 from headfuse.planning.allocators import ALLOCATORS, least_cost
 from headfuse.planning.budget import BudgetRules, CostTable
 from headfuse.planning.importance import HEAD_IMPORTANCE
@@ -111,6 +111,7 @@ def test_a_plan_is_checked_by_the_facts_of_its_layout() -> None:
     """plan.py has them without torch."""
     assert {name for name, layout in LAYOUTS.items() if layout.shared_partition} == set(SHARED_PARTITION)
     assert {name for name, layout in LAYOUTS.items() if layout.one_count} == set(ONE_COUNT)
+    assert {name for name, layout in LAYOUTS.items() if layout.wide} == set(WIDE)
 
 
 def test_scores_of_heads_exist_for_the_allocators_that_read_them() -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from headfuse.fusion import FUSION_METHODS
+from headfuse.models.attention import READ_MAPS
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.importance import HEAD_IMPORTANCE
 from tests.laws.tables import (
@@ -41,11 +42,11 @@ def test_full_budget_copies_bit_for_bit(
     tmp_path: Path, model_type: str, query_heads: int, method: str, layout: str
 ) -> None:
     model = tiny_model(tmp_path / "model", model_type, query_heads=query_heads)
-    skip_misfit(layout, model)
+    skip_misfit(layout, model, method)
     quick = ("--samples", 2, "--allocator", "uniform")
     fuse(model, tmp_path / "out", "--budget", 1, "--method", method, "--layout", layout, *quick)
     source, fused = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
-    assert source.keys() == fused.keys()
+    assert source.keys() == {name for name in fused if not name.endswith(READ_MAPS)}
     assert all(torch.equal(source[name], fused[name]) for name in source)
     assert torch.equal(logits(model), logits(tmp_path / "out"))
 
@@ -125,7 +126,7 @@ def test_unrelated_keys_of_half_the_frequencies_share_one_head(tmp_path: Path, m
 @families
 def test_mean_is_three_lines(tmp_path: Path, model_type: str, layout: str) -> None:
     model = tiny_model(tmp_path / "model", model_type, query_heads=8)
-    skip_misfit(layout, model)
+    skip_misfit(layout, model, "mean")
     options = ["--method", "mean", "--grouping", "neighbours", "--allocator", "uniform", "--layout", layout]
     fuse(model, tmp_path / "out", "--budget", "1/2", *options)
     source, fused = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
@@ -140,7 +141,7 @@ def test_mean_is_three_lines(tmp_path: Path, model_type: str, layout: str) -> No
 @pytest.mark.parametrize("method", [name for name in closed_form if not FUSION_METHODS[name].order_dependent])
 def test_order_of_heads_does_not_matter(tmp_path: Path, method: str, layout: str) -> None:
     for name in ("plain", "permuted"):
-        tiny_model(tmp_path / name, "qwen2", query_heads=8)
+        skip_misfit(layout, tiny_model(tmp_path / name, "qwen2", query_heads=8), method)
     order = [2, 0, 3, 1]
     query_order = [2 * head + i for head in order for i in range(2)]
 

@@ -179,6 +179,7 @@ def test_maps_of_groups_that_several_counts_have(tmp_path: Path) -> None:
     measured, seen = {c: maps for (side, c), maps in fused.items() if side == "value"}, list[tuple[int, ...]]()
     assert sorted(measured) == list(range(1, 8))
     for count, (maps, groups) in measured.items():
+        assert isinstance(maps, HeadMaps)
         alone = method.value_maps(groups, moments)
         assert torch.equal(alone.write, maps.write)
         assert torch.equal(alone.read, maps.read)

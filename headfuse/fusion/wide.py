@@ -1,0 +1,154 @@
+"""Wide heads: one cached key and one cached value serve a whole group of source heads.
+
+A group of g source heads of d channels caches a key of S rotary slots (and, where a part of the keys is not rotated, of
+so many plain channels) and a value of r channels; every query head of the group reads all of both. One decomposition
+of the group's moments gives the maps of every width, and what every width loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headfuse.fusion.moments import KeyMoments, ValueMoments
+
+FLOOR = 1e-12
+"""Weights of heads and channels below this share of the largest count as this share, so that full width is the source
+whatever the calibration text left out."""
+QUIET = 1e-6
+"""Components with less than this share of the largest one's energy are cached at its scale, not amplified to 1."""
+
+
+@dataclass(frozen=True)
+class PlainBasis:
+    """Components of values, or of the channels of keys that are not rotated, in falling order of their energy.
+
+    `write [c, g, d]` and `read [g, d, c]`: source_j ~ read_j sum_i write_i source_i; `energy [c]`: what the output (or
+    the scores) lose without the component.
+    """
+
+    write: torch.Tensor
+    read: torch.Tensor
+    energy: torch.Tensor
+
+    def narrowed(self, width: int) -> PlainBasis:
+        """The first `width` components."""
+        return PlainBasis(self.write[:width], self.read[..., :width], self.energy[:width])
+
+    def lost(self) -> torch.Tensor:
+        """Energy that each width from 0 on loses, `[c + 1]`."""
+        return tail_sums(self.energy)
+
+
+@dataclass(frozen=True)
+class KeyBasis:
+    """Components of the keys of a group, in falling order of their energy.
+
+    `frequency [s]` of each slot; complex `write [s, g]` and `read [s, g]`: on the plane of its frequency
+    key_j ~ sum_s read_sj slot_s with slot_s = sum_i write_si key_i; `energy [s]` in the scores. `plain`: of the
+    channels that are not rotated.
+    """
+
+    frequency: torch.Tensor
+    write: torch.Tensor
+    read: torch.Tensor
+    energy: torch.Tensor
+    plain: PlainBasis | None = None
+
+    @property
+    def width(self) -> int:
+        """Cached channels."""
+        return 2 * len(self.energy) + (0 if self.plain is None else len(self.plain.energy))
+
+    def narrowed(self, width: int) -> KeyBasis:
+        """The components that lose the least energy in `width` channels; slots in the order of their frequencies."""
+        return self.carrying(self.slots(width), width)
+
+    def slots(self, width: int) -> tuple[int, ...]:
+        """The frequencies of those components of `width` channels that are rotated, in rising order."""
+        count = self._best_slots(tail_sums(self.energy), self._plain_lost(), width)
+        return tuple(sorted(self.frequency[:count].tolist()))
+
+    def carrying(self, slots: Sequence[int], width: int) -> KeyBasis:
+        """The best components for slots of these frequencies, in their order, and for what `width` leaves beside them.
+
+        Args:
+            slots: a frequency each, at most g times the same.
+            width: channels in all.
+        """
+        ranked = {f: iter((self.frequency == f).nonzero().flatten().tolist()) for f in set(slots)}
+        index = torch.tensor([next(ranked[f]) for f in slots], dtype=torch.long)
+        plain = None if self.plain is None else self.plain.narrowed(width - 2 * len(index))
+        return KeyBasis(self.frequency[index], self.write[index], self.read[index], self.energy[index], plain)
+
+    def lost(self) -> torch.Tensor:
+        """Energy that each width from 0 on loses, `[width + 1]`; odd widths without plain channels waste one."""
+        rotated, plain = tail_sums(self.energy), self._plain_lost()
+        slots = [self._best_slots(rotated, plain, width) for width in range(self.width + 1)]
+        return torch.stack([rotated[s] + plain[max(0, w - 2 * s)] for w, s in enumerate(slots)])
+
+    def _plain_lost(self) -> torch.Tensor:
+        return torch.zeros(2, dtype=torch.float64) if self.plain is None else self.plain.lost()
+
+    def _best_slots(self, rotated: torch.Tensor, plain: torch.Tensor, width: int) -> int:
+        """On how many slots a width is best spent, given what every number of slots and of plain channels loses."""
+        slots = torch.arange(max(0, (width - len(plain) + 2) // 2), min(width // 2, len(self.energy)) + 1)
+        return int(slots[(rotated[slots] + plain[width - 2 * slots]).argmin()])
+
+
+def tail_sums(energy: torch.Tensor) -> torch.Tensor:
+    """What is left of `energy [c]` after the first 0, 1, ... c numbers, `[c + 1]`."""
+    return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+
+
+def key_basis(moments: KeyMoments) -> KeyBasis:
+    """Decompose the keys of one group.
+
+    The score error of a rotary plane, averaged over positions, is half of |q|^2 |k - k~|^2: the plane's two channels
+    share it. So energies are halved, and a slot is worth its place beside channels that are not rotated.
+    """
+    weight = _floored(moments.query_energy.T).sqrt()  # [F, g]
+    frequencies, g = weight.shape
+    energy, vectors = torch.linalg.eigh(weight[:, :, None] * moments.gram * weight[:, None, :])
+    # Of equal energies those of the first ranks come first, then those of the lowest planes.
+    rank = torch.arange(g).flip(0).expand(frequencies, g)
+    order = sorted(range(frequencies * g), key=lambda i: (-float(energy.flatten()[i]), int(rank.flatten()[i]), i // g))
+    index = torch.tensor(order, dtype=torch.long)
+    frequency = index // g
+    u, a = vectors.mT.flatten(0, 1)[index], weight[frequency]  # [F g, g]
+    write, read = u.conj() * a, u / a
+    # As large as the source's keys: the weighted mean square of what heads read of a slot is 1.
+    scale = ((read.abs() * a).square().sum(1) / a.square().sum(1)).sqrt()[:, None]
+    plain = None if moments.tail is None else plain_basis(moments.tail)
+    return KeyBasis(frequency, write * scale, read / scale, energy.flatten()[index].clamp_min(0) / 2, plain)
+
+
+def plain_basis(moments: ValueMoments) -> PlainBasis:
+    """Decompose the values of one group, or the channels of its keys that are not rotated.
+
+    With N the weight of errors and C the covariance, the components are the eigenvectors of N^1/2 C N^1/2. Maps are
+    made of N^1/2 and its inverse, never of that of C, so that all components together are the identity.
+    """
+    covariance, gram = moments.covariance, moments.output_gram
+    g, d = gram.shape[:2]
+    spectrum, axes = torch.linalg.eigh(gram)
+    spectrum = _floored(spectrum)
+    root, inverse = ((axes * spectrum.pow(power)[:, None]) @ axes.mT for power in (0.5, -0.5))  # [g, d, d]
+    weighted = (root @ covariance.reshape(g, d, g * d)).view(g * d, g * d)
+    weighted = (root @ weighted.mT.view(g, d, g * d)).view(g * d, g * d)  # N^1/2 C N^1/2
+    energy, vectors = torch.linalg.eigh((weighted + weighted.mT) / 2)
+    energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1).view(g, d, g * d)
+    # Every component as large as a channel of a source head, but for those that are almost nothing.
+    rms = (torch.einsum("iaia->", covariance) / (g * d)).sqrt()
+    size = energy.clamp_min(QUIET * float(energy[0])).sqrt()
+    scale = torch.where((rms > 0) & (size > 0), rms / size, torch.ones_like(size))
+    write, read = root @ vectors * scale, inverse @ vectors / scale
+    return PlainBasis(write.permute(2, 0, 1).contiguous(), read.contiguous(), energy)
+
+
+def _floored(weights: torch.Tensor) -> torch.Tensor:
+    """Non-negative weights with a floor relative to the largest; 1 where all are 0."""
+    largest = weights.max() if weights.numel() else weights.new_ones(())
+    return weights.clamp_min(FLOOR * float(largest)) if largest > 0 else torch.ones_like(weights)

@@ -1,0 +1,97 @@
+"""What a wide head caches, what its query heads read of it, and what it gives back of the source's heads.
+
+Pure functions of tensors: the reference of the model code. A cached key holds the first channels of all slots, the
+second ones, then the channels that are not rotated; source heads have their channels in the canonical order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from headfuse.fusion.moments import planes
+from headfuse.fusion.wide import KeyBasis, PlainBasis
+
+
+def cached_keys(keys: torch.Tensor, basis: KeyBasis) -> torch.Tensor:
+    """What a group caches of its source keys `[..., g, T, d]`: `[..., T, w_k]`.
+
+    The map commutes with RoPE: of keys before it, this is the cached key before each slot is rotated by its frequency.
+    """
+    rotated = keys.shape[-1] - _plain_width(basis)
+    source = planes(keys[..., :rotated])[..., basis.frequency]  # [..., g, T, S]
+    slots = torch.einsum("...gts,sg->...ts", source, basis.write.to(source))
+    parts = [slots.real, slots.imag]
+    if basis.plain is not None:
+        parts.append(cached_values(keys[..., rotated:], basis.plain))
+    return torch.cat(parts, dim=-1)
+
+
+def expanded_keys(cached: torch.Tensor, basis: KeyBasis, rotated: int) -> torch.Tensor:
+    """The source keys `[..., g, T, d]` that cached ones `[..., T, w_k]` give back; `rotated` channels of d are."""
+    count = 2 * len(basis.frequency)
+    slots, read = planes(cached[..., :count]), basis.read.T
+    weighted = slots[..., None, :, :] * read[:, None, :].to(slots)  # [..., g, T, S]
+    found = weighted.new_zeros(*weighted.shape[:-1], rotated // 2).index_add(-1, basis.frequency, weighted)
+    parts = [found.real, found.imag]
+    if basis.plain is not None:
+        parts.append(expanded_values(cached[..., count:], basis.plain))
+    return torch.cat(parts, dim=-1)
+
+
+def expanded_queries(queries: torch.Tensor, basis: KeyBasis, readers: torch.Tensor) -> torch.Tensor:
+    """Queries `[..., n, T, d]` that read the cached keys as they are, `[..., n, T, w_k]`: a gather and a factor a slot.
+
+    Args:
+        queries: of the group's query heads.
+        basis: of the group's keys.
+        readers: the place in the group of the source head that each query head reads, `[n]`.
+    """
+    rotated = queries.shape[-1] - _plain_width(basis)
+    source = planes(queries[..., :rotated])[..., basis.frequency]  # [..., n, T, S]
+    slots = source * basis.read.T.conj()[readers][:, None, :].to(source)
+    parts = [slots.real, slots.imag]
+    if basis.plain is not None:
+        parts.append(queries[..., rotated:] @ basis.plain.read[readers].to(queries))
+    return torch.cat(parts, dim=-1)
+
+
+def cached_values(values: torch.Tensor, basis: PlainBasis) -> torch.Tensor:
+    """What a group caches of its source values `[..., g, T, d]`: `[..., T, r]`."""
+    return torch.einsum("...gtd,cgd->...tc", values, basis.write.to(values))
+
+
+def expanded_values(cached: torch.Tensor, basis: PlainBasis) -> torch.Tensor:
+    """The source values `[..., g, T, d]` that cached ones `[..., T, r]` give back."""
+    return torch.einsum("...tc,gdc->...gtd", cached, basis.read.to(cached))
+
+
+def wide_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bases: tuple[KeyBasis, PlainBasis],
+    readers: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Causal attention of a group's query heads over what the group caches: the reference of every implementation.
+
+    Args:
+        queries: after RoPE, `[B, n, T, d]`.
+        keys: cached, after RoPE, `[B, T, w_k]`.
+        values: cached, `[B, T, r]`.
+        bases: of keys and values.
+        readers: the place in the group of the source head that each query head reads, `[n]`.
+        scaling: of the scores.
+
+    Returns:
+        Head outputs `[B, n, T, d]`, as the source's output projection reads them.
+    """
+    scores = expanded_queries(queries, bases[0], readers) @ keys[:, None].mT * scaling
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return (weights @ values[:, None]) @ bases[1].read[readers].mT.to(values)
+
+
+def _plain_width(basis: KeyBasis) -> int:
+    """Channels of a source key that are not rotated."""
+    return 0 if basis.plain is None else basis.plain.write.shape[2]

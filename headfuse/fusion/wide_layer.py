@@ -1,0 +1,129 @@
+"""One layer of attention with wide heads: keys, values under the wide keys' attention, the refit of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from headfuse.fusion.moments import key_moments, planes, value_moments
+from headfuse.fusion.refit import refit_output
+from headfuse.fusion.wide import KeyBasis, PlainBasis, key_basis, plain_basis
+from headfuse.fusion.wide_attention import cached_keys, cached_values, expanded_values
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.capture import AttentionCapture
+from headfuse.plan import Groups, HeadLayout, LayerPlan
+
+
+@dataclass(frozen=True)
+class WideKeys:
+    """What the wide keys of a layer's groups give back of the source's: one map `[g, g]` per rotary plane."""
+
+    bases: tuple[KeyBasis, ...]
+    rotated: int
+    """Channels of a source key that RoPE rotates; the first ones."""
+
+    def cached(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """What all groups cache of source keys `[n, T, d]`, side by side: `[T, w_k]`."""
+        own = zip(self.bases, groups, strict=True)
+        return torch.cat([cached_keys(heads[list(group)], basis) for basis, group in own], dim=-1)
+
+    def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """Replace keys `[..., n, T, d]` by what the wide ones give back."""
+        result = heads.clone()
+        for basis, group in zip(self.bases, groups, strict=True):
+            own = heads[..., list(group), :, :]
+            source, product = planes(own[..., : self.rotated]), self._product(basis)
+            found = torch.einsum("fji,...itf->...jtf", product.to(source), source)
+            parts = [found.real, found.imag]
+            if basis.plain is not None:
+                parts.append(expanded_values(cached_values(own[..., self.rotated :], basis.plain), basis.plain))
+            result[..., list(group), :, :] = torch.cat(parts, dim=-1)
+        return result
+
+    def _product(self, basis: KeyBasis) -> torch.Tensor:
+        """`[F, g, g]`: key_j on a plane is the sum of product_ji key_i."""
+        size = basis.read.shape[1]
+        none = basis.read.new_zeros(self.rotated // 2, size, size)
+        return none.index_add(0, basis.frequency, basis.read[:, :, None] * basis.write[:, None, :])
+
+
+@dataclass(frozen=True)
+class WideValues:
+    """What the wide values of a layer's groups give back of the source's."""
+
+    bases: tuple[PlainBasis, ...]
+
+    def cached(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """What all groups cache of source values `[n, T, d]`, side by side: `[T, w_v]`."""
+        own = zip(self.bases, groups, strict=True)
+        return torch.cat([cached_values(heads[list(group)], basis) for basis, group in own], dim=-1)
+
+    def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """Replace values `[..., n, T, d]` by what the wide ones give back."""
+        result = heads.clone()
+        for basis, group in zip(self.bases, groups, strict=True):
+            own = heads[..., list(group), :, :]
+            result[..., list(group), :, :] = expanded_values(cached_values(own, basis), basis)
+        return result
+
+
+def fuse_wide_layer(
+    weights: AttentionWeights, captures: Sequence[AttentionCapture], layer: LayerPlan, heads: HeadLayout
+) -> AttentionWeights:
+    """Give one layer wide heads; the queries stay as they are, and read maps are beside the projections.
+
+    Args:
+        weights: the source's.
+        captures: the layer on the calibration windows.
+        layer: its groups, their widths and slots; not an untouched one.
+        heads: the source's heads.
+
+    Returns:
+        `key [1, w_k, D]` and `value [1, w_v, D]` of all groups side by side, the read maps, and the refitted `output`.
+    """
+    groups = layer.key_groups
+    assert layer.key_widths is not None
+    assert layer.value_widths is not None
+    assert layer.rotary_slots is not None
+    moments = key_moments(captures, heads)
+    tables = zip(groups, layer.rotary_slots, layer.key_widths, strict=True)
+    keys = WideKeys(
+        tuple(key_basis(moments.of(group)).carrying(slots, width) for group, slots, width in tables), heads.rotary_dim
+    )
+    averaged = value_moments(captures, weights.output, heads, (keys, groups))
+    widths = zip(groups, layer.value_widths, strict=True)
+    values = WideValues(tuple(plain_basis(averaged.of(group)).narrowed(width) for group, width in widths))
+    output = refit_output(weights.output, captures, {"key": (keys, groups), "value": (values, groups)})
+    key, key_bias = _written(weights.key, weights.key_bias, keys, groups)
+    value, value_bias = _written(weights.value, weights.value_bias, values, groups)
+    return replace(
+        weights, key=key, key_bias=key_bias, value=value, value_bias=value_bias, output=output,
+        **_reads(keys, values),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _written(
+    weight: torch.Tensor, bias: torch.Tensor | None, maps: WideKeys | WideValues, groups: Groups
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Projections `[1, w, D]` and biases `[1, w]` of what is cached, from those of the source's heads."""
+    wide = maps.cached(weight.double().mT, groups).T[None]
+    return wide, None if bias is None else maps.cached(bias.double()[:, None], groups)
+
+
+def _reads(keys: WideKeys, values: WideValues) -> dict[str, torch.Tensor | None]:
+    """The read maps as the model code has them: rows in the order of (group, source head, channel of the cache)."""
+    slots = [torch.view_as_real(basis.read.T.contiguous()).flatten(0, 1) for basis in keys.bases]  # [g S, 2]
+    plain = [basis.plain.read.mT.flatten(0, 1) for basis in keys.bases if basis.plain is not None]  # [g c, d - 2 p]
+    return {
+        "key_read": _rows(slots),
+        "key_read_plain": _rows(plain),
+        "value_read": torch.cat([basis.read.mT.flatten(0, 1) for basis in values.bases]),
+    }
+
+
+def _rows(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """The rows of all parts; None where there are none, which no file has a place for."""
+    rows = torch.cat(parts) if parts else torch.empty(0)
+    return rows if len(rows) else None

@@ -1,0 +1,109 @@
+"""`latent`: one wide key and one wide value for a group of source heads, with the model code beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from headfuse.errors import UnsupportedModelError
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.families import Architecture
+from headfuse.plan import FusionPlan, HeadLayout, LayerPlan
+
+
+def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
+    """A headfuse config.json with the source's nested in it."""
+    from headfuse.modeling.configuration_latent import AUTO_MAP
+
+    keys, values, slots = zip(*(_widths(layer, plan.heads) for layer in plan.layers), strict=True)
+    return {
+        "model_type": "headfuse_latent",
+        "architectures": ["LatentForCausalLM"],
+        "auto_map": dict(AUTO_MAP),
+        "dtype": source.get("dtype") or source.get("torch_dtype"),
+        "headfuse_format": 1,
+        "source_config": source,
+        "groups": [[list(group) for group in layer.key_groups] for layer in plan.layers],
+        "key_widths": list(keys),
+        "value_widths": list(values),
+        "rotary_slots": list(slots),
+    }
+
+
+def check(config: Any) -> None:
+    """Refuse a family whose keys no linear map may mix, or whose attention modules cannot be replaced.
+
+    Raises:
+        UnsupportedModelError: naming the layout that works.
+    """
+    from headfuse.modeling.configuration_headfuse import FAMILIES
+
+    family, reason = FAMILIES.get(config.model_type), None
+    if family is None:
+        reason = f"there is no model code for it of model_type {config.model_type!r}"
+    elif family.norm is not None:
+        reason = f"model_type {config.model_type!r} has a norm behind its key projection"
+    elif getattr(config, "clip_qkv", None) is not None:
+        reason = f"model_type {config.model_type!r} clamps its keys and values (clip_qkv), and mixed ones are others"
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"layout latent does not fit: {reason}", where="--layout", fix="choose --layout decoupled"
+        )
+
+
+def sized(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
+    """Weights of the shapes that a layer of this plan is written with, without content."""
+    heads = plan.heads
+    keys, values, slots = _widths(layer, heads)
+
+    def wide(tensor: Any, width: int) -> Any:
+        return None if tensor is None else tensor.new_empty((1, width, *tensor.shape[2:]))
+
+    def rows(widths: list[int], columns: int) -> torch.Tensor | None:
+        count = sum(len(group) * width for group, width in zip(layer.key_groups, widths, strict=True))
+        return weights.key.new_empty((count, columns)) if count else None
+
+    plain = [width - 2 * len(table) for width, table in zip(keys, slots, strict=True)]
+    return replace(
+        weights,
+        key=wide(weights.key, sum(keys)),
+        key_bias=wide(weights.key_bias, sum(keys)),
+        value=wide(weights.value, sum(values)),
+        value_bias=wide(weights.value_bias, sum(values)),
+        key_read=rows([len(table) for table in slots], 2),
+        key_read_plain=rows(plain, heads.head_dim - heads.rotary_dim),
+        value_read=rows(values, heads.head_dim),
+    )
+
+
+def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
+    """An untouched layer gets groups of one head, each of which reads what it caches; the others are as they are."""
+    if not layer.untouched:
+        return weights
+    heads, order = plan.heads, [group[0] for group in layer.key_groups]
+    count, planes, rest = heads.num_key_value_heads, heads.rotary_dim // 2, heads.head_dim - heads.rotary_dim
+    return replace(
+        weights,
+        key=weights.key[order],
+        key_bias=None if weights.key_bias is None else weights.key_bias[order],
+        value=weights.value[order],
+        value_bias=None if weights.value_bias is None else weights.value_bias[order],
+        key_read=torch.tensor([1.0, 0.0]).repeat(count * planes, 1) if planes else None,
+        key_read_plain=torch.eye(rest).repeat(count, 1) if rest else None,
+        value_read=torch.eye(heads.head_dim).repeat(count, 1),
+    )
+
+
+def stored(arch: Architecture) -> Architecture:
+    """Separate projections, and channels in the canonical order, whatever the source's class has."""
+    return arch.decoupled()
+
+
+def _widths(layer: LayerPlan, heads: HeadLayout) -> tuple[list[int], list[int], list[list[int]]]:
+    """Widths of keys and of values and the rotary slots of each group; those of a source head where a plan has none."""
+    if layer.key_widths is None or layer.value_widths is None or layer.rotary_slots is None:
+        count, stock = len(layer.key_groups), list(range(heads.rotary_dim // 2))
+        return [heads.head_dim] * count, [heads.head_dim] * count, [list(stock) for _ in range(count)]
+    return list(layer.key_widths), list(layer.value_widths), [list(table) for table in layer.rotary_slots]

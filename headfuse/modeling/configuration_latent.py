@@ -1,0 +1,78 @@
+"""Configuration of a model whose layers cache wide heads: one key and one value for a whole group of source heads.
+
+This file is shipped beside the weights, so it imports only transformers and the standard library.
+"""
+
+from typing import Any
+
+from .configuration_headfuse import FusedConfig, rotary_dim
+
+CODE_VERSION = 1  # of the files beside the weights: a release that changes them raises it
+AUTO_MAP = {
+    "AutoConfig": "configuration_latent.LatentConfig",
+    "AutoModel": "modeling_latent.LatentModel",
+    "AutoModelForCausalLM": "modeling_latent.LatentForCausalLM",
+}
+
+
+class LatentConfig(FusedConfig):
+    """The source model's config, and what each group of source heads caches.
+
+    Attributes that are not set here are read from `source_config`; setting one hides the source's.
+
+    Args:
+        headfuse_format: version of these fields.
+        source_config: config of the source model, with its `model_type`.
+        groups: for each layer, the groups of its source heads `0 .. num_key_value_heads - 1`.
+        key_widths: for each layer, the channels of each group's cached key.
+        value_widths: for each layer, the channels of each group's cached value.
+        rotary_slots: for each layer, the rotary frequency that each slot of each group's cached key carries. Slot s of
+            S is the pair of channels (s, s + S); the channels after the slots are not rotated.
+
+    Raises:
+        ValueError: naming the field and the layer that do not fit.
+    """
+
+    model_type = "headfuse_latent"
+
+    groups: Any = None
+    key_widths: Any = None
+    value_widths: Any = None
+    rotary_slots: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check the groups and widths of every layer."""
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+        if self.family.norm is not None:
+            raise ValueError(f"source_config: {self.source_config.model_type} has a norm behind its key projection")
+        source = self.source_config
+        heads = getattr(source, "num_key_value_heads", None) or source.num_attention_heads
+        names = ("groups", "key_widths", "value_widths", "rotary_slots")
+        for layer_idx, layer in enumerate(zip(*map(self._per_layer, names), strict=True)):
+            for name, entry in zip(names, layer, strict=True):
+                if not isinstance(entry, list | tuple) or len(entry) != len(layer[0]):
+                    raise ValueError(f"{name}[{layer_idx}]: must be a list with one entry per group")
+            self._check_layer(layer_idx, heads, *layer)
+
+    @property
+    def rotary_planes(self) -> int:
+        """Rotary planes of a source head."""
+        return rotary_dim(self.source_config) // 2
+
+    def _check_layer(self, layer_idx: int, heads: int, groups: Any, keys: Any, values: Any, slots: Any) -> None:
+        members = [head for group in groups for head in (group if isinstance(group, list | tuple) else [group])]
+        if sorted(map(str, members)) != sorted(map(str, range(heads))) or not all(groups):
+            raise ValueError(f"groups[{layer_idx}]: must hold each of the source heads 0 to {heads - 1} exactly once")
+        head_dim, planes = self.source_head_dim, self.rotary_planes
+        for group, key, value, table in zip(groups, keys, values, slots, strict=True):
+            for name, width in (("key_widths", key), ("value_widths", value)):
+                if type(width) is not int or not 0 < width <= len(group) * head_dim:
+                    raise ValueError(f"{name}[{layer_idx}]: must be from 1 to {len(group) * head_dim}, not {width!r}")
+            fits = isinstance(table, list | tuple) and all(type(f) is int and 0 <= f < planes for f in table)
+            if not fits or 2 * len(table) > key:
+                raise ValueError(f"rotary_slots[{layer_idx}]: must be at most {key // 2} integers in [0, {planes})")
+            if key - 2 * len(table) > len(group) * (head_dim - 2 * planes):
+                raise ValueError(
+                    f"key_widths[{layer_idx}]: {key} is more than {len(table)} slots and the other channels"
+                )

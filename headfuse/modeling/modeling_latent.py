@@ -1,0 +1,235 @@
+"""Models that cache wide heads: one key and one value for a whole group of source heads, read by all its query heads.
+
+A group caches a key of S rotary slots, each a complex combination of one frequency of the source's keys, and a value of
+r channels. Read maps give the source's heads back: RoPE stays exact, as a slot turns with its frequency.
+This file is shipped beside the weights, so it imports only torch, transformers and the standard library.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationMixin
+
+from .configuration_latent import LatentConfig
+from .modeling_headfuse import HeadfuseAttention, HeadfusePreTrainedModel, probabilities, rotate
+
+
+class Group(NamedTuple):
+    """Where the parts of a group lie: channels of the cache and rows of the read maps."""
+
+    heads: list[int]
+    """The source heads."""
+    slots: int
+    """Rotary slots of the cached key."""
+    key: slice
+    """Channels of the cached key: the first ones of all slots, the second ones, those that are not rotated."""
+    value: slice
+    """Channels of the cached value."""
+    rotated: slice
+    """Slots of the layer; `heads * slots` rows of `key_read`."""
+
+
+class LatentAttention(HeadfuseAttention):
+    """Attention whose cache holds one wide key and one wide value per group of source heads.
+
+    Parameters besides the projections, rows in the order of (group, source head of the group, channel of the cache):
+    `key_read` [rows, 2], the complex factor with which a source head reads a slot; `key_read_plain` [rows, d - 2 p] and
+    `value_read` [rows, d], what a channel of the cache adds to the source head's key and value.
+    """
+
+    groups: list[Group]
+    key_read: nn.Parameter | None
+    key_read_plain: nn.Parameter | None
+    value_read: nn.Parameter
+    head_order: torch.Tensor | None
+    frequencies: Any
+    num_planes: int
+
+    def decouple(self, config: Any) -> None:
+        """Give a stock attention module, whose class has just become this one, the groups of its layer."""
+        self.adopt(config)
+        layer = self.layer_idx
+        groups, key_widths = config.groups[layer], config.key_widths[layer]
+        value_widths, slots = config.value_widths[layer], config.rotary_slots[layer]
+        self.replace_projections(sum(key_widths), sum(value_widths))
+        self.num_planes = config.rotary_planes
+        heads = sum(map(len, groups))
+        self.num_key_value_groups = config.num_attention_heads // heads
+        self.groups, key, value, slot = [], 0, 0, 0
+        for members, key_width, value_width, table in zip(groups, key_widths, value_widths, slots, strict=True):
+            place = slice(key, key := key + key_width), slice(value, value := value + value_width)
+            self.groups.append(Group(list(members), len(table), *place, slice(slot, slot := slot + len(table))))
+        like = self.v_proj.weight
+        sizes = [(len(group.heads), group) for group in self.groups]
+        plain = [n * (g.key.stop - g.key.start - 2 * g.slots) for n, g in sizes]
+        rotated = sum(n * g.slots for n, g in sizes)
+        self.key_read = _parameter(like, rotated, 2) if rotated else None
+        rest = self.head_dim - 2 * self.num_planes
+        self.key_read_plain = _parameter(like, sum(plain), rest) if sum(plain) else None
+        self.value_read = _parameter(like, sum(n * (g.value.stop - g.value.start) for n, g in sizes), self.head_dim)
+        for name, table in self._index_tables().items():
+            self.register_buffer(name, None if table is None else torch.tensor(table), persistent=False)
+
+    def _index_tables(self) -> dict[str, list[int] | None]:
+        """The index buffers: frequencies of the slots, and the order that puts the groups' heads in the source's."""
+        slots = [frequency for table in self.config.rotary_slots[self.layer_idx] for frequency in table]
+        stored = [head for group in self.groups for head in group.heads]
+        order = [stored.index(head) for head in range(len(stored))]
+        return {
+            "frequencies": slots or None,
+            "head_order": None if order == sorted(order) else order,
+        }
+
+    def reset_tables(self) -> None:
+        """Write the index buffers, which loading on the meta device leaves undefined."""
+        for name, table in self._index_tables().items():
+            if table is not None:
+                getattr(self, name).copy_(torch.tensor(table))
+
+    def _states(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [b, s, n_q, d], and the wide keys [b, s, 1, w_k] and values [b, s, 1, w_v] to cache; rotated."""
+        query = self.q_proj(hidden_states)
+        if self.clip is not None:
+            query = query.clamp(-self.clip, self.clip)
+        query = query.unflatten(-1, (-1, self.head_dim))
+        key, value = self.k_proj(hidden_states).unsqueeze(2), self.v_proj(hidden_states).unsqueeze(2)
+        if position_embeddings is not None:
+            cos, sin = self._cos_and_sin(position_embeddings)  # [b, s, 1, p]
+            query = rotate(query, cos, sin)
+            if self.frequencies is not None:
+                cos, sin = cos.index_select(-1, self.frequencies), sin.index_select(-1, self.frequencies)
+                parts = [rotate(key[..., g.key], cos[..., g.rotated], sin[..., g.rotated]) for g in self.groups]
+                key = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return query, key, value
+
+    def _angles(self, angles: torch.Tensor) -> torch.Tensor:
+        """The cos or sin [b, s, 2 p] of all frequencies as [b, s, 1, p]."""
+        planes = angles.shape[-1] // (1 if self.family.rotary == "once" else 2)
+        return (angles[..., ::2] if self.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
+
+    def _cache_shape(self, cache: Cache | None) -> tuple[int, int]:
+        """One row holds all groups side by side."""
+        return 1, -1
+
+    def _expanded(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the source heads [b, n_s, s, d] that the cached ones [b, 1, s, w] give back."""
+        keys, values, maps = [], [], self._read_maps()
+        for group, (complex_read, plain_read, value_read) in zip(self.groups, maps, strict=True):
+            keys.append(key[..., group.key] @ self._key_matrix(group, complex_read, plain_read))
+            values.append(value[..., group.value] @ value_read)
+        return self._in_order(keys), self._in_order(values)
+
+    def attend_once(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of one query per head, which reads every cached number once.
+
+        `query` [b, n_q, 1, d], cached `key` [b, 1, s, w_k] and `value` [b, 1, s, w_v], mask [b, 1, 1, s] (bool,
+        additive or None, or [b, n_q, 1, s] with biases) to the output [b, n_q, d] and, for "eager", the attention
+        weights [b, n_q, 1, s].
+        """
+        query = query.squeeze(2).unflatten(1, (-1, self.num_key_value_groups)) * self.scaling  # [b, n_s, q, d]
+        maps, scores = self._read_maps(), []
+        for group, (complex_read, plain_read, _) in zip(self.groups, maps, strict=True):
+            wide = self._wide_queries(
+                query[:, group.heads] if self._gathers else query, group, complex_read, plain_read
+            )
+            scores.append(wide.flatten(1, 2) @ key[:, 0, :, group.key].mT)  # [b, queries of the group, s]
+        in_order = self._in_order([_by_head(part, self.num_key_value_groups) for part in scores])
+        weights = probabilities(in_order.flatten(1, 2), attention_mask)
+        by_head = weights.unflatten(1, (-1, self.num_key_value_groups))  # [b, n_s, q, s]
+        outputs = []
+        for group, (_, _, value_read) in zip(self.groups, maps, strict=True):
+            own = by_head[:, group.heads] if self._gathers else by_head
+            mixed = own.flatten(1, 2) @ value[:, 0, :, group.value]  # [b, queries of the group, r]
+            outputs.append(_by_head(mixed, self.num_key_value_groups) @ value_read)
+        output = self._in_order(outputs).flatten(1, 2)
+        return output, weights.unsqueeze(2) if self.config._attn_implementation == "eager" else None
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether a group's heads have to be picked from the source's."""
+        return len(self.groups) > 1 or self.head_order is not None
+
+    def _in_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Parts [b, heads of the group, ...] of all groups as [b, n_s, ...] in the order of the source heads."""
+        heads = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return heads if self.head_order is None else heads.index_select(1, self.head_order)
+
+    def _read_maps(self) -> list[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]]:
+        """Of each group: factors [n, S, 2], maps of the channels that are not rotated [n, c, d - 2 p] and [n, r, d]."""
+        found, slot, plain, value = [], 0, 0, 0
+        for group in self.groups:
+            n, width = len(group.heads), group.key.stop - group.key.start - 2 * group.slots
+            complex_read = plain_read = None
+            if self.key_read is not None:
+                complex_read = self.key_read[slot : (slot := slot + n * group.slots)].unflatten(0, (n, group.slots))
+            if self.key_read_plain is not None:
+                plain_read = self.key_read_plain[plain : (plain := plain + n * width)].unflatten(0, (n, width))
+            rows = n * (group.value.stop - group.value.start)
+            found.append(
+                (complex_read, plain_read, self.value_read[value : (value := value + rows)].unflatten(0, (n, -1)))
+            )
+        return found
+
+    def _wide_queries(
+        self, query: torch.Tensor, group: Group, complex_read: torch.Tensor | None, plain_read: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Rotated queries [b, n, q, d] that read a group's cached keys as they are: [b, n, q, w_k]."""
+        p, parts = self.num_planes, []
+        if complex_read is not None:
+            index = self.frequencies[group.rotated]
+            first, second = query[..., :p].index_select(-1, index), query[..., p : 2 * p].index_select(-1, index)
+            real, imaginary = complex_read[:, None].unbind(-1)  # [n, 1, S]
+            parts += [first * real + second * imaginary, second * real - first * imaginary]
+        if plain_read is not None:
+            parts.append(query[..., 2 * p :] @ plain_read.mT)
+        return torch.cat(parts, dim=-1)
+
+    def _key_matrix(
+        self, group: Group, complex_read: torch.Tensor | None, plain_read: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What a cached key [w_k] is multiplied with to give those of the group's source heads: [n, w_k, d]."""
+        n, p, slots = len(group.heads), self.num_planes, group.slots
+        parts = []
+        if complex_read is not None:
+            real, imaginary = complex_read.unbind(-1)  # [n, S]
+            place = nn.functional.one_hot(self.frequencies[group.rotated], p).to(real)  # [S, p]
+            real, imaginary = real[..., None] * place, imaginary[..., None] * place  # [n, S, p]
+            rest = real.new_zeros(n, slots, self.head_dim - 2 * p)
+            parts += [torch.cat([real, imaginary, rest], dim=-1), torch.cat([-imaginary, real, rest], dim=-1)]
+        if plain_read is not None:
+            parts.append(nn.functional.pad(plain_read, (2 * p, 0)))
+        return torch.cat(parts, dim=1)
+
+
+def _by_head(rows: torch.Tensor, queries: int) -> torch.Tensor:
+    """[b, n q, ...] -> [b, n, q, ...]."""
+    return rows.unflatten(1, (-1, queries))
+
+
+def _parameter(like: torch.Tensor, rows: int, columns: int) -> nn.Parameter:
+    """Read maps that are to be loaded; drawn small where nothing is."""
+    return nn.Parameter(torch.randn(rows, columns, dtype=like.dtype, device=like.device) * max(rows, 1) ** -0.5)
+
+
+class LatentPreTrainedModel(HeadfusePreTrainedModel):
+    """What the base model and the causal LM share: constructing one gives a subclass of the family's stock class."""
+
+    config_class = LatentConfig
+    attention_class: ClassVar[type] = LatentAttention
+
+
+class LatentModel(LatentPreTrainedModel):
+    """The decoder without the language-model head."""
+
+
+class LatentForCausalLM(LatentPreTrainedModel, GenerationMixin):
+    """The causal language model."""
+
+    stock_classes = MODEL_FOR_CAUSAL_LM_MAPPING

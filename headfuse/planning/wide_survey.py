@@ -1,0 +1,83 @@
+"""Survey of one layer that is to have wide heads: what every width loses, and the maps whose cost is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from headfuse.choices import Side
+from headfuse.fusion.maps import Reconstruction
+from headfuse.fusion.moments import key_moments, value_moments
+from headfuse.fusion.wide import key_basis, plain_basis
+from headfuse.fusion.wide_layer import WideKeys, WideValues
+from headfuse.models.capture import AttentionCapture
+from headfuse.plan import Groups, HeadLayout, LayerPlan
+from headfuse.planning.fused_variants import Fused
+from headfuse.planning.survey import LayerSurvey, key_energy, key_pair_cost, value_energy, value_pair_cost
+
+LADDER = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+"""Widths whose cost is measured, over all channels of a side."""
+
+
+def measured_widths(quanta: int) -> list[int]:
+    """The widths below all `quanta` of a side whose cost is measured, in quanta."""
+    return sorted({min(max(1, round(share * quanta)), quanta - 1) for share in LADDER} - {0})
+
+
+def survey_wide_layer(
+    captures: Sequence[AttentionCapture], output: torch.Tensor, heads: HeadLayout, quantum: int, costs: bool
+) -> tuple[LayerSurvey, Fused]:
+    """Measure one source layer: the rotary slots of every width, and what it loses.
+
+    Args:
+        captures: the layer on the calibration windows.
+        output: output projection `[D, n_q, d]`.
+        heads: the source's heads.
+        quantum: channels of a step of the widths.
+        costs: the allocator reads the measured costs of widths.
+
+    Returns:
+        The survey, its counts in quanta, and the maps of those widths whose cost is to be measured.
+    """
+    whole: Groups = (tuple(range(heads.num_key_value_heads)),)
+    keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
+    key, value = key_basis(keys), plain_basis(values)
+    widths = range(quantum, heads.num_key_value_heads * heads.head_dim + 1, quantum)
+    fused, lost = dict[tuple[Side, int], tuple[Reconstruction, Groups]](), dict[Side, list[float]]()
+    if costs:
+        lost = {"key": key.lost()[list(widths)].tolist(), "value": value.lost()[list(widths)].tolist()}
+        for count in measured_widths(len(widths)):
+            narrow = key.narrowed(widths[count - 1]), value.narrowed(widths[count - 1])
+            fused["key", count] = WideKeys((narrow[0],), heads.rotary_dim), whole
+            fused["value", count] = WideValues((narrow[1],)), whole
+    slots: list[Groups | None] = [(key.slots(width),) for width in widths]
+    survey = LayerSurvey(
+        key_pairs=key_pair_cost(keys, True).tolist(),
+        value_pairs=value_pair_cost(values).tolist(),
+        key_energy=key_energy(keys),
+        value_energy=value_energy(values),
+        key_groups=[whole] * len(widths),
+        key_slots=slots,
+        value_groups=[whole] * len(widths),
+        shared_groups={},
+        lost=lost,
+    )
+    return survey, fused
+
+
+def wide_layer_plan(layer_idx: int, surveyed: LayerSurvey, keys: int, values: int, quantum: int) -> LayerPlan:
+    """The plan of a layer that keeps so many quanta of each side; with all of both it is copied."""
+    full = len(surveyed.key_groups)
+    if keys == values == full:
+        alone: Groups = tuple((head,) for head in surveyed.key_groups[0][0])
+        return LayerPlan(layer_idx=layer_idx, key_groups=alone, value_groups=alone)
+    whole = surveyed.key_groups[0]
+    return LayerPlan(
+        layer_idx=layer_idx,
+        key_groups=whole,
+        value_groups=whole,
+        rotary_slots=surveyed.key_slots[keys - 1],
+        key_widths=(keys * quantum,),
+        value_widths=(values * quantum,),
+    )
