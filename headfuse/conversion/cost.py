@@ -16,6 +16,7 @@ from headfuse.layouts import LAYOUTS
 from headfuse.models.families import architecture_of
 from headfuse.models.loading import pick_device
 from headfuse.models.source import Source
+from headfuse.plan import HeadLayout
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.budget import width_quantum
 from headfuse.planning.costs import measured_counts
@@ -61,62 +62,129 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
         source: the opened source.
         config: the options of the conversion.
     """
-    heads, calibration, shapes = source.heads, config.calibration, source.checkpoint.shapes
-    vocabulary, arch = source.config.vocab_size, architecture_of(heads.model_type)
-    length, width, d = calibration.sequence_length, heads.hidden_size, heads.head_dim
-    held_out = calibration.held_out_windows(calibration.samples) * length
-    seen = calibration.samples * length - held_out
-    seen += seen // length * STARTS_PER_WINDOW * START_LENGTH
-    layers, queries, pairs = heads.num_hidden_layers, heads.num_attention_heads * d, heads.num_key_value_heads * d
-    stem = arch.layer_prefix(0).removesuffix("0")
-    outer = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(stem))
-    layer = (sum(map(math.prod, shapes.values())) - outer) // layers
-    head = vocabulary * width
+    sizes, method = _Sizes.of(source, config), FUSION_METHODS[config.method]
+    if method.trained:
+        return LIBRARIES + training_memory(source, config), _training_work(sizes, config)
+    memory, work = _closed_form(sizes)
+    if ALLOCATORS[config.budget.allocator].costs == "measured" and not LAYOUTS[config.layout].one_count:
+        work += _measuring_work(sizes, config)
+    passes = PRESETS[config.preset].model_passes
+    if passes and method.refits_output:
+        work += passes * sizes.seen * (REFINED * sizes.once + 3 * 2 * sizes.head)
+        work += sizes.held_out * (sizes.once + 2 * sizes.head)
+        states = (sizes.layers * sizes.length + sizes.seen + 16 * sizes.length) * sizes.width
+        memory += 4 * (states + 3 * sizes.length * sizes.vocabulary // 4)
+    return int(memory), work
 
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers that the formulas share: tokens, channels, parameters."""
+
+    heads: HeadLayout
+    vocabulary: int
+    length: int
+    """Tokens of a window."""
+    seen: int
+    """Tokens that the statistics are measured on."""
+    held_out: int
+    outer: int
+    """Parameters outside the layers."""
+    layer: int
+    """Parameters of a layer."""
+    wide: bool
+
+    @classmethod
+    def of(cls, source: Source, config: FuseConfig) -> _Sizes:
+        heads, calibration, shapes = source.heads, config.calibration, source.checkpoint.shapes
+        length = calibration.sequence_length
+        held_out = calibration.held_out_windows(calibration.samples) * length
+        seen = calibration.samples * length - held_out
+        seen += seen // length * STARTS_PER_WINDOW * START_LENGTH
+        stem = architecture_of(heads.model_type).layer_prefix(0).removesuffix("0")
+        outer = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(stem))
+        layer = (sum(map(math.prod, shapes.values())) - outer) // heads.num_hidden_layers
+        wide = LAYOUTS[config.layout].wide
+        return cls(heads, source.config.vocab_size, length, seen, held_out, outer, layer, wide)
+
+    @property
+    def layers(self) -> int:
+        return self.heads.num_hidden_layers
+
+    @property
+    def width(self) -> int:
+        return self.heads.hidden_size
+
+    @property
+    def queries(self) -> int:
+        """Channels of all query heads of a layer."""
+        return self.heads.num_attention_heads * self.heads.head_dim
+
+    @property
+    def pairs(self) -> int:
+        """Channels of all key heads of a layer."""
+        return self.heads.num_key_value_heads * self.heads.head_dim
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output embeddings."""
+        return self.vocabulary * self.width
+
+    @property
+    def once(self) -> int:
+        """Operations of one token through all layers."""
+        return 2 * self.layer * self.layers + 4 * self.queries * self.length * self.layers
+
+    @property
+    def surveyed(self) -> float:
+        """Tokens that the survey measures again."""
+        return self.seen * SURVEYED
+
+
+def _closed_form(sizes: _Sizes) -> tuple[int, float]:
+    """Memory and work of the survey's moments and of the fused layers."""
+    seen, held_out, length, width = sizes.seen, sizes.held_out, sizes.length, sizes.width
+    queries, pairs, num_heads = sizes.queries, sizes.pairs, sizes.heads.num_attention_heads
     hidden = 2 * (seen + 2 * held_out) * width  # input and output of a layer
     captures = seen * (2 * queries + 2 * pairs)
-    attention = 4 * heads.num_attention_heads * length**2 + length * vocabulary
-    maps = 8 if LAYOUTS[config.layout].wide else 4
-    statistics = 2 * (3 * queries**2 + maps * pairs**2)  # float64
-    at_work = max(2 * layer, layer + statistics)  # while the text runs through it; while it is fused
-    memory = LIBRARIES + 4 * (outer + at_work + hidden + captures + attention)
+    attention = 4 * num_heads * length**2 + length * sizes.vocabulary
+    statistics = 2 * (3 * queries**2 + (8 if sizes.wide else 4) * pairs**2)  # float64
+    at_work = max(2 * sizes.layer, sizes.layer + statistics)  # while the text runs through it; while it is fused
+    memory = LIBRARIES + 4 * (sizes.outer + at_work + hidden + captures + attention)
 
-    once = 2 * layer * layers + 4 * queries * length * layers  # of one token through all layers
     per_token = 2 * queries * (queries + width) + 4 * queries * length  # refit of one layer
     solve = 3 * queries**3
-    surveyed = seen * SURVEYED
-    sums = 2 * heads.num_attention_heads * length**2 + 2 * length * pairs + 2 * pairs**2  # of one token's values
-    groups = (WIDE_EIGEN if LAYOUTS[config.layout].wide else EIGEN) * pairs**3
-    moments = (seen + surveyed) * sums + solve + groups  # float64
-    passes = seen + 2 * held_out + surveyed
-    work = passes * once + layers * (seen * per_token + 2 * moments) + 2 * 2 * held_out * head
+    sums = 2 * num_heads * length**2 + 2 * length * pairs + 2 * pairs**2  # of one token's values
+    groups = (WIDE_EIGEN if sizes.wide else EIGEN) * pairs**3
+    moments = (seen + sizes.surveyed) * sums + solve + groups  # float64
+    passes = seen + 2 * held_out + sizes.surveyed
+    work = passes * sizes.once + sizes.layers * (seen * per_token + 2 * moments) + 2 * 2 * held_out * sizes.head
+    return memory, work
 
-    if FUSION_METHODS[config.method].trained:
-        steps = config.dha.search_steps + config.dha.fusion_steps
-        tokens = steps * config.dha.batch_size * length
-        per_token = (3 + (config.dha.loss == "kl")) * (once + 2 * head)  # forward, backward, the teacher's forward
-        return LIBRARIES + training_memory(source, config), tokens * per_token
 
-    preset = PRESETS[config.preset]
-    refits = FUSION_METHODS[config.method].refits_output
-    if ALLOCATORS[config.budget.allocator].costs == "measured" and not LAYOUTS[config.layout].one_count:
-        n = heads.num_key_value_heads
-        counts, few = len(measured_counts(n, preset.end_loss_probes == "all")), len(measured_counts(n, False))
-        if LAYOUTS[config.layout].wide:
-            counts = few = len(measured_widths(pairs // width_quantum(heads)))
-        rows = min(surveyed, ROWS_PER_UNKNOWN * queries)
-        smaller = min(rows, queries)
-        refit = rows * (2 * queries * (smaller + width) + 4 * queries * length) + 6 * smaller**2 * queries
-        error = surveyed / 4 * (4 * queries * width + 4 * queries * length)
-        work += layers * 2 * few * (refit * refits + error) + 3 * weighing_tokens(seen) * (once + 2 * head)
-        if preset.end_loss_probes or LAYOUTS[config.layout].wide:
-            work += PROBE_COST * seen * once + layers * (2 * counts + 1) * refit * refits
-            work += layers * 2 * counts * probe_tokens(seen, layers, counts) * 2 * head
-    if preset.model_passes and refits:
-        trained = preset.model_passes * seen
-        work += trained * (REFINED * once + 3 * 2 * head) + held_out * (once + 2 * head)
-        memory += 4 * ((layers * length + seen + 16 * length) * width + 3 * length * vocabulary // 4)
-    return int(memory), work
+def _measuring_work(sizes: _Sizes, config: FuseConfig) -> float:
+    """Work of measuring what each head count, or width, costs."""
+    preset, refits = PRESETS[config.preset], FUSION_METHODS[config.method].refits_output
+    seen, layers, length, width, queries = sizes.seen, sizes.layers, sizes.length, sizes.width, sizes.queries
+    n = sizes.heads.num_key_value_heads
+    counts, few = len(measured_counts(n, preset.end_loss_probes == "all")), len(measured_counts(n, False))
+    if sizes.wide:
+        counts = few = len(measured_widths(sizes.pairs // width_quantum(sizes.heads)))
+    rows = min(sizes.surveyed, ROWS_PER_UNKNOWN * queries)
+    smaller = min(rows, queries)
+    refit = rows * (2 * queries * (smaller + width) + 4 * queries * length) + 6 * smaller**2 * queries
+    error = sizes.surveyed / 4 * (4 * queries * width + 4 * queries * length)
+    work = layers * 2 * few * (refit * refits + error) + 3 * weighing_tokens(seen) * (sizes.once + 2 * sizes.head)
+    if preset.end_loss_probes or sizes.wide:
+        work += PROBE_COST * seen * sizes.once + layers * (2 * counts + 1) * refit * refits
+        work += layers * 2 * counts * probe_tokens(seen, layers, counts) * 2 * sizes.head
+    return work
+
+
+def _training_work(sizes: _Sizes, config: FuseConfig) -> float:
+    """Work of method `dha`: forward and backward, and the teacher's forward where the loss needs it."""
+    tokens = (config.dha.search_steps + config.dha.fusion_steps) * config.dha.batch_size * sizes.length
+    return tokens * (3 + (config.dha.loss == "kl")) * (sizes.once + 2 * sizes.head)
 
 
 def _speed(device: str) -> float:
