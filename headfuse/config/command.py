@@ -98,6 +98,6 @@ UPTRAIN = Command(
     TrainingMachine,
     ("config", "teacher", "output", "overwrite", "resume", "on_progress"),
     folder="recipes",
-    fix="docs/uptraining.md has every key",
+    fix="docs/guides/uptraining.md has every key",
 )
 EVALUATE = Command(EvalConfig, Machine, ("config", "on_stage"), folder="evaluations", fix="see `headfuse eval --help`")

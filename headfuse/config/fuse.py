@@ -77,7 +77,7 @@ class CalibrationConfig(Options):
 
 
 class DhaConfig(Options):
-    """The trainings of `method: dha`; defaults are the paper's where it tells them (docs/dha.md)."""
+    """The trainings of `method: dha`; defaults are the paper's where it tells them (docs/how-it-works/dha.md)."""
 
     search_steps: Steps = 240
     fusion_steps: Steps = 1000

@@ -107,7 +107,7 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> UptrainConfig
     Raises:
         ConfigError: naming every problem with its place.
     """
-    return load_options(UptrainConfig, name, overrides, "recipes", "docs/uptraining.md has every key")
+    return load_options(UptrainConfig, name, overrides, "recipes", "docs/guides/uptraining.md has every key")
 
 
 def _distinct(data: Mapping[str, float], name_of: Callable[[str], str]) -> dict[str, float]:

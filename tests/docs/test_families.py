@@ -14,7 +14,8 @@ from headfuse.models.families import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 README, TABLE, RUNTIMES = (
-    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/architectures.md", "docs/runtimes.md")
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/reference/families.md", "docs/runtimes.md")
 )
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.splitlines() if line.startswith("| ")]
 OF_FAMILY = {family: row for row in ROWS[1:] for family in re.sub(r"\(.*?\)", "", row[0]).replace(" ", "").split(",")}
