@@ -44,7 +44,7 @@ def analyze(  # a parameter an option: Typer reads them
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Head similarity, redundancy, and the plan that a budget leads to."""
+    """Measure how similar the heads of each layer are, and propose a plan for a budget."""
 
     def work() -> Document:
         from headfuse.checkpoint.hub import at_revision
@@ -73,9 +73,11 @@ def _analyze(model: str, output: Path | None, overwrite: bool, log: Console, **a
     if output is not None:
         check_output(output, overwrite=overwrite, reads=reads)
     with stages(log, "reading") as show:
-        result = analyze(
-            model, on_progress=lambda phase, done, total: show(phase, f"layer {done} of {total}"), **arguments
-        )
+
+        def on_progress(phase: str, done: int, total: int) -> None:
+            show(phase, f"layer {done} of {total}", done / total)
+
+        result = analyze(model, on_progress=on_progress, **arguments)
     if output is not None:
         with output_folder(output, overwrite=overwrite, reads=reads) as partial:
             (partial / "plan.json").write_text(result.plan.to_json())
