@@ -6,7 +6,7 @@ too, is the factors that lead to it, the same for short and long texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headfuse.errors import UnsupportedModelError
@@ -87,6 +87,13 @@ def with_slot_table(raw: dict[str, Any], config: Any, slots: Sequence[int]) -> d
     if "rope_parameters" in raw:
         return {**result, "rope_parameters": {"rope_theta": theta, **scaling}}
     return {**result, "rope_theta": theta, "rope_scaling": scaling}
+
+
+def is_table(rope_parameters: Mapping[str, Any]) -> bool:
+    """Whether RoPE parameters are a table as `with_slot_table` writes it: the same at every length of text."""
+    short, long = (rope_parameters.get(f"{name}_factor") for name in ("short", "long"))
+    scale = rope_parameters.get("attention_factor")
+    return rope_parameters.get("rope_type") == "longrope" and short == long and scale == 1.0
 
 
 def _stock(theta: float, width: int) -> list[float]:

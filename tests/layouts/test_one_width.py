@@ -134,3 +134,29 @@ def test_what_cannot_be_is_said(tmp_path: Path, options: tuple[str, ...], words:
     output = run("fuse", model, *options, *text_of(model), code=code)
     assert words in " ".join(output.replace("│", " ").split())
     assert not list(tmp_path.glob("model-headfuse*"))
+
+
+def test_export_of_latent_gives_the_same_logits(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
+    fuse(model, tmp_path / "out", "--budget", "1/2", "--head-dim", "16", *WIDE)
+    latent = tmp_path / "latent"
+    fuse(model, latent, "--plan", as_latent(tmp_path / "out", tmp_path / "plan.json"), "--preset", "fast")
+    run("export", latent, "--to", "gqa", "-o", tmp_path / "stock")
+    assert config_of(tmp_path / "stock")["model_type"] == "qwen2"
+    assert not list((tmp_path / "stock").glob("*.py"))
+    torch.testing.assert_close(logits(tmp_path / "stock"), logits(latent), rtol=1e-4, atol=1e-4)
+    plans = [json.loads((tmp_path / name / "plan.json").read_text()) for name in ("stock", "out")]
+    assert plans[0]["layers"] == plans[1]["layers"]
+
+
+def test_export_of_unequal_widths_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
+    fuse(model, tmp_path / "latent", "--budget", "0.4", "--layout", "latent", "--preset", "fast")
+    output = run("export", tmp_path / "latent", "--to", "gqa", code=1)
+    assert "--head-dim auto" in " ".join(output.split())
+    assert "--to gqa" in run("export", tmp_path / "latent", "--to", "gguf", code=1)
+
+
+def test_layerwise_has_no_other_widths(tmp_path: Path) -> None:
+    fuse(tiny_model(tmp_path / "model"), tmp_path / "out", "--budget", "1/2", "--head-dim", "16", *WIDE)
+    assert "--head-dim" in run("export", tmp_path / "out", "--to", "layerwise", code=1)
