@@ -11,7 +11,7 @@ import headfuse
 from headfuse.choices import Layout, Side
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.presets import PRESETS
-from headfuse.errors import ConfigError
+from headfuse.errors import ConfigError, UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS, slot_table
 from headfuse.models.source import Source
@@ -70,6 +70,18 @@ def plan_options(config: FuseConfig) -> PlanOptions:
     )
 
 
+def with_possible_width(config: FuseConfig, source: Source) -> FuseConfig:
+    """`--head-dim auto` becomes the source's width where the model's class has no other; other options stay."""
+    if config.budget.head_dim != "auto" or not LAYOUTS[config.layout].one_width:
+        return config
+    try:
+        slot_table.check(source.config)
+    except UnsupportedModelError as reason:
+        logger.info("--head-dim auto is the source's %d channels: %s", source.heads.head_dim, reason.what)
+        return config.model_copy(update={"budget": config.budget.model_copy(update={"head_dim": None})})
+    return config
+
+
 def check_budget(config: FuseConfig, source: Source) -> int:
     """Channels of the cache that a budget keeps; refuses what cannot work before any heavy step.
 
@@ -119,6 +131,8 @@ def survey(
     options: PlanOptions,
     on_progress: ProgressCallback,
     on_layer: Callable[[SourceLayer], None] = lambda layer: None,
+    *,
+    every_cost: bool = False,
 ) -> Survey:
     """Run the source once over a part of the text and measure every layer's heads.
 
@@ -128,9 +142,11 @@ def survey(
         options: what decides the plan.
         on_progress: called with `survey`, the layers done and all layers.
         on_layer: called with every layer of the source on its way.
+        every_cost: measure costs even where the budget leaves the allocator no choice.
     """
     part, heads = text.part(SURVEYED), streamed.heads
-    costs = ALLOCATORS[options.allocator].costs if options.rules.leave_a_choice(heads) else "none"
+    read = every_cost or options.rules.leave_a_choice(heads)
+    costs = ALLOCATORS[options.allocator].costs if read else "none"
     measures, layers = _survey_options(options, heads, costs == "measured"), list[LayerSurvey]()
     probes = _probes(streamed, text, options) if measures.costs else ()
     few = measured_counts(heads.num_key_value_heads, False)

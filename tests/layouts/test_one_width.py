@@ -57,9 +57,16 @@ def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
     for family in ("qwen3", "phi3", "stablelm", "gpt2"):
         assert family in ARCHITECTURES
         model = tiny_model(tmp_path / family, family)
-        output = run("fuse", model, "--layout", "gqa", "--head-dim", "auto", *text_of(model), code=1)
+        output = run("fuse", model, "--layout", "gqa", "--head-dim", "16", *text_of(model), code=1)
         assert family in output
         assert "--layout" in output
+
+
+def test_auto_is_the_sources_width_where_the_class_has_no_other(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen3", query_heads=8)
+    fuse(model, tmp_path / "out", "--budget", "1/2", "--head-dim", "auto", *WIDE)
+    config = config_of(tmp_path / "out")
+    assert (config["head_dim"], config["num_key_value_heads"]) == (8, 2)
 
 
 @pytest.mark.parametrize(("budget", "width"), [("1/2", "16"), ("3/8", "auto"), ("1/4", "8"), ("1/4", "auto")])
