@@ -15,6 +15,9 @@ from headfuse.cli.execute import Document, calm_libraries, execute, log_console
 from headfuse.plan import WIDE
 from headfuse.reporting.progress import stages
 
+_BAR_WIDTH = 8
+"""Characters of the longest bar."""
+
 if TYPE_CHECKING:
     from headfuse.planning.analysis import Analysis
 
@@ -49,7 +52,7 @@ def analyze(  # a parameter an option: Typer reads them
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Head similarity, redundancy, and the plan that a budget leads to."""
+    """Measure how similar the heads of each layer are, and propose a plan for a budget."""
 
     def work() -> Document:
         from headfuse.checkpoint.hub import at_revision
@@ -80,9 +83,11 @@ def _analyze(model: str, output: Path | None, overwrite: bool, log: Console, **a
     if output is not None:
         check_output(output, overwrite=overwrite, reads=reads)
     with stages(log, "reading") as show:
-        result = analyze(
-            model, on_progress=lambda phase, done, total: show(phase, f"layer {done} of {total}"), **arguments
-        )
+
+        def on_progress(phase: str, done: int, total: int) -> None:
+            show(phase, f"layer {done} of {total}", done / total)
+
+        result = analyze(model, on_progress=on_progress, **arguments)
     if output is not None:
         with output_folder(output, overwrite=overwrite, reads=reads) as partial:
             (partial / "plan.json").write_text(result.plan.to_json())
@@ -126,17 +131,24 @@ def _document(result: Analysis, output: Path | None) -> Document:
     }
 
 
+def _bar(kept: int, most: int) -> str:
+    """How many heads or channels a layer keeps, as a number and as a bar."""
+    return f"{kept:>{len(str(most))}} " + "█" * max(1, round(_BAR_WIDTH * kept / most))
+
+
 def render(document: Mapping[str, Any], console: Console) -> None:
     """Print redundancy and proposed heads per layer."""
-    table = Table(title=f"Redundancy (mean pair similarity) and plan; KV cache kept: {document['kv_ratio']:.4f}")
-    counted = "channels" if document["layout"] in WIDE else "heads"
-    kept = f"key {counted}", f"value {counted}"
-    for column in ("layer", "key CKA", "key aligned", "value CKA", "value aligned", *kept):
+    table = Table(title=f"Similarity of heads (mean over pairs) and plan; KV cache kept: {document['kv_ratio']:.4f}")
+    counted, layers = "channels" if document["layout"] in WIDE else "heads", document["layers"]
+    for column in ("layer", "key CKA", "key aligned", "value CKA", "value aligned"):
         table.add_column(column, justify="right")
-    for layer in document["layers"]:
-        key, value = layer["key"], layer["value"]
-        figures = (key["cka_redundancy"], key["redundancy"], value["cka_redundancy"], value["redundancy"])
-        table.add_row(str(layer["layer_idx"]), *(f"{x:.3f}" for x in figures), str(key[counted]), str(value[counted]))
+    for side in ("key", "value"):
+        table.add_column(f"{side} {counted}")
+    most = max(layer[side][counted] for layer in layers for side in ("key", "value"))
+    for layer in layers:
+        sides = layer["key"], layer["value"]
+        figures = [f"{side[name]:.3f}" for side in sides for name in ("cka_redundancy", "redundancy")]
+        table.add_row(str(layer["layer_idx"]), *figures, *(_bar(side[counted], most) for side in sides))
     console.print(table)
     if document["curves"] is not None:
         console.print(_curves_table(document["curves"]))

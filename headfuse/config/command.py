@@ -28,7 +28,7 @@ class Command(Generic[OptionsT, MachineT]):
     """The function's other arguments, which a misspelt name may have meant."""
     folder: str = ""
     """The folder of `configs/` that holds the packaged ones."""
-    fix: str = "see the README for every key"
+    fix: str = "docs/reference/options.md has every key"
     short: Mapping[str, str] = field(default_factory=dict)
     """Options that YAML keeps in a section: name -> dotted key."""
 
@@ -99,6 +99,5 @@ UPTRAIN = Command(
     TrainingMachine,
     ("config", "teacher", "output", "overwrite", "resume", "on_progress"),
     folder="recipes",
-    fix="docs/uptraining.md has every key",
 )
 EVALUATE = Command(EvalConfig, Machine, ("config", "on_stage"), folder="evaluations", fix="see `headfuse eval --help`")

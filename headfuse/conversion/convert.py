@@ -51,7 +51,7 @@ def fuse(
     """Fuse the key heads and value heads of a model and write the result as a checkpoint folder.
 
     Args:
-        model: folder or hub id of a model of a supported family (docs/architectures.md).
+        model: folder or hub id of a model of a supported family (docs/reference/families.md).
         config: a `FuseConfig`, a YAML file or the name of a packaged config; by default a quarter of the cache is kept.
         output: default `<model>-headfuse-<budget>` beside the model; in the working directory for one of the hub.
         plan: a reviewed plan.json that replaces budget and grouping.
