@@ -41,6 +41,8 @@ CONVERSIONS = {
     "best": ("--preset", "best"),
 }
 """Column name -> options of `headfuse fuse`; the presets are of the default method, `dha` is in layout `decoupled`."""
+WIDE_GQA = "gqa, wide"
+"""What `--layout gqa-wide` is called in the tables: layout gqa with `--head-dim auto`."""
 FORWARD_WINDOWS, LENGTH = 8, 512
 KEY = ("model", "budget", "layout", "conversion", "allocator", "samples", "seed", "calibration")
 
@@ -93,7 +95,10 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         blank = dict.fromkeys(KEY, "")
         yield {**blank, "model": name, "conversion": "source"}, folder
         for budget, seed, layout, conversion in itertools.product(
-            options.budget, options.seed, options.layout, options.conversion
+            options.budget,
+            options.seed,
+            [layout.replace("gqa-wide", WIDE_GQA) for layout in options.layout],
+            options.conversion,
         ):
             row = {"model": name, "budget": budget, "layout": layout, "conversion": conversion}
             for allocator in allocators(layout, conversion, options.allocator):
@@ -118,7 +123,8 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
     with tempfile.TemporaryDirectory() as name:
         output = Path(name) / "fused"
         line = [str(Path(sys.executable).with_name("headfuse")), "fuse", folder, "-o", str(output), "--json"]
-        line += ["--data", options.data, "--layout", row["layout"], "--samples", str(row["samples"])]
+        layout = ["gqa", "--head-dim", "auto"] if row["layout"] == WIDE_GQA else [row["layout"]]
+        line += ["--data", options.data, "--layout", *layout, "--samples", str(row["samples"])]
         line += ["--seed", str(row["seed"]), *CONVERSIONS[row["conversion"]]]
         if "+" in row["allocator"]:
             uniform = Path(name) / "uniform.yaml"
@@ -136,7 +142,7 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
         plan = json.loads((output / "plan.json").read_text())
         counts = [[len(layer[side]) for layer in plan["layers"]] for side in ("key_groups", "value_groups")]
         kept = {"key_heads": counts[0], "value_heads": counts[1]}
-        if row["layout"] == "latent":
+        if row["layout"] in ("latent", WIDE_GQA):
             read = read_plan(output)
             kept = {"key_channels": read.key_channels, "value_channels": read.value_channels}
         return {

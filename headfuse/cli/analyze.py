@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,7 +27,12 @@ def analyze(  # a parameter an option: Typer reads them
     model: options.Model,
     budget: options.Budget = None,
     layout: options.Layout = None,
+    head_dim: options.HeadDim = None,
     runtime: options.For = None,
+    curves: Annotated[
+        bool,
+        typer.Option("--curves", help="Predict what every layout loses at every budget.", rich_help_panel=options.KEEP),
+    ] = False,
     method: options.Method = None,
     allocator: options.Allocator = None,
     grouping: options.Grouping = None,
@@ -61,7 +66,8 @@ def analyze(  # a parameter an option: Typer reads them
         check_data(settings.calibration.data)
         source = at_revision(model, revision)
         calm_libraries(verbose)
-        return _analyze(source, output, overwrite, log_console(quiet or json_output), config=settings, **dict(machine))
+        arguments = {"config": settings, "curves": curves, **dict(machine)}
+        return _analyze(source, output, overwrite, log_console(quiet or json_output), **arguments)
 
     execute(work, render, json_output, quiet, verbose)
 
@@ -71,6 +77,7 @@ def _analyze(model: str, output: Path | None, overwrite: bool, log: Console, **a
     from headfuse.checkpoint.folder import resolve_model
     from headfuse.checkpoint.output import check_output, output_folder
     from headfuse.planning.analysis import analyze, plot
+    from headfuse.planning.curves import plot_curves
 
     reads = [resolve_model(model)]
     if output is not None:
@@ -85,6 +92,8 @@ def _analyze(model: str, output: Path | None, overwrite: bool, log: Console, **a
         with output_folder(output, overwrite=overwrite, reads=reads) as partial:
             (partial / "plan.json").write_text(result.plan.to_json())
             plot(result, partial)
+            if result.curves is not None:
+                plot_curves(result.curves, partial / "curves.png")
     return _document(result, output)
 
 
@@ -116,6 +125,9 @@ def _document(result: Analysis, output: Path | None) -> Document:
             }
             for i, (keys, values) in enumerate(zip(result.keys, result.values, strict=True))
         ],
+        "curves": None
+        if result.curves is None
+        else {name: [vars(point) for point in points] for name, points in result.curves.items()},
     }
 
 
@@ -138,5 +150,19 @@ def render(document: Mapping[str, Any], console: Console) -> None:
         figures = [f"{side[name]:.3f}" for side in sides for name in ("cka_redundancy", "redundancy")]
         table.add_row(str(layer["layer_idx"]), *figures, *(_bar(side[counted], most) for side in sides))
     console.print(table)
+    if document["curves"] is not None:
+        console.print(_curves_table(document["curves"]))
     if document["output"]:
         console.print(f"wrote {document['output']}", soft_wrap=True)
+
+
+def _curves_table(curves: Mapping[str, list[Mapping[str, float]]]) -> Table:
+    """Predicted loss, a row for each share of the cache and a column for each layout."""
+    table = Table(title="NLL that the closed form is predicted to add, by layout and share of the KV cache kept")
+    table.add_column("kept", justify="right")
+    for name in curves:
+        table.add_column(name, justify="right")
+    cells = {name: {round(p["kv_ratio"], 3): f"{p['nll_gap']:.3f}" for p in points} for name, points in curves.items()}
+    for kept in sorted(set().union(*cells.values())):
+        table.add_row(f"{kept:.3f}", *(column.get(kept, "") for column in cells.values()))
+    return table

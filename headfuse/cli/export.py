@@ -61,7 +61,8 @@ def export(  # a parameter an option: Typer reads them
         calm_libraries(verbose)
         if to is None:
             return _refresh(model)
-        from headfuse.conversion.export import check_export, plan_export, write_export
+        from headfuse.conversion.export import write_export
+        from headfuse.conversion.export_plan import check_export, plan_export
 
         plan = plan_export(
             at_revision(model, revision), to, output=output, file_type=file_type, trust_remote_code=trust_remote_code

@@ -87,12 +87,13 @@ FUSE = Command(
     short={
         "budget": "budget.total",
         "allocator": "budget.allocator",
+        "head_dim": "budget.head_dim",
         "data": "calibration.data",
         "samples": "calibration.samples",
         "sequence_length": "calibration.sequence_length",
     },
 )
-ANALYZE = Command(FuseConfig, Processor, ("config", "on_progress"), short=FUSE.short)
+ANALYZE = Command(FuseConfig, Processor, ("config", "curves", "on_progress"), short=FUSE.short)
 UPTRAIN = Command(
     UptrainConfig,
     TrainingMachine,

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from headfuse.choices import Allocator, Grouping, Layout, Loss, Method, Preset, StartingBasis, names
 from headfuse.config.loading import Options, SideBudget, load_options, one_of
-from headfuse.config.values import Count, Rate, Share, Steps
+from headfuse.config.values import Count, HeadDim, Rate, Share, Steps
 
 
 class BudgetConfig(Options):
@@ -34,6 +34,8 @@ class BudgetConfig(Options):
     """What divides the budget among layers: sensitivity, taylor, shapley, dha-greedy or uniform."""
     layerwise: bool = False
     """Give every layer as many value heads as key heads."""
+    head_dim: HeadDim | None = None
+    """Width of the fused heads of layout gqa in channels, or auto; by default the source's."""
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> BudgetConfig:
