@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import write_reference
 import yaml
 
 from headfuse.config.evaluate import EvalConfig
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.uptrain import UptrainConfig
-from scripts import write_reference
 
 FOLDER = Path(__file__).parents[2] / "docs/reference"
 AGAIN = "run `python scripts/write_reference.py`"
