@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import write_reference
 import yaml
 
 from headfuse.config.evaluate import EvalConfig
