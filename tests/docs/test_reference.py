@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,16 @@ from headfuse.config.evaluate import EvalConfig
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.uptrain import UptrainConfig
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "docs/reference"
-WRITER = runpy.run_path(str(ROOT / "scripts/write_reference.py"))
+FOLDER = Path(__file__).parents[2] / "docs/reference"
 AGAIN = "run `python scripts/write_reference.py`"
 
 
 def test_commands_are_written_from_the_code() -> None:
-    assert (FOLDER / "commands.md").read_text(encoding="utf-8") == WRITER["commands_page"](), AGAIN
+    assert (FOLDER / "commands.md").read_text(encoding="utf-8") == write_reference.commands_page(), AGAIN
 
 
 def test_options_are_written_from_the_code() -> None:
-    assert (FOLDER / "options.md").read_text(encoding="utf-8") == WRITER["options_page"](), AGAIN
+    assert (FOLDER / "options.md").read_text(encoding="utf-8") == write_reference.options_page(), AGAIN
 
 
 @pytest.mark.parametrize(("place", "model", "given"), [
