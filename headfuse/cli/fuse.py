@@ -154,7 +154,7 @@ def _next(model: str, output: Path) -> list[str]:
     fused, source = shlex.quote(str(output)), shlex.quote(model)
     return [
         f"headfuse eval {fused} --baseline {source} --data TEXT",
-        f"headfuse uptrain {fused} --data TEXT --tokens 50M",
+        f"headfuse uptrain {fused} --teacher {source} --data TEXT --tokens 50M",
     ]
 
 
