@@ -39,13 +39,14 @@ def tiny_model(
     layers: int = 2,
     dtype: str = "float32",
     query_heads: int = 4,
+    head_dim: int = 8,
 ) -> Path:
     """A random model of a family, its tokenizer, and `text.txt` beside the folder."""
     torch.manual_seed(0)
-    width = 32 if model_type in NARROW else 8 * query_heads
+    width = 32 if model_type in NARROW else head_dim * query_heads
     config = AutoConfig.for_model(
         model_type, vocab_size=VOCABULARY, hidden_size=width, intermediate_size=48, num_hidden_layers=layers,
-        num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=8, max_position_embeddings=128,
+        num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=128,
         bos_token_id=None, eos_token_id=0, pad_token_id=None, **FAMILY_OPTIONS.get(model_type, {}),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
