@@ -4,7 +4,7 @@
 
 Prints one JSON document per folder: the class that vLLM took, the tokens that it generates greedily with the
 log-probability of each, and from its own configuration of the KV cache the bytes that a token takes in each layer. A
-folder that vLLM or the model code refuses gives the reason instead. One process serves all folders, one after another.
+folder that vLLM or the model code refuses gives the reason instead. One process runs all folders, until one is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import sys
+import traceback
 from typing import Any
 
 PROMPTS = (range(5, 25), range(40, 47))
@@ -31,12 +33,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 def main() -> None:
     """Generate from every folder of the command line."""
-    for folder in sys.argv[1:]:
+    for done, folder in enumerate(sys.argv[1:], 2):
         try:
-            document = generate(folder)
+            print(json.dumps({"folder": folder, **generate(folder)}), flush=True)
         except Exception as error:  # whatever vLLM or the model code raises is the answer
-            document = {"refused": reason(error)}
-        print(json.dumps({"folder": folder, **document}), flush=True)
+            traceback.print_exc()
+            print(json.dumps({"folder": folder, "refused": reason(error)}), flush=True)
+            os.execv(sys.executable, [sys.executable, __file__, *sys.argv[done:]])  # as vLLM leaves pieces behind
 
 
 def generate(folder: str) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def cache_bytes(engine: Any) -> list[int]:
         if tensor.layer_stride != tensor.block_stride * config.num_blocks:
             raise ValueError(f"the blocks of {tensor.layers} are not in one piece: {tensor}")
         for name in tensor.layers:
-            layers[int(name.split(".layers.")[1].split(".")[0])] = tensor.block_stride // block_size
+            layers[int(re.search(r"\.(\d+)\.", name)[1])] = tensor.block_stride // block_size  # type: ignore[index]
     allocated = config.kv_cache_tensors[0].size
     if sum(layers.values()) * block_size * config.num_blocks != allocated:
         raise ValueError(f"the layers take {layers} bytes, and {allocated} were allocated: {config}")

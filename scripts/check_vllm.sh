@@ -22,9 +22,9 @@ if [ ! -e "$stamp" ]; then
     echo "making $HEADFUSE_VLLM (some minutes)"
     python3 -m venv "$HEADFUSE_VLLM"
     pip="$HEADFUSE_VLLM/bin/python -m pip install --quiet"
-    $pip --no-deps --require-hashes --requirement <(echo "$wheel") || cannot "pip could not get ${wheel%% *}, see above"
     $pip --constraint constraints.txt torch || cannot "pip could not get torch, see above"
     $pip --no-deps --requirement scripts/vllm_requirements.txt || cannot "pip could not get what vLLM needs, see above"
+    $pip --no-deps --require-hashes --requirement <(echo "$wheel") || cannot "pip could not get ${wheel%% *}, see above"
     touch "$stamp"
 fi
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then

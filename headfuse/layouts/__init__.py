@@ -46,11 +46,16 @@ class LayoutFormat:
     """One fused head serves a whole group of source heads, with a width and read maps of its own."""
 
 
+_BY_MODEL_CODE = (
+    "transformers (import headfuse.modeling, or trust_remote_code=True), "
+    "vLLM (trust_remote_code=True, without tensor parallelism)"
+)
+
 LAYOUTS: dict[str, LayoutFormat] = {
     "decoupled": LayoutFormat(
         decoupled.config,
         decoupled.arrange,
-        "transformers (import headfuse.modeling, or trust_remote_code=True)",
+        _BY_MODEL_CODE,
         decoupled.check,
         decoupled.stored,
         free_slots=True,
@@ -74,7 +79,7 @@ LAYOUTS: dict[str, LayoutFormat] = {
     "latent": LayoutFormat(
         latent.config,
         latent.arrange,
-        "transformers (import headfuse.modeling, or trust_remote_code=True)",
+        _BY_MODEL_CODE,
         latent.check,
         latent.stored,
         latent.sized,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from headfuse.modeling.configuration_headfuse import FAMILIES
 from tests.support.commands import fuse
 from tests.support.tiny_models import tiny_model
 
@@ -47,22 +48,44 @@ def heads(*counts: int) -> tuple[int, ...]:
 
 
 LAYERWISE = "budget: {key_heads: [2, 4, 1], value_heads: [2, 4, 1]}"
+DECOUPLED = "budget: {key_heads: [2, 4, 1], value_heads: [3, 1, 2]}"
+LATENT = "budget: {total: {key: 0.75, value: 0.5}, allocator: uniform, keep_layers: [1]}"  # 80 and 32 channels, or all
+BY_TRANSFORMERS = "TransformersForCausalLM"  # vLLM's backend for transformers' models
+WIDE = (80, 128, 80)
 FOLDERS = {
     "source": Folder("llama", "gqa", "", "LlamaForCausalLM", heads(4, 4, 4)),
     "gqa": Folder("llama", "gqa", "budget: {total: 0.5}", "LlamaForCausalLM", heads(2, 2, 2)),
     "layerwise": Folder("llama", "layerwise", LAYERWISE, "DeciLMForCausalLM", heads(2, 4, 1)),
     "layerwise-qwen2": Folder("qwen2", "layerwise", LAYERWISE, "DeciLMForCausalLM", heads(2, 4, 1)),
+    # one wide head in each layer, whose keys and values are as wide as the wider of both
+    **{
+        f"decoupled-{family}": Folder(family, "decoupled", DECOUPLED, BY_TRANSFORMERS, heads(3, 4, 2))
+        for family, entry in FAMILIES.items()
+        if entry.not_in_vllm is None
+    },
+    **{
+        f"latent-{family}": Folder(family, "latent", LATENT, BY_TRANSFORMERS, tuple(2 * width for width in WIDE))
+        for family in ("llama", "mistral", "qwen2", "gpt2", "phi")
+    },
+}
+REFUSED = {
+    family: Folder(family, "decoupled", DECOUPLED, "", ())
+    for family, entry in FAMILIES.items()
+    if entry.not_in_vllm is not None
 }
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What scripts/check_vllm.py says of every folder; one process for all, as importing vLLM takes long."""
-    home = tmp_path_factory.mktemp("vllm")
-    models = {family: full_attention(home, family) for family in sorted({f.family for f in FOLDERS.values()})}
-    paths = {}
-    for name, folder in FOLDERS.items():
-        paths[name] = model = models[folder.family]
+    home, paths = tmp_path_factory.mktemp("vllm"), {}
+    for name, folder in {**FOLDERS, **REFUSED}.items():
+        model = home / "sources" / folder.family / "model"
+        if not model.exists():
+            tiny_model(model, folder.family, layers=3, head_dim=HEAD_DIM)
+            if folder.family == "qwen2":
+                without_windows(model)
+        paths[name] = model
         if folder.options:
             (home / "options.yaml").write_text(f"{folder.options}\nlayout: {folder.layout}\npreset: fast\n")
             paths[name] = home / name
@@ -78,21 +101,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return dict(zip(paths, documents, strict=True))
 
 
-def full_attention(home: Path, family: str) -> Path:
-    """A random model of three layers that attend to all tokens."""
-    model = tiny_model(home / f"{family}/model", family, layers=3, head_dim=HEAD_DIM)
+def without_windows(model: Path) -> None:
+    """Layout layerwise is for models that attend to all tokens."""
     config = json.loads((model / "config.json").read_text())
     config.update(sliding_window=None, use_sliding_window=False)
     config.pop("layer_types", None)
     (model / "config.json").write_text(json.dumps(config))
-    return model
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_vllm_generates_what_transformers_does(served: dict[str, dict[str, Any]], name: str) -> None:
     document = served[name]
     assert "refused" not in document, document["refused"]
-    assert document["architecture"] == FOLDERS[name].architecture
+    assert document["architecture"].replace("MoE", "") == FOLDERS[name].architecture
     model = AutoModelForCausalLM.from_pretrained(document["folder"], dtype=torch.float32, trust_remote_code=True)
     texts = zip(document["prompts"], document["tokens"], document["log_probabilities"], strict=True)
     for prompt, tokens, log_probabilities in texts:
@@ -106,3 +127,8 @@ def test_vllm_generates_what_transformers_does(served: dict[str, dict[str, Any]]
 @pytest.mark.parametrize("name", FOLDERS)
 def test_vllm_allocates_what_each_layer_keeps(served: dict[str, dict[str, Any]], name: str) -> None:
     assert served[name]["cache_bytes"] == [BYTES * channels for channels in FOLDERS[name].channels]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_model_code_refuses_what_vllm_cannot_run(served: dict[str, dict[str, Any]], name: str) -> None:
+    assert f"does not run {name}: {FAMILIES[name].not_in_vllm}" in served[name]["refused"]
