@@ -8,7 +8,8 @@ are medians of the quotients of neighbouring runs. Times are CPU times of the on
 * llama.cpp: tokens after a prompt, two GGUF files against each other (`headfuse export --to gguf`).
 
 Heads, maps and rotary slots of the fused models are drawn at random, as free as the layout allows; speed does not
-depend on the weights. Rows are appended to `decode.jsonl` one at a time, and those that are there are not run again.
+depend on the weights. Rows are appended to `benchmarks/results/decode.jsonl` one at a time, and those that are
+there are not run again.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="timed steps of each rival")
     parser.add_argument("--max-mib", type=int, default=600, help="source caches above this are left out")
     parser.add_argument("--gguf", nargs=3, action="append", metavar=("NAME", "SOURCE", "FUSED"), default=[])
-    parser.add_argument("--results", type=Path, default=Path("docs/decode.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/decode.jsonl"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results/decode.md"))
     parser.add_argument("--draw", action="store_true", help="run nothing")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -70,7 +72,7 @@ def main() -> None:
                 print(json.dumps(done[-1]), flush=True)
                 with options.results.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(done[-1]) + "\n")
-    options.results.with_suffix(".md").write_text(document(done), encoding="utf-8")
+    options.page.write_text(document(done), encoding="utf-8")
 
 
 Row = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
@@ -294,9 +296,9 @@ def document(rows: list[dict[str, Any]]) -> str:
     by_part = {part: [row for row in rows if row["case"]["part"] == part] for part in PARTS}
     lines = [
         "# Decoding speed",
-        "Written by `python benchmarks/decode.py` from `decode.jsonl`: one thread of a CPU, float32, rivals taking",
-        "turns step by step. Ratios are medians of paired runs; milliseconds, CPU times of that thread, only tell the",
-        "order of magnitude. The page holds what was run:",
+        "Written by `python benchmarks/decode.py` from benchmarks/results/decode.jsonl. All runs are in float32 on one",
+        "CPU thread, with rivals taking turns step by step. Ratios are medians of paired runs. Milliseconds are CPU",
+        "times of that thread and show the order of magnitude alone. What was run:",
         "",
         "    python benchmarks/decode.py --context 512 2048 4096 --max-mib 400 \\",
         "        --model mha-6m=examples/mha-6m smollm2=smollm2 'llama-2-7b, one layer' \\",

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--budget", default="1/4")
     parser.add_argument("--method", default="mean", help="how the heads are fused in figure 3")
-    parser.add_argument("--output", type=Path, default=Path("docs/figures"))
+    parser.add_argument("--output", type=Path, default=Path("docs/how-it-works/figures"))
     options = parser.parse_args()
     overrides = {
         "budget.total": options.budget, "method": options.method, "preset": "best", "calibration.data": options.data,

@@ -2,8 +2,9 @@
 
 One row per model, budget, layout and conversion: what the conversion adds to the NLL of text that nothing was fitted
 to (protocol of `headfuse eval`), its time over that of one forward pass of the source over the same calibration
-tokens, both measured in this run, and the peak memory of its process. Rows are appended to `results.jsonl` one at a
-time, and those that are there are not run again; the table and the plot are drawn from all of them.
+tokens, both measured in this run, and the peak memory of its process. Rows are appended to
+`benchmarks/results/quality.jsonl` one at a time, and those that are there are not run again; the page and the plot are
+drawn from all of them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ CONVERSIONS = {
     "best": ("--preset", "best"),
 }
 """Column name -> options of `headfuse fuse`; the presets are of the default method, `dha` is in layout `decoupled`."""
+WIDE_GQA = "gqa, wide"
+"""What `--layout gqa-wide` is called in the tables: layout gqa with `--head-dim auto`."""
 FORWARD_WINDOWS, LENGTH = 8, 512
 KEY = ("model", "budget", "layout", "conversion", "allocator", "samples", "seed", "calibration")
 
@@ -61,7 +64,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=48, help=f"of {LENGTH} tokens, of every text")
     parser.add_argument("--task", nargs="+", default=[], help="NAME=FILE of multiple-choice questions, jsonl")
     parser.add_argument("--questions", type=int, default=400)
-    parser.add_argument("--results", type=Path, default=Path("docs/results.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quality.jsonl"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results/quality.md"), help="the plot goes beside it")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     options = parser.parse_args()
     done = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
@@ -74,8 +78,8 @@ def main() -> None:
         with options.results.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(done[-1]) + "\n")
         print(done[-1], flush=True)
-    options.results.with_suffix(".md").write_text(document(done), encoding="utf-8")
-    plot(done, options.results.with_suffix(".png"))
+    options.page.write_text(document(done), encoding="utf-8")
+    plot(done, options.page.with_suffix(".png"))
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -91,7 +95,10 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         blank = dict.fromkeys(KEY, "")
         yield {**blank, "model": name, "conversion": "source"}, folder
         for budget, seed, layout, conversion in itertools.product(
-            options.budget, options.seed, options.layout, options.conversion
+            options.budget,
+            options.seed,
+            [layout.replace("gqa-wide", WIDE_GQA) for layout in options.layout],
+            options.conversion,
         ):
             row = {"model": name, "budget": budget, "layout": layout, "conversion": conversion}
             for allocator in allocators(layout, conversion, options.allocator):
@@ -116,7 +123,8 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
     with tempfile.TemporaryDirectory() as name:
         output = Path(name) / "fused"
         line = [str(Path(sys.executable).with_name("headfuse")), "fuse", folder, "-o", str(output), "--json"]
-        line += ["--data", options.data, "--layout", row["layout"], "--samples", str(row["samples"])]
+        layout = ["gqa", "--head-dim", "auto"] if row["layout"] == WIDE_GQA else [row["layout"]]
+        line += ["--data", options.data, "--layout", *layout, "--samples", str(row["samples"])]
         line += ["--seed", str(row["seed"]), *CONVERSIONS[row["conversion"]]]
         if "+" in row["allocator"]:
             uniform = Path(name) / "uniform.yaml"
@@ -134,7 +142,7 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
         plan = json.loads((output / "plan.json").read_text())
         counts = [[len(layer[side]) for layer in plan["layers"]] for side in ("key_groups", "value_groups")]
         kept = {"key_heads": counts[0], "value_heads": counts[1]}
-        if row["layout"] == "latent":
+        if row["layout"] in ("latent", WIDE_GQA):
             read = read_plan(output)
             kept = {"key_channels": read.key_channels, "value_channels": read.value_channels}
         return {
@@ -210,9 +218,10 @@ def document(rows: list[dict[str, Any]]) -> str:
     """The page with one table per model."""
     lines = [
         "# Results",
-        "Written by `python benchmarks/quality.py` from `results.jsonl`, one row per measurement; its options are the",
-        "columns. NLL gap: NLL of the fused model minus that of its source, on text that nothing was fitted to. Time:",
-        "of the whole command over one forward pass of the source over the same calibration tokens, in the same run.",
+        "Written by `python benchmarks/quality.py` from benchmarks/results/quality.jsonl, one row per measurement. The",
+        "columns are its options. Gap: NLL per token of the fused model minus that of its source, on text that nothing",
+        "was fitted to, before any uptraining. Time: of the whole command, relative to one forward pass of the source",
+        "through the same calibration tokens in the same run.",
         "`first`, `mean`, `align` and `dha` (configs/dha-small.yaml) are the published reductions; `fast`, `balanced`,",
         "`best` the presets of headfuse.",
         "Allocator `K+V`: so many key and value heads in every layer. Several seeds (of the calibration sample): the",
@@ -251,7 +260,7 @@ def document(rows: list[dict[str, Any]]) -> str:
             cells += [_spread([r["accuracy"][t] for r in group if t in r["accuracy"]], "{:.1%}") for t in tasks]
             cells += [_spread([r["seconds"] / r["forward_seconds"] for r in group], "{:.1f}x")]
             lines.append("| " + " | ".join(map(str, [*cells, max(r["peak_mb"] for r in group)])) + " |")
-    lines += ["", "![NLL gap against the share of the cache kept](results.png)"]
+    lines += ["", "![NLL gap against the share of the cache kept](quality.png)"]
     return "\n".join(lines) + "\n"
 
 

@@ -2,8 +2,9 @@
 
 Start points at the same share of the cache, each uptrained by `headfuse.uptrain` with one recipe and one order of the
 text; the loss on text of its own against the tokens that were spent, those of search, fusion, calibration and
-refinement included. One row per budget, start and seed, appended to `recovery.jsonl` when it is complete, and not run
-again when it is there; `recovery.md` and the plot are drawn from all rows.
+refinement included. One row per budget, start and seed, appended to
+`benchmarks/results/recovery.jsonl` when it is complete, and not run again when it is there; the page and the plot are
+drawn from all rows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LENGTH, BATCH, SAMPLES, WINDOWS = 256, 4, 64, 32
 EVERY = 20
 """Steps between two evaluations."""
 DHA = load_config("dha-small", {}).model_dump()["dha"]
-"""Scaled to the bundled model and to few tokens: see docs/recovery.md."""
+"""Scaled to the bundled model and to few tokens: see docs/results/recovery.md."""
 GQA = {"layout": "gqa", "preset": "fast", "grouping": "neighbours"}
 STARTS: dict[str, dict[str, Any]] = {
     "gqa": {"method": "mean", **GQA},
@@ -55,7 +56,10 @@ def main() -> None:
     parser.add_argument("--start", nargs="+", default=list(STARTS), choices=STARTS)
     parser.add_argument("--tokens", type=int, default=40_960, help="of uptraining")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--results", type=Path, default=Path("docs/recovery.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/recovery.jsonl"))
+    parser.add_argument(
+        "--page", type=Path, default=Path("docs/results/recovery.md"), help="written anew below its line of dashes"
+    )
     parser.add_argument("--draw", action="store_true", help="run nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -67,7 +71,7 @@ def main() -> None:
             rows.append(race(options, *key))
             with options.results.open("a") as stream:
                 stream.write(json.dumps(rows[-1]) + "\n")
-    write(rows, options.results.with_suffix(".md"))
+    write(rows, options.page)
 
 
 def race(options: argparse.Namespace, budget: str, start: str, seed: int, tokens: int) -> dict[str, Any]:
@@ -124,7 +128,8 @@ def spent(start: str, stages: list[dict[str, Any]]) -> int:
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     """The tables and the plot, below what the file says by hand up to the line of dashes."""
     text = path.read_text().split("\n---\n")[0] if path.exists() else "# Recovery\n"
-    lines = [text, "---", "", "Written by `python benchmarks/recovery.py --draw` from `recovery.jsonl`.", ""]
+    written = "Written by `python benchmarks/recovery.py --draw` from benchmarks/results/recovery.jsonl."
+    lines = [text, "---", "", written, ""]
     for budget in dict.fromkeys(row["budget"] for row in rows):
         own = [row for row in rows if row["budget"] == budget]
         lines += [f"## {budget} of the cache", f"Source: NLL {own[0]['source']:.3f}.", ""]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write a random Llama checkpoint of any size, bfloat16, in shards, one tensor in memory at a time.
 
-The defaults are the shape of Llama-2-7B (13.5 GB), with the tokenizer of the bundled model: what docs/scaling.md
-measures on. The weights are noise, so its loss says nothing.
+The defaults are the shape of Llama-2-7B (13.5 GB), with the tokenizer of the bundled model: what
+docs/results/scaling.md measures on. The weights are noise, so its loss says nothing.
 """
 
 from __future__ import annotations

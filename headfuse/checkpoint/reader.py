@@ -79,6 +79,11 @@ class Checkpoint:
         """Size of all weight files in bytes."""
         return sum((self.folder / file).stat().st_size for file in self.files)
 
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the weight files store."""
+        return sum(map(math.prod, self._shapes.values()))
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, checked to be finite.
 

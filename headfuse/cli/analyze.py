@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from headfuse.cli.execute import Document, calm_libraries, execute, log_console
 from headfuse.plan import WIDE
 from headfuse.reporting.progress import stages
 
+_BAR_WIDTH = 8
+"""Characters of the longest bar."""
+
 if TYPE_CHECKING:
     from headfuse.planning.analysis import Analysis
 
@@ -24,7 +27,12 @@ def analyze(  # a parameter an option: Typer reads them
     model: options.Model,
     budget: options.Budget = None,
     layout: options.Layout = None,
+    head_dim: options.HeadDim = None,
     runtime: options.For = None,
+    curves: Annotated[
+        bool,
+        typer.Option("--curves", help="Predict what every layout loses at every budget.", rich_help_panel=options.KEEP),
+    ] = False,
     method: options.Method = None,
     allocator: options.Allocator = None,
     grouping: options.Grouping = None,
@@ -44,7 +52,7 @@ def analyze(  # a parameter an option: Typer reads them
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Head similarity, redundancy, and the plan that a budget leads to."""
+    """Measure how similar the heads of each layer are, and propose a plan for a budget."""
 
     def work() -> Document:
         from headfuse.checkpoint.hub import at_revision
@@ -58,7 +66,8 @@ def analyze(  # a parameter an option: Typer reads them
         check_data(settings.calibration.data)
         source = at_revision(model, revision)
         calm_libraries(verbose)
-        return _analyze(source, output, overwrite, log_console(quiet or json_output), config=settings, **dict(machine))
+        arguments = {"config": settings, "curves": curves, **dict(machine)}
+        return _analyze(source, output, overwrite, log_console(quiet or json_output), **arguments)
 
     execute(work, render, json_output, quiet, verbose)
 
@@ -68,18 +77,23 @@ def _analyze(model: str, output: Path | None, overwrite: bool, log: Console, **a
     from headfuse.checkpoint.folder import resolve_model
     from headfuse.checkpoint.output import check_output, output_folder
     from headfuse.planning.analysis import analyze, plot
+    from headfuse.planning.curves import plot_curves
 
     reads = [resolve_model(model)]
     if output is not None:
         check_output(output, overwrite=overwrite, reads=reads)
     with stages(log, "reading") as show:
-        result = analyze(
-            model, on_progress=lambda phase, done, total: show(phase, f"layer {done} of {total}"), **arguments
-        )
+
+        def on_progress(phase: str, done: int, total: int) -> None:
+            show(phase, f"layer {done} of {total}", done / total)
+
+        result = analyze(model, on_progress=on_progress, **arguments)
     if output is not None:
         with output_folder(output, overwrite=overwrite, reads=reads) as partial:
             (partial / "plan.json").write_text(result.plan.to_json())
             plot(result, partial)
+            if result.curves is not None:
+                plot_curves(result.curves, partial / "curves.png")
     return _document(result, output)
 
 
@@ -111,20 +125,44 @@ def _document(result: Analysis, output: Path | None) -> Document:
             }
             for i, (keys, values) in enumerate(zip(result.keys, result.values, strict=True))
         ],
+        "curves": None
+        if result.curves is None
+        else {name: [vars(point) for point in points] for name, points in result.curves.items()},
     }
+
+
+def _bar(kept: int, most: int) -> str:
+    """How many heads or channels a layer keeps, as a number and as a bar."""
+    return f"{kept:>{len(str(most))}} " + "█" * max(1, round(_BAR_WIDTH * kept / most))
 
 
 def render(document: Mapping[str, Any], console: Console) -> None:
     """Print redundancy and proposed heads per layer."""
-    table = Table(title=f"Redundancy (mean pair similarity) and plan; KV cache kept: {document['kv_ratio']:.4f}")
-    counted = "channels" if document["layout"] in WIDE else "heads"
-    kept = f"key {counted}", f"value {counted}"
-    for column in ("layer", "key CKA", "key aligned", "value CKA", "value aligned", *kept):
+    table = Table(title=f"Similarity of heads (mean over pairs) and plan; KV cache kept: {document['kv_ratio']:.4f}")
+    counted, layers = "channels" if document["layout"] in WIDE else "heads", document["layers"]
+    for column in ("layer", "key CKA", "key aligned", "value CKA", "value aligned"):
         table.add_column(column, justify="right")
-    for layer in document["layers"]:
-        key, value = layer["key"], layer["value"]
-        figures = (key["cka_redundancy"], key["redundancy"], value["cka_redundancy"], value["redundancy"])
-        table.add_row(str(layer["layer_idx"]), *(f"{x:.3f}" for x in figures), str(key[counted]), str(value[counted]))
+    for side in ("key", "value"):
+        table.add_column(f"{side} {counted}")
+    most = max(layer[side][counted] for layer in layers for side in ("key", "value"))
+    for layer in layers:
+        sides = layer["key"], layer["value"]
+        figures = [f"{side[name]:.3f}" for side in sides for name in ("cka_redundancy", "redundancy")]
+        table.add_row(str(layer["layer_idx"]), *figures, *(_bar(side[counted], most) for side in sides))
     console.print(table)
+    if document["curves"] is not None:
+        console.print(_curves_table(document["curves"]))
     if document["output"]:
         console.print(f"wrote {document['output']}", soft_wrap=True)
+
+
+def _curves_table(curves: Mapping[str, list[Mapping[str, float]]]) -> Table:
+    """Predicted loss, a row for each share of the cache and a column for each layout."""
+    table = Table(title="NLL that the closed form is predicted to add, by layout and share of the KV cache kept")
+    table.add_column("kept", justify="right")
+    for name in curves:
+        table.add_column(name, justify="right")
+    cells = {name: {round(p["kv_ratio"], 3): f"{p['nll_gap']:.3f}" for p in points} for name, points in curves.items()}
+    for kept in sorted(set().union(*cells.values())):
+        table.add_row(f"{kept:.3f}", *(column.get(kept, "") for column in cells.values()))
+    return table

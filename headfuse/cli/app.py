@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
+import re
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +16,7 @@ from typer.core import TyperGroup
 
 from headfuse import __version__
 from headfuse.cli.analyze import analyze
+from headfuse.cli.doctor import doctor
 from headfuse.cli.eval import evaluate
 from headfuse.cli.execute import print_failure
 from headfuse.cli.export import export
@@ -43,10 +47,22 @@ class Commands(TyperGroup):
                 raise _UsageError(f"{os.fsencode(self.not_utf8)!r} is not UTF-8: rename the file or folder", ctx)
             return super().invoke(ctx)
         except _UsageError as error:
-            error.message = error.message.replace("Input should be", "must be")  # newer typer: pydantic's words
+            _name_the_near_one(error)
             if self.as_json:
                 print_failure(error.format_message(), None, "see --help")
             raise
+
+
+def _name_the_near_one(error: Any) -> None:
+    """Let a usage error name the option or value that a misspelt one is nearest to."""
+    error.message = error.message.replace("Input should be", "must be").replace("Value error, ", "")  # pydantic's words
+    if getattr(error, "possibilities", None):
+        near = difflib.get_close_matches(error.option_name, error.possibilities, 1, cutoff=0)
+        error.message, error.possibilities = f"{error.message}. Did you mean {near[0]}?", None
+    found = re.match(r"'(.*)' is not one of (.*)\.", error.message)
+    near = difflib.get_close_matches(found[1], re.findall(r"'([^']*)'", found[2]), 1) if found else []
+    if near:
+        error.message += f" Did you mean {near[0]!r}?"
 
 
 def _is_utf8(argument: str) -> bool:
@@ -57,16 +73,21 @@ def _is_utf8(argument: str) -> bool:
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="Fuse the key and value heads of a causal language model into a smaller KV cache.",
+    help="Fuse the key heads and the value heads of a causal language model, for a smaller KV cache.",
 )
-app.command()(analyze)
-app.command()(fuse)
-app.command()(uptrain)
-app.command()(export)
-app.command("eval")(evaluate)
-app.command()(report)
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "analyze": (analyze, "headfuse analyze model/ --budget 1/4 --output analysis/"),
+    "fuse": (fuse, "headfuse fuse model/ --budget 1/4 --data corpus.jsonl"),
+    "uptrain": (uptrain, "headfuse uptrain model-headfuse-1-4/ --data corpus.jsonl --tokens 50M"),
+    "eval": (evaluate, "headfuse eval model-headfuse-1-4/ --baseline model/ --data test.jsonl"),
+    "export": (export, "headfuse export model-gqa/ --to gguf --output model.gguf"),
+    "report": (report, "headfuse report model-headfuse-1-4/ --figures eval.json"),
+    "doctor": (doctor, "headfuse doctor"),
+}
+"""The commands in the order of work, each with the example at the end of its `--help`."""
+for _name, (_command, _example) in COMMANDS.items():
+    app.command(_name, epilog=f"Example: {_example}")(_command)
 
 
 @app.callback(invoke_without_command=True)

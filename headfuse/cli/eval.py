@@ -27,35 +27,48 @@ def _memory(text: str) -> int:
     return options.usage(parse_memory, text)
 
 
-Tasks = Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness.", rich_help_panel=HOW)]
+Tasks = Annotated[
+    str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness to run.", rich_help_panel=HOW)
+]
 TasksPath = Annotated[
     list[str] | None,
-    typer.Option(metavar="FOLDER", help="Local task files; may be repeated.", rich_help_panel=HOW),
+    typer.Option(metavar="FOLDER", help="Folder of local task files; may be repeated.", rich_help_panel=HOW),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task; default all.", rich_help_panel=HOW)]
+Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task; by default all.", rich_help_panel=HOW)]
 Passkey = Annotated[
     str | None,
-    typer.Option(metavar="N,N", help="Retrieval test at these context lengths.", rich_help_panel=HOW),
+    typer.Option(metavar="N,N", help="Passkey retrieval test at these context lengths.", rich_help_panel=HOW),
 ]
-Trials = Annotated[int, typer.Option(min=1, help="Prompts of each length.", rich_help_panel=HOW)]
+Trials = Annotated[int, typer.Option(min=1, help="Prompts of each passkey length.", rich_help_panel=HOW)]
 Memory = Annotated[
     int | None,
-    typer.Option(parser=_memory, metavar="SIZE", help="What fits into 24GB or 16GiB.", rich_help_panel=HOW),
+    typer.Option(
+        parser=_memory,
+        metavar="SIZE",
+        help="Report the longest context and the largest batch that fit into this memory, such as 24GB.",
+        rich_help_panel=HOW,
+    ),
 ]
 Stride = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens from window to window; default: independent windows.", rich_help_panel=TEXT),
+    typer.Option(
+        min=1,
+        help="Tokens between the beginnings of two windows; by default windows do not overlap.",
+        rich_help_panel=TEXT,
+    ),
 ]
 Report = Annotated[
     Path | None,
-    typer.Option(parser=options.path, metavar="PATH", help="Write the figures as one HTML file.", rich_help_panel=CI),
+    typer.Option(parser=options.path, metavar="PATH", help="Write the results as one HTML file.", rich_help_panel=CI),
 ]
 
 
 def evaluate(  # a parameter an option: Typer reads them
     ctx: typer.Context,
     model: options.Model,
-    baseline: Annotated[str | None, typer.Option(help="Model to compare with.", rich_help_panel=HOW)] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Model to compare with, usually the source.", rich_help_panel=HOW)
+    ] = None,
     tasks: Tasks = None,
     tasks_path: TasksPath = None,
     limit: Limit = None,
@@ -63,13 +76,14 @@ def evaluate(  # a parameter an option: Typer reads them
     passkey_trials: Trials = 10,
     memory: Memory = None,
     speed: Annotated[
-        bool, typer.Option("--speed", help="Decode speed against the baseline.", rich_help_panel=HOW)
+        bool, typer.Option("--speed", help="Measure decoding speed against the baseline.", rich_help_panel=HOW)
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="First compare every file with its checksum.", rich_help_panel=HOW)
+        bool,
+        typer.Option("--verify", help="First compare every file with its checksum in plan.json.", rich_help_panel=HOW),
     ] = False,
     config: Annotated[
-        str | None, typer.Option("--config", "-c", help="YAML file of these options.", rich_help_panel=HOW)
+        str | None, typer.Option("--config", "-c", help="YAML file of options.", rich_help_panel=HOW)
     ] = None,
     seed: options.Seed = None,
     data: options.Data = None,
@@ -77,7 +91,7 @@ def evaluate(  # a parameter an option: Typer reads them
     sequence_length: options.SequenceLength = 512,
     stride: Stride = None,
     device: options.Device = "auto",
-    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the computation.", rich_help_panel=MACHINE)] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype to compute in.", rich_help_panel=MACHINE)] = None,
     threads: options.Threads = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
@@ -89,7 +103,7 @@ def evaluate(  # a parameter an option: Typer reads them
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Perplexity, agreement, tasks, retrieval, memory, speed; gates for CI."""
+    """Measure perplexity, agreement with a baseline, tasks, retrieval, memory and speed; judge gates."""
 
     def work() -> Document:
         from headfuse.checkpoint.hub import at_revision

@@ -36,7 +36,7 @@ def execute(
         if document.get("output"):
             typer.echo(document["output"])
     else:
-        render(document, Console())
+        render(document, Console(markup=False))  # names may hold brackets
     failed = [gate["gate"] for gate in document.get("gates", []) if not gate["passed"]]
     if failed:
         typer.echo(f"error: gates failed: {', '.join(failed)}", err=True)
@@ -50,7 +50,7 @@ def is_first_process() -> bool:
 
 def log_console(silent: bool) -> Console:
     """Where the stages of a command are shown."""
-    return Console(stderr=True, quiet=silent)
+    return Console(stderr=True, quiet=silent, markup=False)
 
 
 def calm_libraries(verbose: bool) -> None:

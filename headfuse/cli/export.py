@@ -21,15 +21,15 @@ def export(  # a parameter an option: Typer reads them
     model: options.Model,
     to: Annotated[
         choices.Target | None,
-        typer.Option(help="Layout of a folder, or one GGUF file for llama.cpp.", rich_help_panel=OUTPUT),
+        typer.Option(help="Layout of the output folder, or gguf: one file for llama.cpp.", rich_help_panel=OUTPUT),
     ] = None,
     file_type: Annotated[
         choices.FileType | None,
-        typer.Option("--type", help="Numbers in a GGUF file; default f16.", rich_help_panel=OUTPUT),
+        typer.Option("--type", help="Number format in a GGUF file; by default f16.", rich_help_panel=OUTPUT),
     ] = None,
     refresh: Annotated[
         bool,
-        typer.Option("--refresh", help="Renew the model code of a folder, in place, instead.", rich_help_panel=OUTPUT),
+        typer.Option("--refresh", help="Renew the model code of a folder in place.", rich_help_panel=OUTPUT),
     ] = False,
     output: Annotated[
         Path | None,
@@ -38,7 +38,7 @@ def export(  # a parameter an option: Typer reads them
             "-o",
             parser=options.path,
             metavar="PATH",
-            help="Output folder, or GGUF file.",
+            help="Output folder or GGUF file.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -49,7 +49,7 @@ def export(  # a parameter an option: Typer reads them
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Write the same model in another layout, without loss; or renew the model code beside its weights."""
+    """Rewrite a model in another layout without loss, or renew the model code in its folder."""
     if (to is None) != refresh or (refresh and (output or file_type or overwrite)):
         raise typer.BadParameter("give --to, or --refresh alone")
 
@@ -61,7 +61,8 @@ def export(  # a parameter an option: Typer reads them
         calm_libraries(verbose)
         if to is None:
             return _refresh(model)
-        from headfuse.conversion.export import check_export, plan_export, write_export
+        from headfuse.conversion.export import write_export
+        from headfuse.conversion.export_plan import check_export, plan_export
 
         plan = plan_export(
             at_revision(model, revision), to, output=output, file_type=file_type, trust_remote_code=trust_remote_code
@@ -73,7 +74,7 @@ def export(  # a parameter an option: Typer reads them
         with stages(log, "writing") as show:
             written = write_export(
                 plan, file_type=file_type or "f16", overwrite=overwrite,
-                on_progress=lambda done, total: show("writing", f"tensor {done} of {total}"),
+                on_progress=lambda done, total: show("writing", f"tensor {done} of {total}", done / total),
             )  # fmt: skip
         return {
             "schema_version": 1,
@@ -94,7 +95,9 @@ def _announce(log: Console, architecture: str, counts: Sequence[int], before: in
     log.print(f"{architecture}, KV heads per layer: {' '.join(map(str, counts))}", soft_wrap=True, highlight=False)
     log.print(f"KV bytes per token: {before} -> {after}", highlight=False)
     if after > before:
-        log.print("more than before: heads are repeated, as this layout has equal groups that keys and values share")
+        log.print(
+            "The cache grows: this layout needs equal groups shared by keys and values, so some heads are stored twice."
+        )
 
 
 def _refresh(model: str) -> Document:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,8 +29,11 @@ def fuse(  # a parameter an option: Typer reads them
     model: options.Model,
     budget: options.Budget = None,
     layout: options.Layout = None,
+    head_dim: options.HeadDim = None,
     runtime: options.For = None,
-    plan: Annotated[Path | None, typer.Option(help="Apply a reviewed plan.json.", rich_help_panel=KEEP)] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Apply this plan.json instead of making one.", rich_help_panel=KEEP)
+    ] = None,
     method: options.Method = None,
     allocator: options.Allocator = None,
     grouping: options.Grouping = None,
@@ -47,7 +51,7 @@ def fuse(  # a parameter an option: Typer reads them
         bool,
         typer.Option(
             "--dry-run",
-            help="Check all that a run checks first; print sizes and estimates.",
+            help="Run all checks, then print sizes and estimates of time and memory.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
@@ -62,7 +66,7 @@ def fuse(  # a parameter an option: Typer reads them
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Write a checkpoint with a smaller KV cache."""
+    """Fuse the heads of a model and write it with a smaller KV cache."""
 
     def work() -> Document:
         from headfuse.checkpoint.hub import at_revision
@@ -87,7 +91,7 @@ def fuse(  # a parameter an option: Typer reads them
         if dry_run:
             return _dry_run(source, settings, place)
         result = _fuse(source, settings, place, log_console(quiet or json_output))
-        document = _document(result)
+        document = {**_document(result), **_sizes(source, result.output), "next": _next(model, result.output)}
         document["gates"] = [judged.to_dict() for judged in judge(gates, _gated(result))]
         write_verdicts(document, junit, github_summary)
         return document
@@ -101,11 +105,15 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
 
     if settings.calibration.data == "default":
         log.print(
-            "calibrating on the packaged text, generic prose: --data with text like the model's own use is better",
+            "Calibrating on the bundled prose sample. Pass --data with text like your inputs for better quality.",
             soft_wrap=True,
         )
     with stages(log, "reading") as show:
-        return fuse(model, settings, on_progress=lambda phase, done, total: show(phase, f"{done} of {total}"), **place)
+
+        def on_progress(phase: str, done: int, total: int) -> None:
+            show(phase, f"{done} of {total}", done / total)
+
+        return fuse(model, settings, on_progress=on_progress, **place)
 
 
 def _document(result: FuseResult) -> Document:
@@ -127,6 +135,27 @@ def _document(result: FuseResult) -> Document:
         "key_channels": result.plan.key_channels,
         "value_channels": result.plan.value_channels,
     }
+
+
+def _sizes(model: str, output: Path) -> dict[str, dict[str, int]]:
+    """Stored weights of the source and of the output: how many numbers, and how many bytes."""
+    from headfuse.checkpoint.folder import resolve_model
+    from headfuse.checkpoint.reader import Checkpoint
+
+    before, after = Checkpoint(resolve_model(model)), Checkpoint(output)
+    return {
+        "parameters": {"before": before.num_parameters, "after": after.num_parameters},
+        "weight_bytes": {"before": before.nbytes, "after": after.nbytes},
+    }
+
+
+def _next(model: str, output: Path) -> list[str]:
+    """The commands that a user may want to run now."""
+    fused, source = shlex.quote(str(output)), shlex.quote(model)
+    return [
+        f"headfuse eval {fused} --baseline {source} --data TEXT",
+        f"headfuse uptrain {fused} --data TEXT --tokens 50M",
+    ]
 
 
 def _gated(result: FuseResult) -> dict[str, Any]:
@@ -187,21 +216,31 @@ def render(document: Mapping[str, Any], console: Console) -> None:
             f"about {cost['memory_bytes'] / 1e9:.1f} GB of memory and {cost['seconds']:.0f} s on this machine"
         )
         return
-    table = Table(title=f"KV cache kept: {document['kv_ratio']:.4f}")
-    for column in ("", "source", "fused"):
-        table.add_column(column)
-    kv, nll = document["kv_bytes_per_token"], document["nll"]
-    table.add_row("KV bytes per token", str(kv["before"]), str(kv["after"]))
-    if nll["before"] is not None:
-        table.add_row("NLL, held-out calibration text", f"{nll['before']:.4f}", f"{nll['after']:.4f}")
-    console.print(table)
+    console.print(_table(document))
     for stage in document["stages"]:
         if not stage["kept"]:
             console.print(f"undone: {stage['name']}, which took the held-out NLL to {stage['nll']:.4f}")
     counted = "channels" if document["layout"] in WIDE else "heads"
     console.print(f"key {counted} per layer:   " + " ".join(map(str, document[f"key_{counted}"])), soft_wrap=True)
     console.print(f"value {counted} per layer: " + " ".join(map(str, document[f"value_{counted}"])), soft_wrap=True)
-    console.print(f"loads in: {document['loads_in']}", soft_wrap=True)
     for judged in document["gates"]:
         console.print(str(GateResult(**judged)), highlight=False, soft_wrap=True)
-    console.print(f"wrote {document['output']}", soft_wrap=True)
+    console.print(f"wrote {document['output']}, which loads in {document['loads_in']}", highlight=False, soft_wrap=True)
+    console.print("next:", *document["next"], sep="\n  ", highlight=False, soft_wrap=True)
+
+
+def _table(document: Mapping[str, Any]) -> Table:
+    """Sizes and quality, before and after."""
+    table = Table(title=f"KV cache kept: {document['kv_ratio']:.4f}")
+    table.add_column("")
+    table.add_column("source", justify="right")
+    table.add_column("fused", justify="right")
+    names = {
+        "kv_bytes_per_token": "KV bytes per token", "weight_bytes": "weights, bytes", "parameters": "parameters",
+    }  # fmt: skip
+    for key, name in names.items():
+        table.add_row(name, *(f"{document[key][side]:,}" for side in ("before", "after")))
+    nll = document["nll"]
+    if nll["before"] is not None:
+        table.add_row("NLL, held-out calibration text", f"{nll['before']:.4f}", f"{nll['after']:.4f}")
+    return table

@@ -12,7 +12,7 @@ from headfuse import choices
 from headfuse.config.presets import PRESETS
 from headfuse.errors import ConfigError
 
-KEEP, HOW, TEXT, OUTPUT, MACHINE, CI, PRINT = "Keep", "How", "Text", "Output", "Machine", "CI", "Print"
+PANELS = KEEP, HOW, TEXT, OUTPUT, MACHINE, CI, PRINT = "Keep", "How", "Text", "Output", "Machine", "CI", "Print"
 """The groups of `--help`."""
 
 T = TypeVar("T")
@@ -50,6 +50,13 @@ def _budget(text: str) -> str:
     return text.strip()
 
 
+def _head_dim(text: str) -> str:
+    from headfuse.config.values import parse_head_dim
+
+    usage(parse_head_dim, text)
+    return text.strip()
+
+
 Model = Annotated[str, typer.Argument(help="Model folder or hub id: org/name, org/name@revision.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MACHINE)]
 
@@ -60,25 +67,44 @@ Budget = Annotated[
         "-b",
         parser=_budget,
         metavar="SHARE",
-        help="Kept KV bytes over the source's: 0.25 or 1/4.",
+        help="Share of the source's KV cache to keep, such as 0.25 or 1/4.",
         rich_help_panel=KEEP,
     ),
 ]
-Layout = Annotated[choices.Layout | None, typer.Option(help="How the result lies on disk.", rich_help_panel=KEEP)]
+Layout = Annotated[choices.Layout | None, typer.Option(help="Format of the output; see --for.", rich_help_panel=KEEP)]
+HeadDim = Annotated[
+    str | None,
+    typer.Option(
+        "--head-dim",
+        parser=_head_dim,
+        metavar="CHANNELS",
+        help="Width of the heads of layout gqa, or auto: fewer, wider heads at the same bytes.",
+        rich_help_panel=KEEP,
+    ),
+]
 For = Annotated[
     choices.Runtime | None,
-    typer.Option("--for", help="Pick the layout that this runtime loads.", rich_help_panel=KEEP),
+    typer.Option("--for", help="Choose a layout that this runtime loads.", rich_help_panel=KEEP),
 ]
 
 # These three stay text: the config names the near one of a misspelt name.
 Method = Annotated[
-    str | None, typer.Option(help="subspace (default), align, mean, first; dha trains.", rich_help_panel=HOW)
+    str | None,
+    typer.Option(
+        help="How heads are fused: subspace (default), align, mean, first, or dha, which trains.", rich_help_panel=HOW
+    ),
 ]
 Allocator = Annotated[
     str | None,
-    typer.Option(help="sensitivity (default), taylor, shapley, dha-greedy or uniform.", rich_help_panel=HOW),
+    typer.Option(
+        help="How the budget is divided: sensitivity (default), taylor, shapley, dha-greedy or uniform.",
+        rich_help_panel=HOW,
+    ),
 ]
-Grouping = Annotated[str | None, typer.Option(help="cluster (default), neighbours or anneal.", rich_help_panel=HOW)]
+Grouping = Annotated[
+    str | None,
+    typer.Option(help="Which heads are fused together: cluster (default), neighbours or anneal.", rich_help_panel=HOW),
+]
 Preset = Annotated[
     choices.Preset | None,
     typer.Option(
@@ -87,55 +113,60 @@ Preset = Annotated[
 ]
 Config = Annotated[
     str | None,
-    typer.Option("--config", "-c", help="YAML file or the name of a packaged config.", rich_help_panel=HOW),
+    typer.Option("--config", "-c", help="YAML file of options, or the name of a packaged one.", rich_help_panel=HOW),
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed.", rich_help_panel=HOW)]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of every random choice.", rich_help_panel=HOW)]
 
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Text or chats: .txt, .jsonl, .csv, .parquet, a folder, or a hub dataset id.", rich_help_panel=TEXT
+        help="Text or chats: a .txt, .jsonl, .csv or .parquet file, a folder, or the id of a hub dataset.",
+        rich_help_panel=TEXT,
     ),
 ]
-Samples = Annotated[int | None, typer.Option(min=2, help="Windows of text.", rich_help_panel=TEXT)]
-SequenceLength = Annotated[int | None, typer.Option(min=8, help="Tokens per window.", rich_help_panel=TEXT)]
+Samples = Annotated[int | None, typer.Option(min=2, help="Number of windows of text.", rich_help_panel=TEXT)]
+SequenceLength = Annotated[int | None, typer.Option(min=8, help="Tokens in a window.", rich_help_panel=TEXT)]
 
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", parser=path, metavar="PATH", help="Output folder.", rich_help_panel=OUTPUT),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=OUTPUT)]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output if it exists.", rich_help_panel=OUTPUT)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=OUTPUT)]
 
-Device = Annotated[choices.Device, typer.Option(help="Where to compute.", rich_help_panel=MACHINE)]
+Device = Annotated[choices.Device, typer.Option(help="Device to compute on.", rich_help_panel=MACHINE)]
 WrittenDtype = Annotated[
     choices.Dtype | None,
-    typer.Option(help="Dtype of the written weights; default the source's.", rich_help_panel=MACHINE),
+    typer.Option(help="Dtype of the written weights; by default that of the source.", rich_help_panel=MACHINE),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", rich_help_panel=MACHINE)]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Number of CPU threads.", rich_help_panel=MACHINE)]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Allow the source's own code.", rich_help_panel=MACHINE)
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=MACHINE),
 ]
 
 Gates = Annotated[
     str | None,
     typer.Option(
-        metavar="GATES", help="Limits to keep, or a YAML file of them; exit code 3 if not.", rich_help_panel=CI
+        metavar="GATES",
+        help="Limits such as ppl_ratio<=1.1, or a YAML file of them. Exit code 3 if one is exceeded.",
+        rich_help_panel=CI,
     ),
 ]
 Junit = Annotated[
     Path | None,
-    typer.Option(parser=path, metavar="PATH", help="Write the gates' verdicts as JUnit XML.", rich_help_panel=CI),
+    typer.Option(parser=path, metavar="PATH", help="Write the results of the gates as JUnit XML.", rich_help_panel=CI),
 ]
 Summary = Annotated[
-    bool, typer.Option("--github-summary", help="Add them to the GitHub job's summary page.", rich_help_panel=CI)
+    bool,
+    typer.Option("--github-summary", help="Add the results to the summary page of the GitHub job.", rich_help_panel=CI),
 ]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.", rich_help_panel=PRINT)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.", rich_help_panel=PRINT)]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Say more; tracebacks of unexpected errors.", rich_help_panel=PRINT)
-]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More output; show tracebacks.", rich_help_panel=PRINT)]
 
 
 def layout_for(runtime: choices.Runtime | None, layout: choices.Layout | None) -> choices.Layout | None:

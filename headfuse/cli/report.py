@@ -21,7 +21,7 @@ def report(
         typer.Option(
             parser=options.path,
             metavar="PATH",
-            help="What `headfuse eval --json` printed.",
+            help="Results of `headfuse eval --json`.",
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -30,7 +30,7 @@ def report(
         typer.Option(
             parser=options.path,
             metavar="PATH",
-            help="What `headfuse analyze -o` wrote, for heat maps.",
+            help="Folder of `headfuse analyze --output`, for heat maps.",
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -44,7 +44,7 @@ def report(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Write what is known of a fused model as one HTML file."""
+    """Write an HTML report about a fused model: one file."""
 
     def work() -> Document:
         from headfuse.checkpoint.inputs import check_exists, check_writable

@@ -29,30 +29,32 @@ def _tokens(text: str) -> int:
 
 Tokens = Annotated[
     int | None,
-    typer.Option(parser=_tokens, metavar="N", help="Training tokens: 246000, 50M, 1.5B.", rich_help_panel=TEXT),
+    typer.Option(
+        parser=_tokens, metavar="N", help="Number of training tokens, such as 500k, 50M or 1.5B.", rich_help_panel=TEXT
+    ),
 ]
 Mixture = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TEXT[=SHARE]",
-        help="Training text, as for fuse; or several, with shares.",
+        help="Training text, as for fuse. Repeat it with shares to mix texts: a.jsonl=0.7.",
         rich_help_panel=TEXT,
     ),
 ]
 Recipe = Annotated[
     str | None,
-    typer.Option("--config", "-c", help="YAML file or the name of a packaged recipe.", rich_help_panel=HOW),
+    typer.Option("--config", "-c", help="YAML file of options, or the name of a packaged recipe.", rich_help_panel=HOW),
 ]
 Teacher = Annotated[
-    str | None, typer.Option(help="Source model; default the one that plan.json names.", rich_help_panel=HOW)
+    str | None, typer.Option(help="Source model; by default the one named in plan.json.", rich_help_panel=HOW)
 ]
 Loss = Annotated[
     choices.Loss | None,
-    typer.Option(help="kl (default): from the teacher; ce: cross-entropy.", rich_help_panel=HOW),
+    typer.Option(help="kl (default): divergence from the teacher; ce: cross-entropy.", rich_help_panel=HOW),
 ]
 Trained = Annotated[
     choices.Trained | None,
-    typer.Option(help="What is trained: all weights (default) or fewer.", rich_help_panel=HOW),
+    typer.Option(help="Weights to train: all (default), those of the attention, or adapters.", rich_help_panel=HOW),
 ]
 LearningRate = Annotated[float | None, typer.Option(min=0, help="Peak learning rate.", rich_help_panel=HOW)]
 BatchSize = Annotated[
@@ -61,32 +63,36 @@ BatchSize = Annotated[
 Accumulation = Annotated[int | None, typer.Option(min=1, help="Forward passes per step.", rich_help_panel=HOW)]
 Patience = Annotated[
     int | None,
-    typer.Option(min=1, help="Stop after so many validations without a better one.", rich_help_panel=HOW),
+    typer.Option(min=1, help="Stop after this many validations without a better one.", rich_help_panel=HOW),
 ]
 Packing = Annotated[
     choices.Packing | None,
-    typer.Option(help="joined (default): documents in a window see those before them.", rich_help_panel=TEXT),
+    typer.Option(
+        help="joined (default): tokens see earlier documents in their window; separate: their own alone.",
+        rich_help_panel=TEXT,
+    ),
 ]
 ValidationData = Annotated[
     str | None,
-    typer.Option(help="Text of the figures; default: sections of --data, held out.", rich_help_panel=TEXT),
+    typer.Option(help="Text for validation; by default sections of --data are held out.", rich_help_panel=TEXT),
 ]
-ValidationWindows = Annotated[int | None, typer.Option(min=1, help="Windows of it.", rich_help_panel=TEXT)]
+ValidationWindows = Annotated[int | None, typer.Option(min=1, help="Windows of a validation.", rich_help_panel=TEXT)]
 CheckpointEvery = Annotated[
-    int | None, typer.Option(min=1, help="Steps per validation and checkpoint.", rich_help_panel=OUTPUT)
+    int | None,
+    typer.Option(min=1, help="Steps between two validations, each with a checkpoint.", rich_help_panel=OUTPUT),
 ]
-LogEvery = Annotated[int, typer.Option(min=1, help="Steps per log line.", rich_help_panel=OUTPUT)]
+LogEvery = Annotated[
+    int, typer.Option(min=1, help="Steps between two lines of train_log.jsonl.", rich_help_panel=OUTPUT)
+]
 Trackers = Annotated[
     list[str] | None,
     typer.Option("--tracker", metavar="NAME", help="tensorboard or wandb; may be repeated.", rich_help_panel=OUTPUT),
 ]
 TrackerFolder = Annotated[
     Path,
-    typer.Option(parser=options.path, metavar="PATH", help="Where trackers write.", rich_help_panel=OUTPUT),
+    typer.Option(parser=options.path, metavar="PATH", help="Folder that trackers write to.", rich_help_panel=OUTPUT),
 ]
-TeacherDevice = Annotated[
-    choices.Device | None, typer.Option(help="Where the teacher computes.", rich_help_panel=MACHINE)
-]
+TeacherDevice = Annotated[choices.Device | None, typer.Option(help="Device of the teacher.", rich_help_panel=MACHINE)]
 TeacherDtype = Annotated[
     choices.Dtype | None, typer.Option(help="Dtype in which the teacher computes.", rich_help_panel=MACHINE)
 ]
@@ -95,7 +101,7 @@ TeacherCache = Annotated[
     typer.Option(
         parser=options.path,
         metavar="PATH",
-        help="Folder for the teacher's last states; it is not in memory then.",
+        help="Folder that stores the teacher's last hidden states, so that it need not stay in memory.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -138,7 +144,7 @@ def uptrain(  # a parameter an option: Typer reads them
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Train a fused model for a few tokens, taught by its source."""
+    """Train a fused model for a few tokens, by default to match its source."""
 
     def work() -> Document:
         from headfuse.checkpoint.hub import at_revision
@@ -208,7 +214,7 @@ def _shown(console: Console) -> Iterator[Callable[[Progress], None]]:
             state = f"step {now.step} of {now.steps}, loss {now.loss:.3f}, {now.tokens_per_second:,.0f} tokens/s"
             if now.validation is not None:
                 state += f", validation NLL {now.validation:.3f}"
-            report("training", state)
+            report("training", state, now.step / now.steps)
 
         yield on_step
 

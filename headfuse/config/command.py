@@ -28,7 +28,7 @@ class Command(Generic[OptionsT, MachineT]):
     """The function's other arguments, which a misspelt name may have meant."""
     folder: str = ""
     """The folder of `configs/` that holds the packaged ones."""
-    fix: str = "see the README for every key"
+    fix: str = "docs/reference/options.md has every key"
     short: Mapping[str, str] = field(default_factory=dict)
     """Options that YAML keeps in a section: name -> dotted key."""
 
@@ -87,17 +87,17 @@ FUSE = Command(
     short={
         "budget": "budget.total",
         "allocator": "budget.allocator",
+        "head_dim": "budget.head_dim",
         "data": "calibration.data",
         "samples": "calibration.samples",
         "sequence_length": "calibration.sequence_length",
     },
 )
-ANALYZE = Command(FuseConfig, Processor, ("config", "on_progress"), short=FUSE.short)
+ANALYZE = Command(FuseConfig, Processor, ("config", "curves", "on_progress"), short=FUSE.short)
 UPTRAIN = Command(
     UptrainConfig,
     TrainingMachine,
     ("config", "teacher", "output", "overwrite", "resume", "on_progress"),
     folder="recipes",
-    fix="docs/uptraining.md has every key",
 )
 EVALUATE = Command(EvalConfig, Machine, ("config", "on_stage"), folder="evaluations", fix="see `headfuse eval --help`")

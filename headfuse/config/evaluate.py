@@ -44,31 +44,31 @@ class EvalConfig(Options):
     """What is measured, and on which text; names as on the command line."""
 
     data: str = "default"
-    """The text, as `read_documents` takes it; its field `source` names a document's domain."""
+    """Evaluation text: a file, a folder or a hub dataset. A document's field `source` names its domain."""
     baseline: str | None = None
-    """A second model, of the same tokenizer."""
+    """Model to compare with, usually the source; it must have the same tokenizer."""
     samples: int = 24
-    """How many windows; fewer are taken, with a warning, where the text ends."""
+    """How many windows of text; fewer are taken, with a warning, if the text ends."""
     sequence_length: int = 512
     """Tokens in a window."""
     stride: int | None = None
-    """Tokens from one window's begin to the next; by default the windows are independent."""
+    """Tokens between the beginnings of two windows; null: windows do not overlap."""
     tasks: Annotated[tuple[str, ...], BeforeValidator(_tasks)] = ()
     """Task names of lm-evaluation-harness."""
     tasks_path: tuple[str, ...] = ()
     """Folders of local task files."""
     limit: Count | None = None
-    """Questions of each task; None for all."""
+    """Questions of each task; null: all."""
     passkey: Annotated[tuple[int, ...], BeforeValidator(_lengths)] = ()
-    """Context lengths, in tokens, of the retrieval test."""
+    """Context lengths of the retrieval test, in tokens."""
     passkey_trials: Count = 10
     """Prompts of each length."""
     memory: Annotated[int | None, BeforeValidator(_memory)] = Field(default=None, ge=0)
-    """Bytes, or text such as `24GB`, for what fits beside the weights."""
+    """Memory, such as 24GB: reports the longest context and the largest batch that fit beside the weights."""
     speed: bool = False
-    """Measure decoding against the baseline."""
+    """Measure decoding speed against the baseline."""
     seed: int | None = None
-    """Shuffle the documents; by default they are read in the order of the file."""
+    """Shuffle the documents; null: read them in the order of the file."""
 
     @property
     def step(self) -> int:

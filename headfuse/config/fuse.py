@@ -12,20 +12,30 @@ from pydantic import Field, model_validator
 
 from headfuse.choices import Allocator, Grouping, Layout, Loss, Method, Preset, StartingBasis, names
 from headfuse.config.loading import Options, SideBudget, load_options, one_of
-from headfuse.config.values import Count, Rate, Share, Steps
+from headfuse.config.values import Count, HeadDim, Rate, Share, Steps
 
 
 class BudgetConfig(Options):
     """How much of the KV cache is kept, and who decides where."""
 
     total: Share | SideBudget | None = "0.25"
+    """Share of the source's KV cache that is kept, such as 0.25 or 1/4, or {key: 1/4, value: 1/8}."""
     key_heads: tuple[Count, ...] | None = None
+    """Instead of `total`: the number of key heads of each layer, such as [4, 2, 2, 1]."""
     value_heads: tuple[Count, ...] | None = None
+    """Instead of `total`: the number of value heads of each layer."""
     keep_layers: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = ()
+    """Layers that stay as they are, counted from 0."""
     min_key_heads: Count = 1
+    """Fewest key heads that a layer may keep."""
     min_value_heads: Count = 1
+    """Fewest value heads that a layer may keep."""
     allocator: Annotated[str, one_of(*names(Allocator))] = "sensitivity"
+    """What divides the budget among layers: sensitivity, taylor, shapley, dha-greedy or uniform."""
     layerwise: bool = False
+    """Give every layer as many value heads as key heads."""
+    head_dim: HeadDim | None = None
+    """Width of the fused heads of layout gqa in channels, or auto; by default the source's."""
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> BudgetConfig:
@@ -65,10 +75,13 @@ class CalibrationConfig(Options):
     """The text that statistics are taken on."""
 
     data: str = "default"
+    """The calibration text: a file, a folder or a hub dataset. `default` is a bundled sample of prose."""
     samples: Annotated[int, Field(ge=2, strict=True)] = 64
+    """How many windows of text are read."""
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 512
+    """Tokens in a window."""
     held_out: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share of the windows that nothing is fitted to; None: a quarter, at most `HELD_OUT_WINDOWS`."""
+    """Share of the windows that nothing is fitted to; null: a quarter, at most 8 windows."""
 
     def held_out_windows(self, samples: int) -> int:
         """How many of `samples` windows are held out; at least one is left."""
@@ -77,45 +90,61 @@ class CalibrationConfig(Options):
 
 
 class DhaConfig(Options):
-    """The trainings of `method: dha`; defaults are the paper's where it tells them (docs/dha.md)."""
+    """The trainings of `method: dha`; defaults are the paper's where it tells them (docs/how-it-works/dha.md)."""
 
     search_steps: Steps = 240
+    """Training steps of the search."""
     fusion_steps: Steps = 1000
-    """At most, over all rounds."""
+    """Training steps of all rounds of fusion together, at most."""
     progressive: bool = True
-    """Rounds that halve the heads; else one round to the final groups."""
+    """Fuse in rounds, each of which halves the heads; false: one round to the final groups."""
     b: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Base of the decaying target of the fusion loss."""
     k: Count | None = None
-    """Steps of a round until that target is zero; by default half of the round."""
+    """Steps of a round until that target is zero; null: half of the round."""
     stop: Annotated[float, Field(ge=0)] = 1e-3
     """The fusion loss at which a round ends."""
     raw_fusion_loss: bool = False
     """The paper's sum over channels, pairs, groups and layers, instead of the mean."""
     loss: Annotated[str, one_of(*names(Loss))] = "ce"
+    """Cross-entropy (ce), or the divergence from the source (kl)."""
     start: Annotated[str, one_of(*names(StartingBasis))] = "raw"
-    """The basis in which heads are mixed: their own, or that of another method's maps."""
+    """The basis in which heads are mixed: their own (raw), or that of method align or subspace."""
     learning_rate: Rate = 1e-4
+    """Of the model's weights."""
     omega_learning_rate: Rate = 1e-2
+    """Of the fusion ratios."""
     lambda_learning_rate: Rate = 1e-2
+    """Of the multiplier of the fusion loss."""
     lambda_start: Annotated[float, Field(ge=0)] = 0.0
+    """The multiplier at the first step."""
     batch_size: Count = 64
+    """Windows in a step."""
     micro_batch_size: Count = 8
     """Windows in a forward pass."""
     checkpoint_every: Count = 100
+    """Steps between two states that --resume can continue from."""
 
 
 class FuseConfig(Options):
     """Every option of `headfuse fuse`."""
 
     budget: BudgetConfig = BudgetConfig()
+    """How much of the KV cache is kept, and who decides where."""
     method: Annotated[str, one_of(*names(Method))] = "subspace"
+    """How heads are fused: subspace, align, mean or first; dha trains the model."""
     grouping: Annotated[str, one_of(*names(Grouping))] = "cluster"
+    """Which heads are fused together: cluster (similar ones), neighbours or anneal."""
     layout: Layout = "decoupled"
+    """The format of the output: decoupled, layerwise, gqa or latent."""
     preset: Annotated[str, one_of(*names(Preset))] = "balanced"
+    """How much work is spent on quality: fast, balanced or best."""
     calibration: CalibrationConfig = CalibrationConfig()
+    """The text that statistics are taken on."""
     dha: DhaConfig = DhaConfig()
+    """Options of method dha alone."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Chooses the calibration windows, and every other random draw."""
 
     @model_validator(mode="before")
     @classmethod

@@ -29,16 +29,18 @@ def one_of(*names: str) -> AfterValidator:
 
 
 class Options(BaseModel):
-    """Options that know no other keys."""
+    """Options that know no other keys. The docstring under a field is its description in docs/reference/options.md."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class SideBudget(Options):
     """Separate budgets for keys and for values."""
 
     key: Share
+    """Share of the keys' cache that is kept."""
     value: Share
+    """Share of the values' cache that is kept."""
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -49,7 +51,7 @@ def load_options(
     config: OptionsT | str | Path | None,
     overrides: Mapping[str, Any],
     folder: str = "",
-    fix: str = "see the README for every key",
+    fix: str = "docs/reference/options.md has every key",
 ) -> OptionsT:
     """Read a YAML file, or a packaged config by name, and lay other options over it.
 
@@ -134,11 +136,13 @@ def _read_yaml(name: str, folder: str) -> dict[str, Any]:
         raw = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
         reason = " ".join(str(error).split())
-        raise ConfigError(f"is not valid YAML: {reason}", where=name, fix="see the README for an example") from None
+        raise ConfigError(
+            f"is not valid YAML: {reason}", where=name, fix="docs/reference/options.md is an example"
+        ) from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError("must hold a mapping of options", where=name, fix="see the README for an example")
+        raise ConfigError("must hold a mapping of options", where=name, fix="docs/reference/options.md is an example")
     return raw
 
 

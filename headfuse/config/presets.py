@@ -11,7 +11,7 @@ class Preset:
     """The stages of a preset; the refinement is kept only if it lowers the loss on held-out text."""
 
     cost: str
-    """The price, as a multiple of one forward pass over the calibration text."""
+    """What it does and what it costs, in forward passes over the calibration text."""
     end_loss_probes: Literal["few", "all"] | None = None
     """Counts whose cost is measured by the end loss; `few`: powers of two (mathematics.md section 8.4)."""
     model_passes: float = 0.0
@@ -19,7 +19,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "fast": Preset("closed form, no gradients, at most 3 forward passes over the text"),
-    "balanced": Preset("then refines all layers together, at most 15 forward passes", "few", 2.0),
-    "best": Preset("the same with every count probed, about as many", "all", 2.0),
+    "fast": Preset("closed form, about 3 forward passes over the text"),
+    "balanced": Preset("also refines all layers together, at most 15 passes", "few", 2.0),
+    "best": Preset("measures every head count, at about the same cost; use 128 samples", "all", 2.0),
 }

@@ -39,42 +39,53 @@ class UptrainConfig(Options):
     data: Annotated[dict[str, float], BeforeValidator(_mixture)]
     """The texts with their shares of the tokens."""
     tokens: Annotated[int, BeforeValidator(_tokens), Field(ge=1, strict=True)]
-    """How many tokens to train on; the text is read again, shuffled anew, where it ends before."""
+    """How many tokens to train on; a text that is shorter is read again, shuffled anew."""
     packing: Annotated[str, one_of(*names(Packing))] = "joined"
-    """Whether a token sees the documents before its own in the window (`joined`), or its own alone (`separate`)."""
+    """joined: a token sees earlier documents in its window; separate: its own document alone."""
     sequence_length: Annotated[int, Field(ge=2, strict=True)] = 512
+    """Tokens in a window."""
     batch_size: Count | None = None
-    """Windows in a forward pass of one process; by default 8, fewer where the tokens would not give 500 steps."""
+    """Windows in a forward pass of one process; null: 8, or fewer if `tokens` would give less than 500 steps."""
     gradient_accumulation: Count = 1
+    """Forward passes in a step."""
     loss: Annotated[str, one_of(*names(Loss))] = "kl"
-    """Forward divergence from the teacher over the full vocabulary at every token, or cross-entropy."""
+    """kl: forward divergence from the teacher over the full vocabulary at every token; ce: cross-entropy."""
     cross_entropy: Weight = 0.0
-    """Weight of cross-entropy beside the divergence."""
+    """Weight of cross-entropy added to the divergence."""
     hidden: Weight = 0.0
     """Weight of the hidden-state term: squared relative error of every layer's output."""
     layerwise: Share = 0.0
     """Share of the steps, at the start, in which each layer alone learns the teacher's output from its input."""
     train: Annotated[str, one_of(*names(Trained))] = "all"
+    """Which weights are trained: all, those of the attention, or low-rank adapters on it (lora)."""
     lora_rank: Count = 16
+    """Rank of the adapters."""
     lora_alpha: Count = 32
+    """Scale of the adapters, divided by the rank."""
     learning_rate: Rate | None = None
-    """The peak; by default 2e-4 below 50 million parameters, 1e-4 below a billion, else 2e-5; LoRA 4 times that."""
+    """Peak; null: 2e-4 below 50 million parameters, 1e-4 below a billion, else 2e-5; 4 times that with lora."""
     fused_learning_rate: Rate = 2.0
-    """The learning rate of key and value projections, as a multiple (2 in mha2gqa)."""
+    """Multiple of the learning rate for key and value projections (2 in mha2gqa)."""
     warmup: Share = 0.03
+    """Share of the steps in which the learning rate rises to its peak."""
     final_learning_rate: Share = 0.1
+    """Share of the peak at the last step; a cosine leads there."""
     weight_decay: Weight = 0.0
+    """Weight decay of AdamW."""
     gradient_clip: Rate = 1.0
+    """Largest norm of the gradient."""
     gradient_checkpointing: bool = False
     """Compute each layer again in the backward pass: less memory for longer windows, a third more time."""
     validation_data: str | None = None
-    """The text of the figures; by default sections of `data` are held out for them."""
+    """Text for validation; null: sections of `data` are held out."""
     validation_windows: Count = 16
+    """Windows of a validation."""
     checkpoint_every: Count | None = None
-    """Steps between two states, each with a validation; by default about a tenth of the run."""
+    """Steps between two states, each with a validation; null: about a tenth of the run."""
     patience: Count | None = None
-    """Stop after so many validations without a better one."""
+    """Stop after this many validations without a better one; null: never."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Chooses the order of the text."""
 
     @property
     def distilled(self) -> bool:
@@ -107,7 +118,7 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> UptrainConfig
     Raises:
         ConfigError: naming every problem with its place.
     """
-    return load_options(UptrainConfig, name, overrides, "recipes", "docs/uptraining.md has every key")
+    return load_options(UptrainConfig, name, overrides, "recipes")
 
 
 def _distinct(data: Mapping[str, float], name_of: Callable[[str], str]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """`--method dha`: the trained stages of the paper (DHA, arXiv 2406.06567, section 4), on the whole model in memory.
 
 Search under the language-modelling loss -> distances of heads -> budgets and groups -> rounds of fusion under an
-augmented Lagrangian -> averages of the ratios. The mathematics is in fusion/dha.py; docs/dha.md says what the paper
-leaves open and what was chosen.
+augmented Lagrangian -> averages of the ratios. The mathematics is in fusion/dha.py; docs/how-it-works/dha.md says
+what the paper leaves open and what was chosen.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Grammar: `FIGURE<=NUMBER` or `FIGURE>=NUMBER`, several joined by commas; `NUMBER*baseline` stands for that multiple of
 the baseline's figure. `FIGURE@PART` is the figure of a domain, a position, a passkey length or a task's metric. A YAML
-file holds gates as a list under `gates`. docs/gates.md.
+file holds gates as a list under `gates`. docs/reference/gates.md.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _parse(lines: Sequence[str], where: str, only: Sequence[str] | None) -> list
         else:
             gates.append(Gate(match[1], match[3] == "<=", limit, bool(match[5]), match[2]))
     if problems:
-        raise ConfigError("; ".join(problems), where=where, fix="the grammar is in docs/gates.md")
+        raise ConfigError("; ".join(problems), where=where, fix="the grammar is in docs/reference/gates.md")
     return gates
 
 

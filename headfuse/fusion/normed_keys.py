@@ -1,7 +1,8 @@
 """Keys behind a norm (`q_norm`, `k_norm`): fused before it, with the weight of the norm fitted again.
 
 A norm divides every token by its own figure, so a read map cannot be folded into the queries and only heads that are
-plain copies of each other, up to a scale where each head has its own norm, fuse without loss (docs/architectures.md).
+plain copies of each other, up to a scale where each head has its own norm, fuse without loss
+(docs/reference/families.md).
 """
 
 from __future__ import annotations

@@ -166,9 +166,10 @@ class ModelFolder:
 def wide_heads(path: Path) -> UnsupportedModelError:
     """The refusal of a folder of layout latent where heads of a stock class are needed."""
     return UnsupportedModelError(
-        "its key heads and value heads are wide (layout latent), and no stock class has such heads",
+        "its key heads and value heads are wide (layout latent), and their widths or rotary slots differ by layer, "
+        "by group or by side, which no stock class has",
         where=path,
-        fix="fuse the source with --layout gqa (every runtime) or --layout layerwise (vLLM, llama.cpp)",
+        fix="fuse the source with --layout gqa --head-dim auto (every runtime) or --layout layerwise (vLLM, llama.cpp)",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from headfuse.models.families import Architecture
+from headfuse.models.families import READ_MAPS, Architecture
 from headfuse.plan import HeadLayout
 
 
@@ -39,10 +39,6 @@ def module_tensors(tensors: Mapping[str, torch.Tensor], arch: Architecture) -> d
 def _numbered(tensors: Mapping[str, torch.Tensor], pattern: str) -> list[str]:
     names = (pattern.format(expert=expert) for expert in itertools.count())
     return list(itertools.takewhile(tensors.__contains__, names))
-
-
-READ_MAPS = ("key_read", "key_read_plain", "value_read")
-"""Tensors of an attention with wide heads, beside its projections."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +75,17 @@ class AttentionWeights:
         output = tensors[f"{arch.output}.weight"]
         output = output.T if arch.transposed else output
         found: dict[str, torch.Tensor | None] = {"output_bias": tensors.get(f"{arch.output}.bias")}
+        found |= {name: tensors.get(name) for name in READ_MAPS}
+        wide = found["value_read"] is not None
         found["output"] = output.reshape(output.shape[0], -1, heads.head_dim)
         for kind, suffix in (("weight", ""), ("bias", "_bias")):
             for side, tensor in zip(
                 ("query", "key", "value"), split_projections(tensors, kind, arch, heads), strict=True
             ):
-                shape = (
-                    (-1, heads.head_dim)
-                    if tensor is None or tensor.ndim == 1
-                    else (-1, heads.head_dim, tensor.shape[-1])
-                )
-                found[side + suffix] = None if tensor is None else tensor.reshape(shape)
+                if tensor is not None:
+                    head = (1, -1) if wide and side != "query" else (-1, heads.head_dim)
+                    tensor = tensor.reshape(*head, *tensor.shape[1:])
+                found[side + suffix] = tensor
         for side, name in zip(("query", "key"), arch.norms, strict=False):
             found[f"{side}_norm"] = tensors[f"{name}.weight"].view(-1, heads.head_dim)
         return cls(**found)._reordered(canonical_order(arch, heads))  # type: ignore[arg-type]

@@ -8,6 +8,9 @@ from typing import Literal
 
 from headfuse.errors import UnsupportedModelError
 
+READ_MAPS = ("key_read", "key_read_plain", "value_read")
+"""Tensors of an attention with wide heads, beside its projections."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -84,8 +87,10 @@ class Architecture:
 
     def owns(self, name: str) -> bool:
         """Whether AttentionWeights holds the tensor of this name, relative to the layer."""
+        module, _, last = name.rpartition(".")
         modules = (*self.projections, self.output, *self.norms)
-        return name.rpartition(".")[0] in [f"{self.attention}.{module}" for module in modules]
+        wide = module == self.attention and last in READ_MAPS
+        return wide or module in [f"{self.attention}.{own}" for own in modules]
 
 
 _EXPERTS = {

@@ -39,7 +39,7 @@ def head_layout(config: Any, where: object = None) -> HeadLayout:
         if getattr(config, option, None):
             raise UnsupportedModelError(
                 f"model_type {config.model_type!r} is not supported with {option}: a LayerNorm over each head of "
-                "queries and keys (docs/architectures.md)",
+                "queries and keys (docs/reference/families.md)",
                 where=where,
                 fix=f"choose a model without {option}",
             )

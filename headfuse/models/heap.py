@@ -7,7 +7,7 @@ from typing import Any
 
 REUSED = 2**23
 """Bytes of the largest freed blocks that are used again: mapping each anew takes a quarter of a conversion in page
-faults, and larger ones leave gaps that grow with the layers (docs/scaling.md)."""
+faults, and larger ones leave gaps that grow with the layers (docs/results/scaling.md)."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 
 

@@ -15,7 +15,16 @@ from headfuse.models.source import Source
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.planning.planner import ProgressCallback, check_budget, make_plan, plan_options, survey
+from headfuse.planning.curves import Point
+from headfuse.planning.curves import curves as predicted_curves
+from headfuse.planning.planner import (
+    ProgressCallback,
+    check_budget,
+    make_plan,
+    plan_options,
+    survey,
+    with_possible_width,
+)
 from headfuse.planning.similarity import aligned_similarity, linear_cka, redundancy
 
 
@@ -36,12 +45,15 @@ class Analysis:
     keys: list[SideAnalysis]
     values: list[SideAnalysis]
     plan: FusionPlan
+    curves: dict[str, list[Point]] | None = None
+    """Of planning/curves.py, where they were asked for."""
 
 
 def analyze(
     model: str | Path,
     config: FuseConfig | str | Path | None = None,
     *,
+    curves: bool = False,
     on_progress: ProgressCallback = lambda phase, done, total: None,
     **options: Any,
 ) -> Analysis:
@@ -50,6 +62,7 @@ def analyze(
     Args:
         model: folder or hub id of a model of a supported family.
         config: a `FuseConfig`, a YAML file or the name of a packaged config.
+        curves: predict what every layout loses at every budget, too; takes a survey more for each kind of layout.
         on_progress: called with phase, done and total layers.
         **options: those of `headfuse.fuse` by name, but for `dtype`; they win over `config`.
 
@@ -60,6 +73,7 @@ def analyze(
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     source = Source.open(str(model), machine.trust_remote_code)
+    config = with_possible_width(config, source)
     check_budget(config, source)
     text = source.calibration_text(config.calibration, config.seed, machine.trust_remote_code)
     streamed = StreamedModel(source.checkpoint, source.config, pick_device(machine.device))
@@ -72,7 +86,8 @@ def analyze(
     layers = list(zip(cka, found.layers, strict=True))
     keys = [_side(each, layer.key_pairs, layer.key_energy) for (each, _), layer in layers]
     values = [_side(each, layer.value_pairs, layer.value_energy) for (_, each), layer in layers]
-    return Analysis(keys, values, make_plan(source, planned, found))
+    every = predicted_curves(source, streamed, text, config, on_progress) if curves else None
+    return Analysis(keys, values, make_plan(source, planned, found), every)
 
 
 def _side(cka: torch.Tensor, pairs: list[list[float]], energy: list[float]) -> SideAnalysis:

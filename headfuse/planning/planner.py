@@ -11,13 +11,13 @@ import headfuse
 from headfuse.choices import Layout, Side
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.presets import PRESETS
-from headfuse.errors import ConfigError
+from headfuse.errors import ConfigError, UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS
-from headfuse.layouts import LAYOUTS
+from headfuse.layouts import LAYOUTS, slot_table
 from headfuse.models.source import Source
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
-from headfuse.plan import FusionPlan, LayerPlan
+from headfuse.plan import FusionPlan, HeadLayout, LayerPlan
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.budget import BudgetRules, CostTable, budget_rules
 from headfuse.planning.costs import cost_row, measured_counts
@@ -26,7 +26,7 @@ from headfuse.planning.error_probes import WIDE_ERRORS_WORTH, ErrorProbes
 from headfuse.planning.fused_variants import Costs, probe_tokens, probe_windows, weighing_tokens
 from headfuse.planning.importance import HEAD_IMPORTANCE, cost_table
 from headfuse.planning.survey import LayerSurvey, SurveyOptions, survey_layer
-from headfuse.planning.wide_survey import measured_widths, survey_wide_layer, wide_layer_plan
+from headfuse.planning.wide_survey import measured_widths, one_width_plans, survey_wide_layer, wide_layer_plan
 from headfuse.text.calibration import START_WEIGHT, CalibrationText
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,18 @@ def plan_options(config: FuseConfig) -> PlanOptions:
     )
 
 
+def with_possible_width(config: FuseConfig, source: Source) -> FuseConfig:
+    """`--head-dim auto` becomes the source's width where the model's class has no other; other options stay."""
+    if config.budget.head_dim != "auto" or not LAYOUTS[config.layout].one_width:
+        return config
+    try:
+        slot_table.check(source.config)
+    except UnsupportedModelError as reason:
+        logger.info("--head-dim auto is the source's %d channels: %s", source.heads.head_dim, reason.what)
+        return config.model_copy(update={"budget": config.budget.model_copy(update={"head_dim": None})})
+    return config
+
+
 def check_budget(config: FuseConfig, source: Source) -> int:
     """Channels of the cache that a budget keeps; refuses what cannot work before any heavy step.
 
@@ -79,9 +91,11 @@ def check_budget(config: FuseConfig, source: Source) -> int:
         BudgetError: saying which budget works.
     """
     LAYOUTS[config.layout].check(source.config)
-    if LAYOUTS[config.layout].wide:
-        _check_wide(config)
     rules = plan_options(config).rules
+    if rules.head_dim is not None:
+        slot_table.check(source.config)
+    if LAYOUTS[config.layout].wide or rules.head_dim is not None:
+        _check_wide(config)
     return rules.allocate("uniform", source.heads).total * rules.channels(source.heads)
 
 
@@ -93,7 +107,7 @@ def _check_wide(config: FuseConfig) -> None:
             f"method {config.method} makes no wide heads", where="--method",
             fix=f"use {', '.join(methods)}, or layout decoupled",
         )  # fmt: skip
-    if ALLOCATORS[config.budget.allocator].costs == "importance":
+    if LAYOUTS[config.layout].wide and ALLOCATORS[config.budget.allocator].costs == "importance":
         raise ConfigError(
             f"allocator {config.budget.allocator} scores single heads, and layout latent has one wide head",
             where="--allocator", fix="use sensitivity, or layout decoupled",
@@ -117,6 +131,8 @@ def survey(
     options: PlanOptions,
     on_progress: ProgressCallback,
     on_layer: Callable[[SourceLayer], None] = lambda layer: None,
+    *,
+    every_cost: bool = False,
 ) -> Survey:
     """Run the source once over a part of the text and measure every layer's heads.
 
@@ -126,10 +142,12 @@ def survey(
         options: what decides the plan.
         on_progress: called with `survey`, the layers done and all layers.
         on_layer: called with every layer of the source on its way.
+        every_cost: measure costs even where the budget leaves the allocator no choice.
     """
     part, heads = text.part(SURVEYED), streamed.heads
-    costs = ALLOCATORS[options.allocator].costs if options.rules.leave_a_choice(heads) else "none"
-    measures, layers = _survey_options(options, costs == "measured"), list[LayerSurvey]()
+    read = every_cost or options.rules.leave_a_choice(heads)
+    costs = ALLOCATORS[options.allocator].costs if read else "none"
+    measures, layers = _survey_options(options, heads, costs == "measured"), list[LayerSurvey]()
     probes = _probes(streamed, text, options) if measures.costs else ()
     few = measured_counts(heads.num_key_value_heads, False)
     quantum = options.rules.channels(heads) if LAYOUTS[options.layout].wide else None
@@ -152,7 +170,7 @@ def survey(
     return Survey(tuple(layers), table, measured)
 
 
-def _survey_options(options: PlanOptions, costs: bool) -> SurveyOptions:
+def _survey_options(options: PlanOptions, heads: HeadLayout, costs: bool) -> SurveyOptions:
     """What is measured of every layer, with the costs of fusing or without."""
     layout, method = LAYOUTS[options.layout], FUSION_METHODS[options.method]
     return SurveyOptions(
@@ -162,6 +180,7 @@ def _survey_options(options: PlanOptions, costs: bool) -> SurveyOptions:
         shared_partition=layout.shared_partition,
         costs=costs,
         every_count=options.end_loss_probes == "all",
+        one_width=None if options.rules.head_dim is None else options.rules.one_width(heads)[0],
     )
 
 
@@ -204,7 +223,9 @@ def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan
     allocator = options.allocator if found.costs else "uniform"  # without a choice they all agree
     budget = options.rules.allocate(allocator, source.heads, found.costs)
     counts = zip(budget.key_heads, budget.value_heads, found.layers, strict=True)
-    if LAYOUTS[options.layout].shared_partition:
+    if options.rules.head_dim is not None:
+        layers = one_width_plans(found.layers, *options.rules.one_width(source.heads))
+    elif LAYOUTS[options.layout].shared_partition:
         groups = [layer.shared_groups[keys] for keys, _, layer in counts]
         layers = [LayerPlan(layer_idx=i, key_groups=each, value_groups=each) for i, each in enumerate(groups)]
     elif LAYOUTS[options.layout].wide:

@@ -18,7 +18,7 @@ from headfuse.reporting.tables import kept
 from headfuse.reporting.templating import render
 
 if TYPE_CHECKING:
-    from headfuse.conversion.export import ExportPlan
+    from headfuse.conversion.export_plan import ExportPlan
     from headfuse.conversion.result import FuseResult
     from headfuse.models.source import Source
     from headfuse.training.uptrain import UptrainResult

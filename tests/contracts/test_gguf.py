@@ -79,6 +79,17 @@ def test_a_fused_stock_model_in_llama_cpp(tmp_path: Path, family: str) -> None:
     assert_same(tmp_path / "out", tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_heads_of_another_width_with_a_table_of_frequencies_in_llama_cpp(tmp_path: Path, family: str) -> None:
+    model = adapted(tiny_model(tmp_path / "model", family, query_heads=8))
+    fuse(model, tmp_path / "out", "--layout", "gqa", "--head-dim", "16", "--budget", "0.5", "--preset", "fast")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"]["rope_type"] == "longrope"
+    document = export(tmp_path / "out", tmp_path / "m.gguf", "--type", "f32")
+    assert document["num_key_value_heads"] == [1, 1]
+    assert document["kv_bytes_per_token"] == {"before": 128, "after": 128}
+    assert_same(tmp_path / "out", tmp_path / "m.gguf", length=100)
+
+
 def test_decoupled_heads_where_a_stock_layer_computes_the_same(tmp_path: Path) -> None:
     model = adapted(tiny_model(tmp_path / "model", query_heads=8))
     options = "budget: {key_heads: [1, 2], value_heads: [2, 2]}\nmethod: mean\ngrouping: neighbours\npreset: fast\n"

@@ -166,7 +166,7 @@ def test_what_will_be_written_is_said_before_it_is(tmp_path: Path, monkeypatch: 
     message = run("export", folder, "--to", "gqa", "-o", tmp_path / "out", code=1)
     assert "LlamaForCausalLM, KV heads per layer: 2" in message
     assert "KV bytes per token: 96 -> 128" in message
-    assert "more than before" in message
+    assert "The cache grows" in message
 
 
 def test_rotary_slots_are_refused_with_the_layouts_that_have_none(tmp_path: Path) -> None:

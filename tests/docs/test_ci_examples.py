@@ -1,4 +1,4 @@
-"""The examples of docs/ci.md, run as they are: a good model passes, a bad one is refused."""
+"""The examples of docs/guides/ci.md, run as they are: a good model passes, a bad one is refused."""
 
 from __future__ import annotations
 

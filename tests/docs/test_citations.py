@@ -7,11 +7,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 MATHEMATICS = ROOT / "docs/how-it-works/mathematics.md"
+SAMPLES = [Path(__file__).with_name(f"test_{name}.py") for name in ("citations", "commands", "links", "site")]
+"""Tests with documents that are not there."""
 FILES = [
     path
     for place in ("headfuse", "tests", "docs", "benchmarks")
     for path in sorted((ROOT / place).rglob("*"))
-    if path.suffix in (".py", ".md", ".yaml") and path not in (Path(__file__), MATHEMATICS)
+    if path.suffix in (".py", ".md", ".yaml") and path not in (*SAMPLES, MATHEMATICS)
     if "companions" not in path.name  # they list the documents of other models
 ]
 DOCUMENTS = {path.name for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))}
@@ -29,9 +31,9 @@ def sections() -> set[str]:
 
 
 def wrong_sections(text: str) -> list[str]:
-    """The sections that a text cites and the mathematics has not; `none` where it names the document alone."""
+    """The sections that a text cites and the mathematics has not; `none` where prose names the document alone."""
     cited: list[str] = []
-    for anchor, numbers in CITATION.findall(text):
+    for anchor, numbers in CITATION.findall(re.sub(r"\]\([^)#\s]*mathematics\.md\)", "]", text)):
         cited += [anchor.replace("-", ".")] if anchor else re.findall(r"\d+(?:\.\d+)*", numbers) or ["none"]
     return [section for section in cited if section not in sections()]
 
@@ -64,7 +66,11 @@ def test_wrong_citations_are_found() -> None:
     assert wrong_sections("(mathematics.md sections 4.1, 98 and 99.1)") == ["98", "99.1"]
     assert wrong_sections("(mathematics.md#section-4-9)") == ["4.9"]
     assert wrong_sections("see docs/how-it-works/mathematics.md") == ["none"]
-    assert missing_documents("(math.md 4, docs/dha.md, dha.md, docs/absent.md)", ROOT) == ["math.md", "docs/absent.md"]
+    assert wrong_sections("[the mathematics](how-it-works/mathematics.md)") == []
+    assert missing_documents("(math.md 4, docs/reference/gates.md, dha.md, docs/absent.md)", ROOT) == [
+        "math.md",
+        "docs/absent.md",
+    ]
 
 
 def test_the_links_of_the_mathematics_lead_somewhere() -> None:

@@ -13,8 +13,9 @@ from headfuse.modeling.configuration_headfuse import FAMILIES
 from headfuse.models.families import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
-README, TABLE, RUNTIMES = (
-    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/architectures.md", "docs/runtimes.md")
+README, TABLE, RUNTIMES, LAYOUTS = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/reference/families.md", "docs/runtimes.md", "docs/reference/layouts.md")
 )
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.splitlines() if line.startswith("| ")]
 OF_FAMILY = {family: row for row in ROWS[1:] for family in re.sub(r"\(.*?\)", "", row[0]).replace(" ", "").split(",")}
@@ -45,7 +46,7 @@ def test_the_table_says_what_an_entry_says(family: str) -> None:
 @pytest.mark.parametrize(
     ("text", "start", "families"),
     [
-        (README, r"counts differ by layer \(", layerwise.FAMILIES),
+        (LAYOUTS, r"counts differ by layer \(", layerwise.FAMILIES),
         (TABLE, r"`--to gguf` writes ", gguf.FAMILIES),
         (RUNTIMES, r"below\)\. Families: ", gguf.FAMILIES),
     ],

@@ -10,7 +10,7 @@ from headfuse.evaluation.agreement import PartAgreement
 from headfuse.evaluation.gates import AGREEMENT_METRICS, COMPARISON_METRICS, EXACT_METRICS, FUSE_METRICS, MODEL_METRICS
 from headfuse.evaluation.result import Comparison, ModelFigures
 
-PAGE = (Path(__file__).parents[2] / "docs/gates.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/reference/gates.md").read_text(encoding="utf-8")
 
 
 def names(result: type) -> set[str]:

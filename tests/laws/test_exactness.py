@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from headfuse.fusion import FUSION_METHODS
-from headfuse.models.attention import READ_MAPS
+from headfuse.models.families import READ_MAPS
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.importance import HEAD_IMPORTANCE
 from tests.laws.tables import (

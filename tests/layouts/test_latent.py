@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import headfuse
-from headfuse.models.attention import READ_MAPS
+from headfuse.models.families import READ_MAPS
 from headfuse.plan import FusionPlan
 from tests.support.commands import fuse, run
 from tests.support.model_outputs import logits

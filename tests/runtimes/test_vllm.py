@@ -55,6 +55,7 @@ WIDE = (80, 128, 80)
 FOLDERS = {
     "source": Folder("llama", "gqa", "", "LlamaForCausalLM", heads(4, 4, 4)),
     "gqa": Folder("llama", "gqa", "budget: {total: 0.5}", "LlamaForCausalLM", heads(2, 2, 2)),
+    "gqa-wide": Folder("llama", "gqa", "budget: {total: 0.5, head_dim: 64}", "LlamaForCausalLM", (128, 128, 128)),
     "layerwise": Folder("llama", "layerwise", LAYERWISE, "DeciLMForCausalLM", heads(2, 4, 1)),
     "layerwise-qwen2": Folder("qwen2", "layerwise", LAYERWISE, "DeciLMForCausalLM", heads(2, 4, 1)),
     # one wide head in each layer, whose keys and values are as wide as the wider of both

@@ -14,6 +14,7 @@ import torch
 from headfuse.errors import CheckpointError, HeadfuseError, MissingExtraError, UnsupportedModelError
 from headfuse.layouts import layerwise
 from headfuse.layouts.gguf.tokenizer import chat_template, tokenizer_keys
+from headfuse.layouts.slot_table import is_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -170,8 +171,13 @@ def interleave(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def rope_factors(config: PreTrainedConfig) -> Any:
-    """What llama.cpp divides the rotary frequencies by, `[d / 2]` as a float32 array: the scaling of Llama 3."""
+    """What llama.cpp divides the rotary frequencies by, `[d / 2]` as a float32 array.
+
+    The scaling of Llama 3, or one table for all lengths of text (layouts/slot_table.py).
+    """
     rope = config.rope_parameters
+    if is_table(rope):
+        return torch.tensor(rope["short_factor"], dtype=torch.float32).numpy()
     if rope.get("rope_type") != "llama3":
         return None
     d = head_dim(config)
@@ -222,7 +228,7 @@ def _model_keys(
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    elif kind not in ("default", "llama3"):
+    elif kind not in ("default", "llama3") and not is_table(rope):
         raise UnsupportedModelError(
             f"rope_type {kind!r} is not written as GGUF", where=where, fix="default, linear and llama3 are"
         )

@@ -1,0 +1,118 @@
+"""Speed of decoding with wide heads: `python benchmarks/decode_latent.py [--context 4096 16384]`.
+
+One decode step's attention of a layer of layout latent against torch's SDPA on the source's own heads, in the same
+run: the rivals take turns (benchmarks/decode.py), and beside the times stand the bytes that each reads and the
+multiply-adds that each does. Weights, maps and slots are random; speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode import COLD_BYTES, layer_config, milliseconds, paired, random_caches, random_model, ratio
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from headfuse.modeling.configuration_latent import LatentConfig
+
+SHAPES = {"llama-2-7b": (32, 32, 128), "smollm2-135m": (9, 3, 64), "mha-6m": (8, 8, 32)}
+"""Query heads, KV heads and head_dim of one layer of each model."""
+
+
+def main() -> None:
+    """Measure what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--budget", nargs="+", default=["1/2", "1/4"])
+    parser.add_argument("--context", nargs="+", type=int, default=[4096, 16384])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--max-mib", type=int, default=600, help="source caches above this are left out")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/decode_latent.jsonl"))
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    done = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    for name in options.shape:
+        queries, heads, head_dim = SHAPES[name]
+        for batch in options.batch:
+            for context in options.context:
+                case = {"model": name, "batch": batch, "context": context, "budgets": options.budget}
+                mib = 2 * heads * batch * context * head_dim * 4 / 2**20
+                if mib > options.max_mib or case in [row["case"] for row in done]:
+                    continue
+                row = {"case": case, **race(queries, heads, head_dim, batch, context, options)}
+                print(json.dumps(row), flush=True)
+                done.append(row)
+                options.results.parent.mkdir(exist_ok=True)
+                with options.results.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
+    print(table(done))
+
+
+def race(
+    queries: int, heads: int, head_dim: int, batch: int, context: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One query's attention on a filled cache: the source's heads in SDPA, and one wide head at every budget."""
+    query = torch.randn(batch, queries, 1, head_dim)
+    layers = COLD_BYTES // (2 * heads * batch * context * head_dim * 4) + 1
+    source = layer_config(queries, head_dim, heads, 32)
+    stock = random_model(source).model.layers[0].self_attn
+    own = random_caches(layers, batch, context, head_dim, heads, heads)
+    rivals: dict[str, Callable[[], object]] = {
+        "source": lambda: sdpa_attention_forward(stock, query, *next(own), None, scaling=stock.scaling)
+    }
+    work = {"source": 2 * queries * head_dim * context * batch}
+    for budget in options.budget:
+        width = round(float(Fraction(budget)) * heads * head_dim)
+        attention = random_model(latent_config(source, heads, head_dim, width)).model.layers[0].self_attn
+        caches = random_caches(layers, batch, context, width, 1, 1)
+        rivals[budget] = lambda f=attention.attend_once, c=caches: f(query, *next(c), None)  # type: ignore[misc]
+        work[budget] = 2 * queries * width * context * batch
+    times = paired(rivals, options.steps)
+    return {
+        "source_ms": milliseconds(times["source"]),
+        "ratios": {budget: ratio(times, budget, "source") for budget in options.budget},
+        "bytes": {name: 2 * int(share * heads * head_dim) * 4 * context * batch for name, share in shares(options)},
+        "multiply_adds": work,
+    }
+
+
+def shares(options: argparse.Namespace) -> list[tuple[str, float]]:
+    """The share of the cache of every rival."""
+    return [("source", 1.0), *((budget, float(Fraction(budget))) for budget in options.budget)]
+
+
+def latent_config(source: Any, heads: int, head_dim: int, width: int) -> LatentConfig:
+    """One group of all heads with `width` channels on each side, and every frequency as often as the next."""
+    slots = [slot * (head_dim // 2) // (width // 2) for slot in range(width // 2)]
+    return LatentConfig(
+        source_config=source.to_dict(), headfuse_format=1, groups=[[list(range(heads))]], key_widths=[[width]],
+        value_widths=[[width]], rotary_slots=[[slots]],
+    )  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Ratios of times, bytes and multiply-adds to those of the source."""
+    lines = [
+        "| layer of | batch | context | kept | source ms | time, latent to source | bytes | multiply-adds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        case = row["case"]
+        for budget in case["budgets"]:
+            read, work = (row[name][budget] / row[name]["source"] for name in ("bytes", "multiply_adds"))
+            lines.append(
+                f"| {case['model']} | {case['batch']} | {case['context']} | {budget} | {row['source_ms']:.2f} "
+                f"| {row['ratios'][budget]:.2f} | {read:.2f} | {work:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""`headfuse doctor`: versions, devices, memory and extras on one screen, and the faults that are met most often."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from headfuse import __version__
+from headfuse.cli import options
+from headfuse.cli.execute import Document, execute
+
+SHOWN = ("torch", "transformers", "safetensors", "accelerate", "datasets", "huggingface_hub")
+"""Required packages whose versions are shown."""
+EXTRAS = {"tasks": "lm-eval", "gguf": "gguf", "lora": "peft", "trackers": "tensorboard"}
+"""Extra -> the package that it brings."""
+
+
+def doctor(json_output: options.Json = False, quiet: options.Quiet = False, verbose: options.Verbose = False) -> None:
+    """Show versions, devices, memory and extras, and what is wrong with them. Exit code 1 if something is."""
+    found = Document()
+
+    def work() -> Document:
+        found.update(examine())
+        return found
+
+    execute(work, render, json_output, quiet, verbose)
+    if found["faults"]:
+        raise typer.Exit(1)
+
+
+def examine() -> Document:
+    """What the machine and the environment have."""
+    devices = _devices()
+    return {
+        "schema_version": 1,
+        "command": "doctor",
+        "output": None,
+        "headfuse": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {name: _version(name) for name in SHOWN},
+        "extras": {extra: _version(name) for extra, name in EXTRAS.items()},
+        "devices": devices,
+        "memory_bytes": _memory(),
+        "disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        "faults": [*_package_faults(), *device_faults(devices)],
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    """What torch can compute on, with the memory of each GPU."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    found: list[dict[str, Any]] = [{"name": "cpu", "kind": f"{os.cpu_count()} cores", "memory_bytes": None}]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found.append({"name": f"cuda:{index}", "kind": gpu.name, "memory_bytes": gpu.total_memory})
+    if torch.backends.mps.is_available():
+        found.append({"name": "mps", "kind": "Apple GPU", "memory_bytes": None})
+    return found
+
+
+def _memory() -> dict[str, int] | None:
+    """Main memory in bytes: all of it, and what is free for a new process."""
+    try:
+        import psutil  # comes with accelerate
+    except ImportError:
+        return None
+    memory = psutil.virtual_memory()
+    return {"total": memory.total, "available": memory.available}
+
+
+def _package_faults() -> list[dict[str, str]]:
+    """Required packages that are missing, or outside the versions that headfuse works with."""
+    from packaging.requirements import Requirement  # comes with transformers
+
+    try:
+        required = metadata.requires("headfuse") or []
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return []
+    faults = []
+    for requirement in map(Requirement, required):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        name, wanted, version = requirement.name, requirement.specifier, _version(requirement.name)
+        if version is None or not wanted.contains(version, prereleases=True):
+            what = f"{name} is {version or 'missing'}; headfuse needs {name}{wanted}"
+            faults.append({"what": what, "fix": f"pip install '{name}{wanted}'"})
+    return faults
+
+
+def device_faults(devices: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """An NVIDIA GPU that torch does not see."""
+    if not Path("/dev/nvidia0").exists() or any(device["name"].startswith("cuda") for device in devices):
+        return []
+    return [
+        {
+            "what": f"this machine has an NVIDIA GPU, and torch {_version('torch')} does not see it",
+            "fix": "install a torch build for your CUDA driver: https://pytorch.org/get-started/locally",
+        }
+    ]
+
+
+def render(document: Mapping[str, Any], console: Console) -> None:
+    """Print one screen."""
+    table = Table.grid(padding=(0, 2))
+    system = f"{document['headfuse']} on Python {document['python']}, {document['system']}"
+    table.add_row("headfuse", system)
+    for name, version in document["versions"].items():
+        table.add_row(name, version or "missing")
+    for device in document["devices"]:
+        memory = f", {device['memory_bytes'] / 1e9:.1f} GB" if device["memory_bytes"] else ""
+        table.add_row(device["name"], device["kind"] + memory)
+    memory = document["memory_bytes"]
+    if memory:
+        table.add_row("memory", f"{memory['available'] / 1e9:.1f} GB free of {memory['total'] / 1e9:.1f} GB")
+    table.add_row("disk", f"{document['disk_bytes'] / 1e9:.1f} GB free in this folder")
+    for extra, version in document["extras"].items():
+        table.add_row(f"extra {extra}", version or f"not installed: pip install 'headfuse[{extra}]'")
+    console.print(table, highlight=False)
+    for fault in document["faults"]:
+        console.print(f"fault: {fault['what']}\n  {fault['fix']}", highlight=False, soft_wrap=True)
+    if not document["faults"]:
+        console.print("No faults found.")

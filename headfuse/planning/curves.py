@@ -1,0 +1,133 @@
+"""What every layout is predicted to lose at every budget, from the measured costs that its allocator reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
+
+from headfuse.choices import Layout
+from headfuse.config.fuse import FuseConfig
+from headfuse.errors import BudgetError, UnsupportedModelError
+from headfuse.layouts import LAYOUTS, slot_table
+from headfuse.models.source import Source
+from headfuse.models.streamed import StreamedModel
+from headfuse.plan import HeadLayout
+from headfuse.planning.budget import BudgetRules, CostTable
+from headfuse.planning.planner import ProgressCallback, plan_options, survey
+from headfuse.text.calibration import CalibrationText
+
+SHARES = tuple(Fraction(share) for share in ("1/8", "1/6", "1/4", "1/3", "3/8", "1/2", "5/8", "3/4", "7/8"))
+"""Shares of the cache that are tried."""
+WIDE_GQA = "gqa, wide"
+"""Layout gqa with `--head-dim auto`."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The share of the cache that is kept, and the NLL that the closed form is predicted to add, in nats per token."""
+
+    kv_ratio: float
+    nll_gap: float
+
+
+def curves(
+    source: Source, streamed: StreamedModel, text: CalibrationText, config: FuseConfig, on_progress: ProgressCallback
+) -> dict[str, list[Point]]:
+    """A curve for each layout that this model can have, points in the order of their budgets.
+
+    Costs add up only roughly, so a point tells where a curve bends and which layout lies lower, not the NLL to a digit
+    (docs/experiments.md).
+
+    Args:
+        source: the opened source.
+        streamed: the same, layer by layer.
+        text: the calibration text.
+        config: the options of `analyze`; the costs are those of its method and preset, near its budget.
+        on_progress: called with the layout, the layers done and all layers.
+    """
+    found, heads = dict[str, list[Point]](), source.heads
+    for layout in ("decoupled", "layerwise", "latent"):
+        stock: Layout | None = "gqa" if layout == "layerwise" and _fits(source, "gqa") else None
+        if not _fits(source, layout) and stock is None:
+            continue
+        own = {"layout": layout, "method": config.method, "preset": config.preset, "seed": config.seed}
+        options = plan_options(FuseConfig.model_validate({**own, "budget": {"total": "1/2"}}))
+
+        def progress(_: str, done: int, total: int, layout: str = layout) -> None:
+            on_progress(f"curve of {layout}", done, total)
+
+        costs = survey(streamed, text, options, progress, every_cost=True).costs
+        if costs is None:
+            continue
+        if _fits(source, layout):
+            found[layout] = _allocated(options.rules, heads, costs)
+        if stock is not None:
+            found[stock] = _equal(range(1, heads.num_key_value_heads), heads.num_key_value_heads, costs, divisors=True)
+        if layout == "latent" and _fits_width(source):
+            counted = options.rules.counted(heads)
+            found[WIDE_GQA] = _equal([round(share * counted) for share in SHARES], counted, costs)
+    return found
+
+
+def _fits(source: Source, layout: Layout) -> bool:
+    """Whether a layout can hold this model."""
+    try:
+        LAYOUTS[layout].check(source.config)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+def _fits_width(source: Source) -> bool:
+    """Whether the model's own class can have heads of another width."""
+    try:
+        slot_table.check(source.config)
+    except UnsupportedModelError:
+        return False
+    return _fits(source, "gqa")
+
+
+def _allocated(rules: BudgetRules, heads: HeadLayout, costs: CostTable) -> list[Point]:
+    """The best allocation of every share that the rules can meet."""
+    points = dict[float, Point]()
+    for share in SHARES:
+        shared = BudgetRules(share, layerwise=rules.layerwise, equal_groups=rules.equal_groups, wide=rules.wide)
+        try:
+            budget = shared.allocate("sensitivity", heads, costs)
+        except BudgetError:
+            continue
+        sides = zip((budget.key_heads, budget.value_heads), (costs.key, costs.value), strict=True)
+        lost = sum(_at_most(row, count) for counts, rows in sides for count, row in zip(counts, rows, strict=True))
+        kept = budget.total * rules.channels(heads) / heads.kv_channels
+        points.setdefault(kept, Point(kept, lost))
+    return list(points.values())
+
+
+def _equal(counts: Sequence[int], full: int, costs: CostTable, divisors: bool = False) -> list[Point]:
+    """The same count in every layer, for keys and for values."""
+    wanted = sorted({count for count in counts if 0 < count < full and (not divisors or full % count == 0)})
+    return [Point(c / full, sum(_at_most(row, c) for row in costs.rows)) for c in wanted]
+
+
+def _at_most(row: Sequence[float], count: int) -> float:
+    """The cost of a count, no larger than that of any smaller one: the rest of the heads can stay unused."""
+    return list(accumulate(row, min))[count - 1]
+
+
+def plot_curves(found: dict[str, list[Point]], path: Path) -> None:
+    """Predicted loss against the share of the cache that is kept, one line for each layout, as a PNG or SVG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, points in found.items():
+        axis.plot([p.kv_ratio for p in points], [p.nll_gap for p in points], marker="o", label=name)
+    axis.set(xlabel="share of the KV cache kept", ylabel="predicted NLL gap of the closed form", yscale="symlog")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

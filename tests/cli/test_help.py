@@ -1,0 +1,94 @@
+"""Help, completion, and names of options and values that are nearly right."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from headfuse.cli.app import COMMANDS, app
+from tests.support.commands import fuse, run
+from tests.support.tiny_models import tiny_model
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example_whose_options_exist(name: str) -> None:
+    result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "120"})
+    example = COMMANDS[name][1]
+    assert f"Example: {example}" in result.output
+    program, command, *words = shlex.split(example)
+    assert (program, command) == ("headfuse", name)
+    parsed = CliRunner().invoke(app, [name, *words, "--help"])
+    assert parsed.exit_code == 0, parsed.output
+    assert [word for word in words if word.startswith("--") and word not in result.output] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["fuse", "m", "--budgte", "1/4"], "Did you mean --budget?"),
+        (["eval", "m", "--sampels", "3"], "Did you mean --samples?"),
+        (["fuse", "m", "--layout", "gqaa"], "Did you mean 'gqa'?"),
+        (["fuse", "m", "--for", "vlm"], "Did you mean 'vllm'?"),
+        (["fsue", "m"], "Did you mean 'fuse'?"),
+    ],
+)
+def test_the_near_name_is_given(words: list[str], near: str) -> None:
+    result = CliRunner().invoke(app, [*words, "--json"])
+    assert result.exit_code == 2
+    what = json.loads(result.stdout)["error"]["what"]
+    assert near in what
+    assert "Value error" not in what
+
+
+def test_completion_offers_options_and_commands() -> None:
+    words = {"COMP_WORDS": "headfuse fuse --bud", "COMP_CWORD": "2", "_HEADFUSE_COMPLETE": "complete_bash"}
+    environment = {**os.environ, **words}
+    command = [sys.executable, "-c", "from headfuse.cli.app import app; app(prog_name='headfuse')"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["--budget"]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What `fuse` prints on several kinds of terminal."""
+    folder = tmp_path_factory.mktemp("shown")
+    model = tiny_model(folder / "model")
+    text = ("--data", folder / "text.txt", "--samples", 8, "--sequence-length", 32, "--preset", "fast")
+    printed = {"plain": run("fuse", model, "-o", folder / "out[red]", *text)}
+    for name, variables in {"dumb": {"TERM": "dumb"}, "no colour": {"NO_COLOR": "1", "COLUMNS": "80"}}.items():
+        command = [sys.executable, "-m", "headfuse", "fuse", model, "-o", folder / name, *text]
+        environment = {**os.environ, **variables}
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
+        printed[name] = done.stdout + done.stderr
+    return printed
+
+
+def test_fuse_ends_with_sizes_runtimes_and_the_next_commands(shown: dict[str, str]) -> None:
+    end = shown["plain"]
+    for row in ("KV bytes per token", "weights, bytes", "parameters", "NLL, held-out calibration text"):
+        assert row in end
+    assert "out[red], which loads in transformers" in end
+    last = [line.split()[:2] for line in end.splitlines()[-2:]]
+    assert last == [["headfuse", "eval"], ["headfuse", "uptrain"]]
+
+
+@pytest.mark.parametrize("terminal", ["dumb", "no colour"])
+def test_plain_terminals_get_plain_text(shown: dict[str, str], terminal: str) -> None:
+    assert "\x1b[" not in shown[terminal]
+    assert max(map(len, shown[terminal].split("wrote")[0].splitlines())) <= 110
+
+
+def test_the_document_of_fuse_counts_stored_weights(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    document = fuse(model, tmp_path / "out", "--preset", "fast")
+    before, after = document["parameters"]["before"], document["parameters"]["after"]
+    assert after < before
+    assert document["weight_bytes"]["after"] == (tmp_path / "out/model.safetensors").stat().st_size
+    assert document["weight_bytes"]["before"] == (model / "model.safetensors").stat().st_size
