@@ -12,6 +12,14 @@ Grouping = Literal["cluster", "neighbours", "anneal"]
 """Names in GROUPERS."""
 Layout = Literal["decoupled", "layerwise", "gqa", "latent"]
 """Names in LAYOUTS."""
+SHARED_PARTITION: tuple[Layout, ...] = ("layerwise", "gqa")
+"""Layouts whose keys and values share one partition of a layer's heads, into groups of one size; as in LAYOUTS."""
+ONE_COUNT: tuple[Layout, ...] = ("gqa",)
+"""Layouts with the same number of heads in every layer; as in LAYOUTS."""
+WIDE: tuple[Layout, ...] = ("latent",)
+"""Layouts whose fused heads have widths of their own and serve whole groups of source heads; as in LAYOUTS."""
+ONE_WIDTH: tuple[Layout, ...] = ("gqa",)
+"""Layouts whose heads may have another width than the source's, one for the whole model; as in LAYOUTS."""
 Preset = Literal["fast", "balanced", "best"]
 """Names in PRESETS."""
 Runtime = Literal["transformers", "vllm", "llama.cpp", "sglang"]

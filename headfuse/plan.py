@@ -10,20 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
-from headfuse.choices import Layout, Side
+from headfuse.choices import ONE_COUNT, ONE_WIDTH, SHARED_PARTITION, WIDE, Layout, Side
 from headfuse.errors import ConfigError, validation_summary
 
 Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
 
-SHARED_PARTITION: tuple[Layout, ...] = ("layerwise", "gqa")
-"""Layouts whose keys and values share one partition of a layer's heads, into groups of one size; as in LAYOUTS."""
-ONE_COUNT: tuple[Layout, ...] = ("gqa",)
-"""Layouts with the same number of heads in every layer; as in LAYOUTS."""
-WIDE: tuple[Layout, ...] = ("latent",)
-"""Layouts whose fused heads have widths of their own and serve whole groups of source heads; as in LAYOUTS."""
-ONE_WIDTH: tuple[Layout, ...] = ("gqa",)
-"""Layouts whose heads may have another width than the source's, one for the whole model; as in LAYOUTS."""
 LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
     "transformers": ("decoupled", "layerwise", "gqa", "latent"),
     "vllm": ("gqa", "layerwise"),
@@ -121,8 +113,7 @@ class LayerPlan(_Frozen):
     @model_serializer(mode="wrap")
     def _as_before_without_widths(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
-        widths = ("key_widths", "value_widths")
-        return {name: value for name, value in fields.items() if name not in widths or value is not None}
+        return {name: value for name, value in fields.items() if not name.endswith("_widths") or value is not None}
 
 
 class SourceModel(_Frozen):
@@ -188,16 +179,13 @@ class FusionPlan(_Frozen):
     @property
     def head_width(self) -> int | None:
         """Channels of every head of a model whose heads have one width of their own; None for all others."""
-        widths = self.layers[0].key_widths if self.layout in ONE_WIDTH else None
-        return None if widths is None else widths[0]
+        return next(iter(self.layers[0].key_widths or ()), None) if self.layout in ONE_WIDTH else None
 
     @property
     def written_heads(self) -> HeadLayout:
         """The heads of the written attention: the source's, or as wide as `head_width`."""
-        width = self.head_width
-        if width is None:
-            return self.heads
-        return self.heads.model_copy(update={"head_dim": width, "rotary_dim": width})
+        update = {} if self.head_width is None else {"head_dim": self.head_width, "rotary_dim": self.head_width}
+        return self.heads.model_copy(update=update)
 
     @property
     def head_budget(self) -> HeadBudget:
@@ -281,20 +269,16 @@ def _check_wide(layer: LayerPlan, heads: HeadLayout) -> None:
     if groups != layer.value_groups:
         raise ValueError(f"{where}: wide heads need key_groups equal to value_groups")
     keys, values, slots = layer.key_widths, layer.value_widths, layer.rotary_slots
-    if keys is None and values is None and slots is None:
-        if not layer.untouched:
-            raise ValueError(f"{where}: key_widths, value_widths and rotary_slots are missing")
+    if keys is None and values is None and slots is None and layer.untouched:
         return
     if keys is None or values is None or slots is None or {len(keys), len(values), len(slots)} != {len(groups)}:
-        raise ValueError(f"{where}: key_widths, value_widths and rotary_slots need one entry per group")
+        raise ValueError(f"{where}: key_widths, value_widths or rotary_slots are missing: each has one entry per group")
     for group, key, value, table in zip(groups, keys, values, slots, strict=True):
         size, plain = len(group), key - 2 * len(table)
         if max(key, value) > size * heads.head_dim:
             raise ValueError(f"{where}: a group of {size} heads has widths up to {size * heads.head_dim}")
         if not all(0 <= f < planes and table.count(f) <= size for f in set(table)):
-            raise ValueError(
-                f"{where}, rotary_slots: frequencies are from 0 to {planes - 1}, each at most {size} times"
-            )
+            raise ValueError(f"{where}, rotary_slots: planes are from 0 to {planes - 1}, each at most {size} times")
         if not 0 <= plain <= size * (heads.head_dim - heads.rotary_dim):
             raise ValueError(f"{where}: a key of width {key} cannot have {len(table)} rotary slots")
 
@@ -314,15 +298,3 @@ def head_of_source(groups: Groups) -> list[int]:
     """The fused head of each source head."""
     owner = {head: index for index, group in enumerate(groups) for head in group}
     return [owner[head] for head in range(len(owner))]
-
-
-def head_of_query(groups: Groups, heads: HeadLayout) -> list[int]:
-    """The fused head that each query head reads."""
-    owner = head_of_source(groups)
-    return [owner[heads.source_head(query)] for query in range(heads.num_attention_heads)]
-
-
-def query_order(groups: Groups, heads: HeadLayout) -> list[int]:
-    """The order of query heads that makes every group contiguous, as stock GQA reads them."""
-    per_head = heads.queries_per_head
-    return [head * per_head + i for group in groups for head in group for i in range(per_head)]

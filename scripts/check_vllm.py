@@ -1,105 +1,102 @@
-"""How far vLLM takes a folder on a machine without a GPU: its config, its model inspection, its own model code.
+"""What vLLM generates from model folders, by its own scheduler, paged KV cache and attention, on a CPU.
 
     python scripts/check_vllm.py FOLDER ...        (in the environment that scripts/check_vllm.sh makes)
 
-For each folder: `ModelConfig` (config.json, remote code, architecture, registry inspection in a subprocess), then,
-where the architecture is one of vLLM's own, the model itself with the folder's weights. Only the attention kernel,
-which needs a GPU, is replaced: by torch's scaled_dot_product_attention on the heads that vLLM hands over. The
-log-probabilities are compared with those of transformers. Prints one JSON document per folder.
+Prints one JSON document per folder: the class that vLLM took, the tokens that it generates greedily with the
+log-probability of each, and from its own configuration of the KV cache the bytes that a token takes in each layer. A
+folder that vLLM or the model code refuses gives the reason instead. One process runs all folders, until one is refused.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import re
 import sys
-from pathlib import Path
+import traceback
 from typing import Any
 
-import torch
-import vllm.platforms
-from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoModelForCausalLM
-from vllm.platforms.cpu import CpuPlatform
+PROMPTS = (range(5, 25), range(40, 47))
+"""Token ids; two prompts of different lengths, which vLLM takes in one batch."""
+NEW_TOKENS = 24
 
-vllm.platforms._current_platform = CpuPlatform()  # the wheel for GPUs finds no platform without one
-
-from vllm.config import (  # noqa: E402
-    CacheConfig,
-    CompilationConfig,
-    DeviceConfig,
-    ModelConfig,
-    VllmConfig,
-    set_current_vllm_config,
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process, where its cache can be asked
+    VLLM_CPU_KVCACHE_SPACE="1",  # GiB
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_NO_USAGE_STATS="1",
+    HF_HUB_OFFLINE="1",
 )
-from vllm.distributed import init_distributed_environment, initialize_model_parallel  # noqa: E402
-from vllm.model_executor.models.registry import ModelRegistry  # noqa: E402
-
-
-class TorchAttention(nn.Module):
-    """vLLM's Attention as its models call it, on one sequence and without a cache."""
-
-    def __init__(
-        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int | None = None, **options: Any
-    ) -> None:
-        super().__init__()
-        self.head_size, self.scale, self.num_kv_heads = head_size, scale, num_kv_heads
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attend; `[tokens, heads * head_size]` each."""
-        q, k, v = (x.unflatten(-1, (-1, self.head_size)).transpose(0, 1)[None] for x in (query, key, value))
-        assert k.shape[1] == self.num_kv_heads
-        output = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
-        return output[0].transpose(0, 1).flatten(1)
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def main() -> None:
-    """Check every folder of the command line."""
-    for index, name in enumerate(sys.argv[1:]):
-        folder = Path(name)
-        config = ModelConfig(model=str(folder), trust_remote_code=True, dtype="float32", enforce_eager=True)
-        document: dict[str, Any] = {"folder": folder.name, "architecture": config.architecture}
-        if config.architecture != "TransformersForCausalLM":
-            document |= run_model(folder, config, first=index == 0)
-        print(json.dumps(document), flush=True)
+    """Generate from every folder of the command line."""
+    for done, folder in enumerate(sys.argv[1:], 2):
+        try:
+            print(json.dumps({"folder": folder, **generate(folder)}), flush=True)
+        except Exception as error:  # whatever vLLM or the model code raises is the answer
+            traceback.print_exc()
+            print(json.dumps({"folder": folder, "refused": reason(error)}), flush=True)
+            os.execv(sys.executable, [sys.executable, __file__, *sys.argv[done:]])  # as vLLM leaves pieces behind
 
 
-@torch.no_grad()
-def run_model(folder: Path, config: ModelConfig, first: bool) -> dict[str, Any]:
-    """KV heads of each layer of vLLM's own model, and how far its log-probabilities are from those of transformers."""
-    compilation = CompilationConfig(mode=0, custom_ops=["none"])  # torch's operations instead of CUDA's
-    whole = VllmConfig(
-        model_config=config, cache_config=CacheConfig(), device_config=DeviceConfig("cpu"),
-        compilation_config=compilation,
-    )  # fmt: skip
-    with set_current_vllm_config(whole):
-        if first:
-            init_distributed_environment(1, 0, f"file:///tmp/headfuse-{id(whole)}", 0, "gloo")
-            initialize_model_parallel(1, 1)
-        family, _ = ModelRegistry.resolve_model_cls([config.architecture], config)
-        for module in ("llama", "qwen2", "mistral"):
-            own = sys.modules.get(f"vllm.model_executor.models.{module}")
-            if own is not None:
-                own.Attention = TorchAttention  # type: ignore[attr-defined]
-        previous = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        model = family(vllm_config=whole, prefix="").eval()
-        torch.set_default_dtype(previous)
-        weights = load_file(folder / "model.safetensors")
-        loaded = model.load_weights(weights.items())
-        missing = sorted(set(dict(model.named_parameters())) - set(loaded))
-        assert not missing, missing
-        for layer in model.modules():
-            method = getattr(layer, "quant_method", None)
-            if method is not None:
-                method.process_weights_after_loading(layer)
-        tokens = torch.arange(1, 25)
-        hidden = model(tokens, torch.arange(len(tokens)), None)
-        logits = model.compute_logits(hidden).float()[:, : config.get_vocab_size()]
-    expected = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    difference = logits.log_softmax(-1) - expected(tokens[None]).logits[0].log_softmax(-1)
-    heads = [module.num_kv_heads for module in model.modules() if isinstance(module, TorchAttention)]
-    return {"num_kv_heads": heads, "largest_difference_of_log_probabilities": difference.abs().max().item()}
+def generate(folder: str) -> dict[str, Any]:
+    """Class, tokens, log-probabilities and cache bytes of one folder."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine = None
+    try:
+        engine = LLM(
+            model=folder, trust_remote_code=True, dtype="float32", enforce_eager=True, max_model_len=64,
+            skip_tokenizer_init=True, max_num_seqs=4, disable_log_stats=True, enable_prefix_caching=False,
+        )  # fmt: skip
+        wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
+        results = engine.generate([{"prompt_token_ids": list(prompt)} for prompt in PROMPTS], wanted, use_tqdm=False)
+        outputs = [result.outputs[0] for result in results]
+        return {
+            "architecture": engine.llm_engine.model_config.architecture,
+            "prompts": [list(prompt) for prompt in PROMPTS],
+            "tokens": [list(output.token_ids) for output in outputs],
+            "log_probabilities": [
+                [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+                for output in outputs
+            ],
+            "cache_bytes": cache_bytes(engine),
+        }
+    finally:
+        del engine
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def cache_bytes(engine: Any) -> list[int]:
+    """Bytes that a token takes in the cache of each layer, from the memory that vLLM has laid out for its blocks.
+
+    Raises:
+        ValueError: where a block of one layer does not lie in one piece, or the layers are not all of the memory.
+    """
+    config = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    block_size = config.kv_cache_groups[0].kv_cache_spec.block_size
+    layers: dict[int, int] = {}
+    for tensor in config.kv_cache_tensors:
+        if tensor.layer_stride != tensor.block_stride * config.num_blocks:
+            raise ValueError(f"the blocks of {tensor.layers} are not in one piece: {tensor}")
+        for name in tensor.layers:
+            layers[int(re.search(r"\.(\d+)\.", name)[1])] = tensor.block_stride // block_size  # type: ignore[index]
+    allocated = config.kv_cache_tensors[0].size
+    if sum(layers.values()) * block_size * config.num_blocks != allocated:
+        raise ValueError(f"the layers take {layers} bytes, and {allocated} were allocated: {config}")
+    return [layers[layer] for layer in sorted(layers)]
+
+
+def reason(error: BaseException) -> str:
+    """What was raised first."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

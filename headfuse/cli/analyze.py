@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headfuse.choices import WIDE
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
-from headfuse.plan import WIDE
 from headfuse.reporting.progress import stages
 
 _BAR_WIDTH = 8

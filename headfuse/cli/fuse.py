@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headfuse.choices import WIDE
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
 from headfuse.cli.options import KEEP, OUTPUT
 from headfuse.estimates import mean
-from headfuse.plan import WIDE
 from headfuse.reporting.progress import stages
 
 if TYPE_CHECKING:

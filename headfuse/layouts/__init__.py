@@ -48,11 +48,16 @@ class LayoutFormat:
     """Heads may have another width than the source's (`--head-dim`), one for the whole model."""
 
 
+_BY_MODEL_CODE = (
+    "transformers (import headfuse.modeling, or trust_remote_code=True), "
+    "vLLM (trust_remote_code=True, without tensor parallelism)"
+)
+
 LAYOUTS: dict[str, LayoutFormat] = {
     "decoupled": LayoutFormat(
         decoupled.config,
         decoupled.arrange,
-        "transformers (import headfuse.modeling, or trust_remote_code=True)",
+        _BY_MODEL_CODE,
         decoupled.check,
         decoupled.stored,
         free_slots=True,
@@ -78,7 +83,7 @@ LAYOUTS: dict[str, LayoutFormat] = {
     "latent": LayoutFormat(
         latent.config,
         latent.arrange,
-        "transformers (import headfuse.modeling, or trust_remote_code=True)",
+        _BY_MODEL_CODE,
         latent.check,
         latent.stored,
         latent.sized,

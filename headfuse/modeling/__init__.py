@@ -11,6 +11,7 @@ from headfuse.modeling import (
     modeling_headfuse,
     modeling_latent,
     modeling_layerwise,
+    modeling_one_head,
 )
 from headfuse.modeling.configuration_headfuse import AUTO_MAP, HeadfuseConfig
 from headfuse.modeling.configuration_latent import LatentConfig
@@ -19,7 +20,11 @@ from headfuse.modeling.modeling_headfuse import HeadfuseForCausalLM, HeadfuseMod
 from headfuse.modeling.modeling_latent import LatentForCausalLM, LatentModel
 from headfuse.modeling.modeling_layerwise import DeciLMForCausalLM, DeciLMModel
 
-MODELING_FILES = (Path(configuration_headfuse.__file__), Path(modeling_headfuse.__file__))
+MODELING_FILES = (
+    Path(configuration_headfuse.__file__),
+    Path(modeling_headfuse.__file__),
+    Path(modeling_one_head.__file__),
+)
 """The files to put beside decoupled weights, under their own names, for `trust_remote_code`."""
 LAYERWISE_FILES = (Path(configuration_layerwise.__file__), Path(modeling_layerwise.__file__))
 """The same for layerwise weights."""

@@ -3,13 +3,14 @@
 This file is shipped beside the weights, so it imports only transformers and the standard library.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 FORMAT = 1
-CODE_VERSION = 3  # of the files beside the weights: a release that changes them raises it
+CODE_VERSION = 4  # of the files beside the weights: a release that changes them raises it
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,17 @@ class Family:
     `embed_positions`, at `position_ids`."""
     norm: Literal["head", "layer"] | None = None
     """`q_norm` and `k_norm` before RoPE: over the channels of each head, or over those of all heads at once."""
+    not_in_vllm: str | None = None
+    """What keeps vLLM's backend for transformers' models from running the family, if anything does."""
 
 
 FAMILIES: dict[str, Family] = {
-    "bloom": Family("h", "self_attention", "query_key_value", "dense", "none"),
+    "bloom": Family("h", "self_attention", "query_key_value", "dense", "none", not_in_vllm="it leaves out ALiBi"),
     "cohere": Family(rotary="interleaved"),
     "gemma": Family(),
     "gpt2": Family("h", "attn", "c_attn", "c_proj", "none"),
     "gpt_neox": Family("layers", "attention", "query_key_value", "dense"),
-    "gptj": Family("h", "attn", None, "out_proj", "once"),
+    "gptj": Family("h", "attn", None, "out_proj", "once", not_in_vllm="transformers' GPT-J takes no other attention"),
     "granite": Family(),
     "llama": Family(),
     "mistral": Family(),
@@ -83,11 +86,13 @@ class FusedConfig(PreTrainedConfig):
     has_no_defaults_at_init = True
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
+    layout = ""
     headfuse_format: int = FORMAT
     source_config: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the source's config."""
+        kwargs.pop("per_layer_config", None)  # as a process of vLLM saved it
         super().__post_init__(**kwargs)
         if self.headfuse_format != FORMAT:
             raise ValueError(
@@ -103,6 +108,24 @@ class FusedConfig(PreTrainedConfig):
         if hidden or not isinstance(source, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(source, name)
+
+    @property
+    def one_head_widths(self) -> list[int]:
+        """Channels of each layer's one head in vLLM's cache, which holds two of them: of keys and of values."""
+        raise NotImplementedError
+
+    def _give_layers_one_head(self) -> None:
+        """Tell vLLM, which lays its cache out by the config of each layer, that a layer has one wide KV head.
+
+        Elsewhere nothing reads it, and transformers would warn of a head dimension that differs by layer.
+        """
+        if "vllm" not in sys.modules:
+            return
+        self.num_key_value_heads = 1
+        if getattr(self, "logits_scaling", None):  # granite's, which vLLM knows under the name and sense of cohere's
+            self.logit_scale = 1 / self.logits_scaling
+        self.allow_global_per_layer_attribute_access = True  # RoPE reads the channels of a source head
+        self.per_layer_config = {layer: {"head_dim": width} for layer, width in enumerate(self.one_head_widths)}
 
     @property
     def family(self) -> Family:
@@ -142,6 +165,7 @@ class HeadfuseConfig(FusedConfig):
     """
 
     model_type = "headfuse"
+    layout = "decoupled"
     num_key_heads: Any = None
     num_value_heads: Any = None
     key_head_of_query: Any = None
@@ -155,11 +179,14 @@ class HeadfuseConfig(FusedConfig):
         for side in ("key", "value"):
             self._check_heads(f"num_{side}_heads", f"{side}_head_of_query")
         self._check_slots()
+        self.num_key_value_heads = max(*self.num_key_heads, *self.num_value_heads)
+        self._give_layers_one_head()
 
     @property
-    def num_key_value_heads(self) -> int:
-        """The largest number of key heads or value heads of any layer."""
-        return max(*self.num_key_heads, *self.num_value_heads)
+    def one_head_widths(self) -> list[int]:
+        """Channels of each layer's one head in vLLM's cache: of all its keys, or all its values, side by side."""
+        counts = zip(self.num_key_heads, self.num_value_heads, strict=True)
+        return [one_head_width(keys * self.source_head_dim, values * self.source_head_dim) for keys, values in counts]
 
     def _check_heads(self, counts_name: str, maps_name: str) -> None:
         num_queries = self.source_config.num_attention_heads
@@ -187,6 +214,14 @@ class HeadfuseConfig(FusedConfig):
             for head, frequencies in enumerate(table):
                 if not _is_table(frequencies, planes) or not all(0 <= f < planes for f in frequencies):
                     raise ValueError(f"rotary_slots[{layer_idx}][{head}]: must be {planes} integers in [0, {planes})")
+
+
+def one_head_width(key_channels: int, value_channels: int) -> int:
+    """Channels of the one head that holds so many of keys, or so many of values, in vLLM's cache.
+
+    Its kernels for GPUs take multiples of 8 from 32 on (vLLM 0.32, `supports_head_size` in v1/attention/backends).
+    """
+    return max(32, -(-max(key_channels, value_channels) // 8) * 8)
 
 
 def rotary_dim(config: Any) -> int:

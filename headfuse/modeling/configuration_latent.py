@@ -5,9 +5,9 @@ This file is shipped beside the weights, so it imports only transformers and the
 
 from typing import Any
 
-from .configuration_headfuse import FusedConfig, rotary_dim
+from .configuration_headfuse import FusedConfig, one_head_width, rotary_dim
 
-CODE_VERSION = 1  # of the files beside the weights: a release that changes them raises it
+CODE_VERSION = 4  # of the files beside the weights: a release that changes them raises it
 AUTO_MAP = {
     "AutoConfig": "configuration_latent.LatentConfig",
     "AutoModel": "modeling_latent.LatentModel",
@@ -34,6 +34,7 @@ class LatentConfig(FusedConfig):
     """
 
     model_type = "headfuse_latent"
+    layout = "latent"
 
     groups: Any = None
     key_widths: Any = None
@@ -54,6 +55,13 @@ class LatentConfig(FusedConfig):
                 if not isinstance(entry, list | tuple) or len(entry) != len(layer[0]):
                     raise ValueError(f"{name}[{layer_idx}]: must be a list with one entry per group")
             self._check_layer(layer_idx, heads, *layer)
+        self._give_layers_one_head()
+
+    @property
+    def one_head_widths(self) -> list[int]:
+        """Channels of each layer's one head in vLLM's cache: of all its keys, or all its values, side by side."""
+        widths = zip(self.key_widths, self.value_widths, strict=True)
+        return [one_head_width(sum(keys), sum(values)) for keys, values in widths]
 
     @property
     def rotary_planes(self) -> int:

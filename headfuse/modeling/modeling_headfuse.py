@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_headfuse import Family, HeadfuseConfig
+from .modeling_one_head import as_one_head, check_attention, check_runtime, from_places, in_places
 
 
 class HeadfuseAttention(nn.Module):
@@ -47,6 +48,8 @@ class HeadfuseAttention(nn.Module):
     cache_heads: int
     key_heads: torch.Tensor | None
     value_heads: torch.Tensor | None
+    key_places: torch.Tensor
+    value_places: torch.Tensor
     sizes: tuple[list[int] | int, list[int] | int]
     padded_sizes: tuple[list[int] | int, list[int] | int]
     query_rows: torch.Tensor | None
@@ -114,6 +117,8 @@ class HeadfuseAttention(nn.Module):
         return group, {
             "key_heads": _index(key_map[::group], max(key_map) + 1),
             "value_heads": _index(value_map[::group], max(value_map) + 1),
+            "key_places": key_map,
+            "value_places": value_map,
             **_rows("", by_key, by_value, num_queries),
             **_rows("padded_", _padded(by_key), _padded(by_value), num_queries),
             # of all query heads, then of all key heads
@@ -148,6 +153,7 @@ class HeadfuseAttention(nn.Module):
         """
         check_runtime(self.config)
         check_no_cache(kwargs)
+        one_head = self.config._attn_implementation == "vllm"
         residual = None
         if isinstance(position_embeddings, torch.Tensor):  # bloom hands over its residual stream in this place
             residual, position_embeddings = position_embeddings, None
@@ -157,9 +163,13 @@ class HeadfuseAttention(nn.Module):
             sin, cos = self.embed_positions[position_ids].chunk(2, dim=-1)
             position_embeddings = sin, cos
         query, key, value = self._states(hidden_states, position_embeddings)
-        query = query.transpose(1, 2)
-        folded = (batch, length, *self._cache_shape(cache))
-        key, value = key.reshape(folded).transpose(1, 2), value.reshape(folded).transpose(1, 2)
+        if one_head:
+            check_attention(self)
+            query, key, value = self._as_one_head(query, key, value)
+        else:
+            query = query.transpose(1, 2)
+            folded = (batch, length, *self._cache_shape(cache))
+            key, value = key.reshape(folded).transpose(1, 2), value.reshape(folded).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
 
@@ -176,13 +186,15 @@ class HeadfuseAttention(nn.Module):
             output, weights = attention_interface(
                 self,
                 query,
-                *self._expanded(key, value),
+                *((key, value) if one_head else self._expanded(key, value)),
                 attention_mask,
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
                 sliding_window=self.sliding_window,
                 **kwargs,
             )
+            if one_head:
+                output = self._from_one_head(output.reshape(batch, length, self.config.num_attention_heads, -1))
         output = getattr(self, self.family.output)(output.reshape(batch, length, -1).contiguous())
         output = nn.functional.dropout(output, self.residual_dropout, self.training)
         return output if residual is None else residual + output, weights
@@ -212,6 +224,18 @@ class HeadfuseAttention(nn.Module):
             _select(_unfold(key, self.head_dim), self.key_heads),
             _select(_unfold(value, self.head_dim), self.value_heads),
         )
+
+    def _as_one_head(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the states [b, s, heads, d] queries [b, n_q, s, w], and one key and one value [b, 1, s, w]."""
+        width = self.config.one_head_widths[self.layer_idx]
+        query = in_places(query, self.key_places, width).transpose(1, 2)
+        return query, as_one_head(key, width), as_one_head(value, width)
+
+    def _from_one_head(self, output: torch.Tensor) -> torch.Tensor:
+        """Outputs [b, s, n_q, d] of those of one head [b, s, n_q, w]."""
+        return from_places(output, self.value_places, self.head_dim)
 
     def _project(
         self, hidden_states: torch.Tensor, heads: tuple[int, ...]
@@ -278,19 +302,6 @@ def probabilities(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> 
     elif attention_mask is not None:
         scores = scores + attention_mask[:, 0]
     return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
-
-
-def check_runtime(config: HeadfuseConfig) -> None:
-    """Refuse a runtime that would compute something else.
-
-    Raises:
-        NotImplementedError: for vLLM, whose backend for transformers' models has one number of KV heads.
-    """
-    if config._attn_implementation == "vllm":
-        raise NotImplementedError(
-            "layout decoupled: vLLM would give every layer of this model one number of KV heads, and write wrong "
-            "tokens; fuse the source again with `headfuse fuse --for vllm`"
-        )
 
 
 def check_no_cache(arguments: dict[str, Any]) -> None:
@@ -472,8 +483,8 @@ class HeadfusePreTrainedModel(PreTrainedModel):
         return super().__new__(model_class)
 
     def __init__(self, config: HeadfuseConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
         check_runtime(config)
+        super().__init__(config, *args, **kwargs)
         for layer in self.base_model.get_submodule(config.family.layers):
             attention = getattr(layer, config.family.attention)
             attention.__class__ = _specialise(self.attention_class, attention.__class__)

@@ -15,6 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationMixin
 
 from .configuration_latent import LatentConfig
 from .modeling_headfuse import HeadfuseAttention, HeadfusePreTrainedModel, probabilities, rotate
+from .modeling_one_head import as_one_head
 
 
 class Group(NamedTuple):
@@ -150,6 +151,30 @@ class LatentAttention(HeadfuseAttention):
             outputs.append(_by_head(mixed, self.num_key_value_groups) @ value_read)
         output = self._in_order(outputs).flatten(1, 2)
         return output, weights.unsqueeze(2) if self.config._attn_implementation == "eager" else None
+
+    def _as_one_head(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of queries [b, s, n_q, d] wide ones [b, n_q, s, w]; the cached key and value as [b, 1, s, w]."""
+        batch, width, maps = query.shape[0], self.config.one_head_widths[self.layer_idx], self._read_maps()
+        query = query.flatten(0, 1).unflatten(1, (-1, self.num_key_value_groups))  # [b s, n_s, q, d]
+        parts = []
+        for group, (complex_read, plain_read, _) in zip(self.groups, maps, strict=True):
+            own = query[:, group.heads] if self._gathers else query
+            wide = self._wide_queries(own, group, complex_read, plain_read)
+            parts.append(nn.functional.pad(wide, (group.key.start, width - group.key.stop)))
+        query = self._in_order(parts).flatten(1, 2).unflatten(0, (batch, -1)).transpose(1, 2)
+        return query, as_one_head(key, width), as_one_head(value, width)
+
+    def _from_one_head(self, output: torch.Tensor) -> torch.Tensor:
+        """Outputs [b, s, n_q, d] of those of one head [b, s, n_q, w]."""
+        batch, maps = output.shape[0], self._read_maps()
+        output = output.flatten(0, 1).unflatten(1, (-1, self.num_key_value_groups))  # [b s, n_s, q, w]
+        parts = []
+        for group, (_, _, value_read) in zip(self.groups, maps, strict=True):
+            own = output[:, group.heads] if self._gathers else output
+            parts.append(own[..., group.value] @ value_read)
+        return self._in_order(parts).flatten(1, 2).unflatten(0, (batch, -1))
 
     @property
     def _gathers(self) -> bool:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headfuse.modeling import AUTO_MAP, MODELING_FILES, HeadfuseConfig, HeadfuseForCausalLM, HeadfuseModel
 from tests.modeling.random_models import (
@@ -36,19 +35,6 @@ def test_shapes_on_disk() -> None:
     assert weights["model.layers.1.self_attn.v_proj.weight"].shape == (4 * HEAD_DIM, 36)
     assert weights["model.layers.1.self_attn.v_proj.bias"].shape == (4 * HEAD_DIM,)
     assert weights["model.layers.1.self_attn.q_proj.weight"].shape == (QUERIES * HEAD_DIM, 36)
-
-
-def test_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its backend for transformers' models names its attention so."""
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", ALL_ATTENTION_FUNCTIONS["sdpa"])
-    config = fused_config(SOURCES["llama"](), "free")
-    for auto in (AutoModel, AutoModelForCausalLM):
-        with pytest.raises(NotImplementedError, match="headfuse fuse --for vllm"):
-            auto.from_config(config, attn_implementation="vllm")
-    model = random_model(fused_config(SOURCES["llama"](), "free"))
-    model.set_attn_implementation("vllm")
-    with pytest.raises(NotImplementedError, match="headfuse fuse --for vllm"):
-        model(tokens())
 
 
 @pytest.mark.parametrize("source", ["llama", "qwen2"])

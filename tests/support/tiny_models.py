@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 WORDS = ["the", "head", "of", "a", "key", "reads", "what", "value", "it", "was", "given", "and", "no", "more"]
 VOCABULARY = 300
-_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.5},
     "gptj": {"rotary_dim": 4},
@@ -22,8 +22,8 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "olmoe": {**_EXPERTS, "clip_qkv": None},
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
     "phi3": {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
-    "qwen3_moe": _EXPERTS,
+    "qwen2_moe": {**_EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 16},
     "stablelm": {"use_qkv_bias": True},
     "starcoder2": {"sliding_window": 16},
 }
@@ -39,13 +39,14 @@ def tiny_model(
     layers: int = 2,
     dtype: str = "float32",
     query_heads: int = 4,
+    head_dim: int = 8,
 ) -> Path:
     """A random model of a family, its tokenizer, and `text.txt` beside the folder."""
     torch.manual_seed(0)
-    width = 32 if model_type in NARROW else 8 * query_heads
+    width = 32 if model_type in NARROW else head_dim * query_heads
     config = AutoConfig.for_model(
         model_type, vocab_size=VOCABULARY, hidden_size=width, intermediate_size=48, num_hidden_layers=layers,
-        num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=8, max_position_embeddings=128,
+        num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=128,
         bos_token_id=None, eos_token_id=0, pad_token_id=None, **FAMILY_OPTIONS.get(model_type, {}),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
