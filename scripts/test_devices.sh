@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Tests on a CUDA device that is pretended by the CPU (tests/support/pretended_cuda), then on one without float64, as MPS.
-# Skipped, with the reason, where PyTorch has CUDA or there is no g++. On a machine with a GPU: pytest tests/devices.
+# Tests on a CUDA device that the CPU pretends to be (tests/support/pretended_cuda), then on one without float64, as MPS.
+# They skip themselves, with the reason, where PyTorch has CUDA or there is no g++. With a GPU: pytest tests/devices.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
-python -c "from tests.support.pretended_cuda.build import build, UnavailableError
-try: build()
-except UnavailableError as reason: print('skipped:', reason)"  # once, not in every process
-on_device() { python -m pytest -q -n 2 --dist load -p tests.support.pretended_cuda.plugin "$@"; }
-on_device tests/devices tests/conversion/test_refine.py tests/planning/test_costs.py
+on_device() { python -m pytest -q -p tests.support.pretended_cuda.plugin "$@"; }
+on_device tests/devices/test_pretended_cuda.py -k tensors  # compiles it, once for the processes that follow
+on_device -n 2 --dist worksteal tests/devices tests/planning/test_costs.py tests/contracts/test_families.py \
+    -k "devices or costs or (planted_groups_are_lossless and decoupled) or refined"
+on_device -n 2 --dist worksteal --no-float64 tests/devices/test_commands.py

@@ -81,7 +81,7 @@ def _before_norm(captures: Sequence[AttentionCapture]) -> torch.Tensor:
 def _keys(capture: AttentionCapture) -> torch.Tensor:
     """`[B T, n, d]`, float64."""
     assert capture.key_before_norm is not None
-    return capture.key_before_norm.flatten(0, 1).to("cpu", torch.float64)
+    return capture.key_before_norm.flatten(0, 1).cpu().double()
 
 
 def _mixed(heads: torch.Tensor, mix: torch.Tensor, groups: Groups) -> torch.Tensor:

@@ -17,6 +17,7 @@ from headfuse.modeling.modeling_headfuse import HeadfuseAttention
 from headfuse.models.attention import module_tensors
 from headfuse.models.canonical import CanonicalCheckpoint
 from headfuse.models.families import Architecture
+from headfuse.models.placement import placed
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class HiddenStates:
 def load_layer(layer: nn.Module, tensors: Mapping[str, torch.Tensor], arch: Architecture, device: torch.device) -> None:
     """Give a layer on the meta device its stored tensors (names relative to it), in float32."""
     held = module_tensors(tensors, arch)
-    layer.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in held.items()}, assign=True)
+    layer.load_state_dict({name: placed(tensor, device) for name, tensor in held.items()}, assign=True)
 
 
 def compute_buffers(model: PreTrainedModel, modules: Iterable[nn.Module], device: torch.device) -> None:

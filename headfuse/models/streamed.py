@@ -22,6 +22,7 @@ from headfuse.models.families import architecture_of
 from headfuse.models.heads import head_layout
 from headfuse.models.heap import keep_freed_blocks, release_freed_blocks
 from headfuse.models.loading import model_without_weights
+from headfuse.models.placement import placed
 from headfuse.models.source_layer import LoadedLayer, SourceLayer
 from headfuse.models.states import logit_scale
 
@@ -59,7 +60,7 @@ class StreamedModel:
         """Materialise everything outside the layers: embeddings, final norm, head, rotary tables."""
         layer_names = tuple(self.arch.layer_prefix(i) + "." for i in range(self.num_layers))
         outer = {
-            name: self.checkpoint.read(name).to(self.device, torch.float32)
+            name: placed(self.checkpoint.read(name), self.device)
             for name in self.model.state_dict()
             if not name.startswith(layer_names) and name in self.checkpoint
         }
