@@ -22,6 +22,8 @@ ONE_COUNT: tuple[Layout, ...] = ("gqa",)
 """Layouts with the same number of heads in every layer; as in LAYOUTS."""
 WIDE: tuple[Layout, ...] = ("latent",)
 """Layouts whose fused heads have widths of their own and serve whole groups of source heads; as in LAYOUTS."""
+ONE_WIDTH: tuple[Layout, ...] = ("gqa",)
+"""Layouts whose heads may have another width than the source's, one for the whole model; as in LAYOUTS."""
 LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
     "transformers": ("decoupled", "layerwise", "gqa", "latent"),
     "vllm": ("gqa", "layerwise"),
@@ -104,8 +106,12 @@ class LayerPlan(_Frozen):
     @property
     def untouched(self) -> bool:
         """True when every group holds one head of its own width, so the layer is copied bit for bit."""
-        wide = self.key_widths is not None or self.value_widths is not None
-        return not wide and all(len(group) == 1 for group in self.key_groups + self.value_groups)
+        return not self.wide and all(len(group) == 1 for group in self.key_groups + self.value_groups)
+
+    @property
+    def wide(self) -> bool:
+        """True when its heads have widths of their own, and every query head reads all of one."""
+        return self.key_widths is not None or self.value_widths is not None
 
     def channels(self, side: Side, head_dim: int) -> int:
         """Numbers that the cache holds of one token's keys or values."""
@@ -159,15 +165,15 @@ class FusionPlan(_Frozen):
         for layer in self.layers:
             for side, groups in (("key", layer.key_groups), ("value", layer.value_groups)):
                 check_partition(groups, heads.num_key_value_heads, f"layer {layer.layer_idx}, {side}_groups")
-            if self.layout in WIDE:
+            if self.layout in WIDE or (layer.wide and self.layout in ONE_WIDTH):
                 _check_wide(layer, heads)
-            elif layer.key_widths is not None or layer.value_widths is not None:
+            elif layer.wide:
                 raise ValueError(f"layer {layer.layer_idx}: layout {self.layout} has heads of the source's width only")
             elif layer.rotary_slots is not None:
                 _check_slots(layer, heads.rotary_dim // 2)
             if self.layout in SHARED_PARTITION:
                 where = f"layer {layer.layer_idx}: layout {self.layout}"
-                if layer.rotary_slots is not None:
+                if layer.rotary_slots is not None and not layer.wide:
                     raise ValueError(f"{where} has rotary slots in the stock order only")
                 if layer.key_groups != layer.value_groups:
                     raise ValueError(f"{where} needs key_groups equal to value_groups")
@@ -175,7 +181,23 @@ class FusionPlan(_Frozen):
                     raise ValueError(f"{where} needs groups of one size")
         if self.layout in ONE_COUNT and len({len(layer.key_groups) for layer in self.layers}) > 1:
             raise ValueError(f"layout {self.layout} needs the same number of heads in every layer")
+        if self.layout in ONE_WIDTH and any(layer.wide for layer in self.layers):
+            _check_one_width(self.layers, self.layout)
         return self
+
+    @property
+    def head_width(self) -> int | None:
+        """Channels of every head of a model whose heads have one width of their own; None for all others."""
+        widths = self.layers[0].key_widths if self.layout in ONE_WIDTH else None
+        return None if widths is None else widths[0]
+
+    @property
+    def written_heads(self) -> HeadLayout:
+        """The heads of the written attention: the source's, or as wide as `head_width`."""
+        width = self.head_width
+        if width is None:
+            return self.heads
+        return self.heads.model_copy(update={"head_dim": width, "rotary_dim": width})
 
     @property
     def head_budget(self) -> HeadBudget:
@@ -275,6 +297,17 @@ def _check_wide(layer: LayerPlan, heads: HeadLayout) -> None:
             )
         if not 0 <= plain <= size * (heads.head_dim - heads.rotary_dim):
             raise ValueError(f"{where}: a key of width {key} cannot have {len(table)} rotary slots")
+
+
+def _check_one_width(layers: Sequence[LayerPlan], layout: Layout) -> None:
+    """Raise ValueError unless all heads of all layers have one width and one table of rotary slots."""
+    widths = {width for layer in layers for width in (layer.key_widths or (None,)) + (layer.value_widths or (None,))}
+    tables = {table for layer in layers for table in layer.rotary_slots or (None,)}
+    if len(widths) > 1 or len(tables) > 1:
+        raise ValueError(f"layout {layout} needs one width and one table of rotary slots for all heads of all layers")
+    width, table = next(iter(widths)), next(iter(tables))
+    if width is None or table is None or 2 * len(table) != width:
+        raise ValueError(f"layout {layout}: heads of {width} channels need half as many rotary slots")
 
 
 def head_of_source(groups: Groups) -> list[int]:

@@ -24,6 +24,7 @@ def analyze(  # a parameter an option: Typer reads them
     model: options.Model,
     budget: options.Budget = None,
     layout: options.Layout = None,
+    head_dim: options.HeadDim = None,
     runtime: options.For = None,
     method: options.Method = None,
     allocator: options.Allocator = None,

@@ -28,6 +28,7 @@ def fuse(  # a parameter an option: Typer reads them
     model: options.Model,
     budget: options.Budget = None,
     layout: options.Layout = None,
+    head_dim: options.HeadDim = None,
     runtime: options.For = None,
     plan: Annotated[Path | None, typer.Option(help="Apply a reviewed plan.json.", rich_help_panel=KEEP)] = None,
     method: options.Method = None,

@@ -50,6 +50,13 @@ def _budget(text: str) -> str:
     return text.strip()
 
 
+def _head_dim(text: str) -> str:
+    from headfuse.config.values import parse_head_dim
+
+    usage(parse_head_dim, text)
+    return text.strip()
+
+
 Model = Annotated[str, typer.Argument(help="Model folder or hub id: org/name, org/name@revision.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MACHINE)]
 
@@ -65,6 +72,16 @@ Budget = Annotated[
     ),
 ]
 Layout = Annotated[choices.Layout | None, typer.Option(help="How the result lies on disk.", rich_help_panel=KEEP)]
+HeadDim = Annotated[
+    str | None,
+    typer.Option(
+        "--head-dim",
+        parser=_head_dim,
+        metavar="CHANNELS",
+        help="Width of the heads of layout gqa, or auto: fewer, wider heads at the same bytes.",
+        rich_help_panel=KEEP,
+    ),
+]
 For = Annotated[
     choices.Runtime | None,
     typer.Option("--for", help="Pick the layout that this runtime loads.", rich_help_panel=KEEP),

@@ -87,6 +87,7 @@ FUSE = Command(
     short={
         "budget": "budget.total",
         "allocator": "budget.allocator",
+        "head_dim": "budget.head_dim",
         "data": "calibration.data",
         "samples": "calibration.samples",
         "sequence_length": "calibration.sequence_length",

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from headfuse.choices import Allocator, Grouping, Layout, Loss, Method, Preset, StartingBasis, names
 from headfuse.config.loading import Options, SideBudget, load_options, one_of
-from headfuse.config.values import Count, Rate, Share, Steps
+from headfuse.config.values import Count, HeadDim, Rate, Share, Steps
 
 
 class BudgetConfig(Options):
@@ -26,6 +26,8 @@ class BudgetConfig(Options):
     min_value_heads: Count = 1
     allocator: Annotated[str, one_of(*names(Allocator))] = "sensitivity"
     layerwise: bool = False
+    head_dim: HeadDim | None = None
+    """Channels of the fused heads of layout gqa; None: the source's."""
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> BudgetConfig:

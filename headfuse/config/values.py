@@ -24,7 +24,13 @@ def _budget_text(value: Any) -> Any:
     return value
 
 
+def _head_dim(value: Any) -> Any:
+    return parse_head_dim(value) if isinstance(value, str) else parse_head_dim(str(value))
+
+
 Share = Annotated[str, BeforeValidator(_budget_text)]
+HeadDim = Annotated[int | str, BeforeValidator(_head_dim)]
+"""Channels of a fused head, or `auto`."""
 Count = Annotated[int, Field(ge=1, strict=True)]
 Rate = Annotated[float, Field(gt=0)]
 Steps = Annotated[int, Field(ge=0, strict=True)]
@@ -48,6 +54,20 @@ def parse_budget(text: str) -> Fraction:
             f"{text} is out of range: the budget is kept KV bytes over the source's, above 0 and at most 1"
         )
     return value
+
+
+def parse_head_dim(text: str) -> int | str:
+    """A width of heads in channels, or `auto`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    text = text.strip()
+    if text == "auto":
+        return text
+    if not re.fullmatch(r"\d{1,6}", text) or int(text) < 2 or int(text) % 2:
+        raise ValueError(f"{text!r} is no width of heads: give an even number of channels, like 96, or auto")
+    return int(text)
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}

@@ -138,7 +138,8 @@ def _write(conversion: Conversion, plan: FusionPlan, options: dict[str, Any], re
     source, streamed, partial = conversion.source, conversion.streamed, conversion.folder
     writer, done = open_writer(source, streamed, plan, partial, options)
     as_written = LAYOUTS[plan.layout].config(streamed.config.to_dict(), plan)
-    fused = FusedModel(plan, DecoderLayers.of_config(as_written, streamed.arch, writer, streamed.device))
+    layers = DecoderLayers.of_config(as_written, streamed.arch, writer, streamed.device)
+    fused = FusedModel(plan, layers if plan.head_width is None else layers.with_own_positions())
     before, closed_form, last = _convert(conversion, fused, done)
     stages = [closed_form]
     if refines(refinement, plan, before, closed_form) or (partial / REFINED).exists():
@@ -176,11 +177,13 @@ def _fuse_and_write(
     """Fuse and write one layer; what was written, by full name."""
     layout, layer, weights = LAYOUTS[plan.layout], plan.layers[source.index], source.weights
     prefix = arch.layer_prefix(source.index) + "."
-    if not layer.untouched and layout.wide:
+    if layer.wide:
         weights = fuse_wide_layer(weights, source.captures, layer, plan.heads)
     elif not layer.untouched:
         weights = fuse_layer(weights, source.captures, layer, plan.heads, FUSION_METHODS[plan.method])
-    tensors = layout.arrange(weights, layer, plan).in_layer(source.tensors, arch, plan.heads, layout.stored(arch))
+    tensors = layout.arrange(weights, layer, plan).in_layer(
+        source.tensors, arch, plan.written_heads, layout.stored(arch)
+    )
     written = {prefix + name: tensors[name].to(done.writer.dtypes[prefix + name]) for name in sorted(tensors)}
     for name, tensor in written.items():
         done.writer.write(name, tensor)

@@ -73,7 +73,7 @@ def _written_tensors(
         own = [name for name in spec if name.startswith(prefix)]
         tensors = {n.removeprefix(prefix): torch.empty(spec[n][1], dtype=spec[n][0], device="meta") for n in own}
         weights = layout.sized(AttentionWeights.of_layer(tensors, arch, heads), layer, plan)
-        written = weights.in_layer(tensors, arch, heads, layout.stored(arch))
+        written = weights.in_layer(tensors, arch, plan.written_heads, layout.stored(arch))
         for name in own:
             if name.removeprefix(prefix) not in written:
                 del spec[name]

@@ -44,6 +44,8 @@ class LayoutFormat:
     """The model is one of the source's own class."""
     wide: bool = False
     """One fused head serves a whole group of source heads, with a width and read maps of its own."""
+    one_width: bool = False
+    """Heads may have another width than the source's (`--head-dim`), one for the whole model."""
 
 
 LAYOUTS: dict[str, LayoutFormat] = {
@@ -68,8 +70,10 @@ LAYOUTS: dict[str, LayoutFormat] = {
         gqa.arrange,
         "transformers, vLLM, SGLang, TensorRT-LLM, llama.cpp (stock class)",
         gqa.check,
+        sized=gqa.sized,
         one_count=True,
         stock_class=True,
+        one_width=True,
     ),
     "latent": LayoutFormat(
         latent.config,

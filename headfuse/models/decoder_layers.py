@@ -75,6 +75,9 @@ class DecoderLayers:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.arch, self.weights, self.device, self.batch_tokens = arch, weights, device, batch_tokens
+        self.rotary: nn.Module | None = None
+        """What computes positions where they are not those that come with the hidden states: of heads of other widths.
+        """
         layers = model.config.get_text_config().num_hidden_layers
         self.modules: list[nn.Module] = [model.get_submodule(arch.layer_prefix(i)) for i in range(layers)]
 
@@ -94,6 +97,13 @@ class DecoderLayers:
             model = AutoModelForCausalLM.from_config(described, attn_implementation=attention, dtype=torch.float32)
         model.config._attn_implementation = "sdpa"
         return cls(model, arch, weights, device)
+
+    def with_own_positions(self) -> DecoderLayers:
+        """These layers, with the rotary table of their own config instead of the one that hidden states come with."""
+        rotary = self.model.base_model.get_submodule("rotary_emb")
+        compute_buffers(self.model, [rotary], self.device)
+        self.rotary = rotary
+        return self
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -132,7 +142,7 @@ class DecoderLayers:
         if not len(states):
             return states
         batches = states.hidden.split(max(1, self.batch_tokens // states.hidden.shape[1]))
-        return replace(states, hidden=torch.cat([_output(module, batch, states, layer_idx) for batch in batches]))
+        return replace(states, hidden=torch.cat([self._output(module, batch, states, layer_idx) for batch in batches]))
 
     def run(
         self, layer_idx: int, states: HiddenStates, weights: Mapping[str, torch.Tensor] | None = None
@@ -156,15 +166,18 @@ class DecoderLayers:
         with self.loaded(layer_idx, self.tensors(layer_idx, weights)) as layer:
             for name, parameter in layer.named_parameters(prefix=self.arch.layer_prefix(layer_idx)):
                 parameter.requires_grad_(name in weights)
-            _output(layer, hidden, states, layer_idx).backward(gradient)
+            self._output(layer, hidden, states, layer_idx).backward(gradient)
             for name, parameter in layer.named_parameters(prefix=self.arch.layer_prefix(layer_idx)):
                 if parameter.grad is not None:
                     gradients[name], parameter.grad = parameter.grad, None
         assert hidden.grad is not None
         return hidden.grad, gradients
 
-
-def _output(layer: torch.nn.Module, hidden: torch.Tensor, states: HiddenStates, layer_idx: int) -> torch.Tensor:
-    result = layer(hidden, *states.args[layer_idx], **states.kwargs[layer_idx])
-    output: torch.Tensor = result[0] if isinstance(result, tuple) else result
-    return output
+    def _output(self, layer: nn.Module, hidden: torch.Tensor, states: HiddenStates, layer_idx: int) -> torch.Tensor:
+        kwargs = states.kwargs[layer_idx]
+        if self.rotary is not None:
+            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            kwargs = {**kwargs, "position_embeddings": self.rotary(hidden, positions)}
+        result = layer(hidden, *states.args[layer_idx], **kwargs)
+        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return output

@@ -53,9 +53,13 @@ class BudgetRules:
     """One count for keys and values of all layers that divides the source's: the shape of stock GQA."""
     wide: bool = False
     """Heads have widths of their own: what is counted is not heads but quanta of their channels."""
+    head_dim: int | str | None = None
+    """With `one_count`: channels of a fused head, or `auto`; None: the source's."""
 
     def channels(self, heads: HeadLayout) -> int:
         """Channels of what is counted: of a head, or a quantum."""
+        if self.head_dim is not None:
+            return self.one_width(heads)[1]
         return width_quantum(heads) if self.wide else heads.head_dim
 
     def counted(self, heads: HeadLayout) -> int:
@@ -110,6 +114,9 @@ class BudgetRules:
         Raises:
             BudgetError: when the budget is too small for the fewest heads that the rules allow.
         """
+        if self.head_dim is not None:
+            count = (self.one_width(heads)[0],) * heads.num_hidden_layers
+            return HeadBudget(key_heads=count, value_heads=count)
         if self.one_count:
             return self._allocate_one_count(heads)
         choices, layers = self.choices(heads), heads.num_hidden_layers
@@ -160,6 +167,38 @@ class BudgetRules:
             counts = choose(total, pairs, costs.pairs if costs else None)
         return HeadBudget(key_heads=tuple(counts), value_heads=tuple(counts))
 
+    def one_width(self, heads: HeadLayout) -> tuple[int, int]:
+        """How many heads every layer gets, for keys and values alike, and how wide they are.
+
+        Of a given width as many as the budget holds; of `auto` the fewest that are no wider than WIDEST, since a wide
+        head loses less than two of half its width.
+
+        Raises:
+            BudgetError: when not one such head fits, saying which budget works.
+        """
+        n, d = heads.num_key_value_heads, heads.head_dim
+        totals = self.total if isinstance(self.total, tuple) else (self.total or Fraction(1, n),) * 2
+        channels, quantum = math.floor(min(totals) * n * d), width_quantum(heads)
+        shapes = []
+        for count in _divisors(n):
+            room = min(channels // count, n // count * d)
+            fits = room // quantum * quantum if self.head_dim == "auto" else self.head_dim
+            if isinstance(fits, int) and 0 < fits <= room:
+                shapes.append((count, fits))
+        if not shapes:
+            least = quantum if self.head_dim == "auto" else int(self.head_dim or d)
+            raise BudgetError(
+                f"{float(min(totals)):.4g} keeps {channels} channels of a layer's {n * d} on each side, and heads of "
+                f"{self.head_dim} channels do not fit",
+                where="--head-dim",
+                fix=f"the smallest budget for one head of {least} channels is {Fraction(least, n * d)}"
+                if least <= n * d
+                else f"give at most {n * d}, or auto",
+            )
+        if self.head_dim == "auto":
+            return next((shape for shape in shapes if shape[1] <= WIDEST), shapes[-1])
+        return shapes[-1]
+
     def _allocate_one_count(self, heads: HeadLayout) -> HeadBudget:
         """The largest stock GQA shape under these rules: one count for all layers that divides the source's.
 
@@ -184,6 +223,10 @@ class BudgetRules:
         return HeadBudget(key_heads=(count,) * heads.num_hidden_layers, value_heads=(count,) * heads.num_hidden_layers)
 
 
+WIDEST = 256
+"""Channels of the widest head that every attention kernel of today takes."""
+
+
 def width_quantum(heads: HeadLayout) -> int:
     """Channels of the steps in which the widths of wide heads are chosen."""
     return math.gcd(heads.head_dim, 8 if heads.head_dim <= 32 else 16)
@@ -201,10 +244,17 @@ def budget_rules(budget: BudgetConfig, shared_partition: bool, one_count: bool, 
     Raises:
         BudgetError: for rules that count heads, where there is one wide head.
     """
-    for name in _COUNT_HEADS if wide else ():
+    if budget.head_dim is not None and not one_count:
+        raise BudgetError(
+            "is the width of the heads of layout gqa", where="--head-dim", fix="add --layout gqa, or leave it out"
+        )
+    counts = (*_COUNT_HEADS, "keep_layers") if budget.head_dim is not None else _COUNT_HEADS
+    for name in counts if wide or budget.head_dim is not None else ():
         if getattr(budget, name) != BudgetConfig.model_fields[name].default:
             raise BudgetError(
-                "counts heads, and layout latent has one wide head for keys and one for values in every layer",
+                "counts heads, and layout latent has one wide head for keys and one for values in every layer"
+                if wide
+                else "counts heads of the source's width, and --head-dim changes it",
                 where=f"budget.{name}",
                 fix="leave it out, or use layout decoupled",
             )
@@ -219,6 +269,7 @@ def budget_rules(budget: BudgetConfig, shared_partition: bool, one_count: bool, 
         equal_groups=shared_partition,
         one_count=one_count,
         wide=wide,
+        head_dim=budget.head_dim,
     )
 
 

@@ -13,11 +13,11 @@ from headfuse.config.fuse import FuseConfig
 from headfuse.config.presets import PRESETS
 from headfuse.errors import ConfigError
 from headfuse.fusion import FUSION_METHODS
-from headfuse.layouts import LAYOUTS
+from headfuse.layouts import LAYOUTS, slot_table
 from headfuse.models.source import Source
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
-from headfuse.plan import FusionPlan, LayerPlan
+from headfuse.plan import FusionPlan, HeadLayout, LayerPlan
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.budget import BudgetRules, CostTable, budget_rules
 from headfuse.planning.costs import cost_row, measured_counts
@@ -26,7 +26,7 @@ from headfuse.planning.error_probes import WIDE_ERRORS_WORTH, ErrorProbes
 from headfuse.planning.fused_variants import Costs, probe_tokens, probe_windows, weighing_tokens
 from headfuse.planning.importance import HEAD_IMPORTANCE, cost_table
 from headfuse.planning.survey import LayerSurvey, SurveyOptions, survey_layer
-from headfuse.planning.wide_survey import measured_widths, survey_wide_layer, wide_layer_plan
+from headfuse.planning.wide_survey import measured_widths, one_width_plans, survey_wide_layer, wide_layer_plan
 from headfuse.text.calibration import START_WEIGHT, CalibrationText
 
 logger = logging.getLogger(__name__)
@@ -79,9 +79,11 @@ def check_budget(config: FuseConfig, source: Source) -> int:
         BudgetError: saying which budget works.
     """
     LAYOUTS[config.layout].check(source.config)
-    if LAYOUTS[config.layout].wide:
-        _check_wide(config)
     rules = plan_options(config).rules
+    if rules.head_dim is not None:
+        slot_table.check(source.config)
+    if LAYOUTS[config.layout].wide or rules.head_dim is not None:
+        _check_wide(config)
     return rules.allocate("uniform", source.heads).total * rules.channels(source.heads)
 
 
@@ -93,7 +95,7 @@ def _check_wide(config: FuseConfig) -> None:
             f"method {config.method} makes no wide heads", where="--method",
             fix=f"use {', '.join(methods)}, or layout decoupled",
         )  # fmt: skip
-    if ALLOCATORS[config.budget.allocator].costs == "importance":
+    if LAYOUTS[config.layout].wide and ALLOCATORS[config.budget.allocator].costs == "importance":
         raise ConfigError(
             f"allocator {config.budget.allocator} scores single heads, and layout latent has one wide head",
             where="--allocator", fix="use sensitivity, or layout decoupled",
@@ -129,7 +131,7 @@ def survey(
     """
     part, heads = text.part(SURVEYED), streamed.heads
     costs = ALLOCATORS[options.allocator].costs if options.rules.leave_a_choice(heads) else "none"
-    measures, layers = _survey_options(options, costs == "measured"), list[LayerSurvey]()
+    measures, layers = _survey_options(options, heads, costs == "measured"), list[LayerSurvey]()
     probes = _probes(streamed, text, options) if measures.costs else ()
     few = measured_counts(heads.num_key_value_heads, False)
     quantum = options.rules.channels(heads) if LAYOUTS[options.layout].wide else None
@@ -152,7 +154,7 @@ def survey(
     return Survey(tuple(layers), table, measured)
 
 
-def _survey_options(options: PlanOptions, costs: bool) -> SurveyOptions:
+def _survey_options(options: PlanOptions, heads: HeadLayout, costs: bool) -> SurveyOptions:
     """What is measured of every layer, with the costs of fusing or without."""
     layout, method = LAYOUTS[options.layout], FUSION_METHODS[options.method]
     return SurveyOptions(
@@ -162,6 +164,7 @@ def _survey_options(options: PlanOptions, costs: bool) -> SurveyOptions:
         shared_partition=layout.shared_partition,
         costs=costs,
         every_count=options.end_loss_probes == "all",
+        one_width=None if options.rules.head_dim is None else options.rules.one_width(heads)[0],
     )
 
 
@@ -204,7 +207,9 @@ def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan
     allocator = options.allocator if found.costs else "uniform"  # without a choice they all agree
     budget = options.rules.allocate(allocator, source.heads, found.costs)
     counts = zip(budget.key_heads, budget.value_heads, found.layers, strict=True)
-    if LAYOUTS[options.layout].shared_partition:
+    if options.rules.head_dim is not None:
+        layers = one_width_plans(found.layers, *options.rules.one_width(source.heads))
+    elif LAYOUTS[options.layout].shared_partition:
         groups = [layer.shared_groups[keys] for keys, _, layer in counts]
         layers = [LayerPlan(layer_idx=i, key_groups=each, value_groups=each) for i, each in enumerate(groups)]
     elif LAYOUTS[options.layout].wide:

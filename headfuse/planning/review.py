@@ -10,7 +10,7 @@ from headfuse.checkpoint.plan_file import read_plan
 from headfuse.config.fuse import BudgetConfig, FuseConfig
 from headfuse.errors import ConfigError
 from headfuse.fusion import FUSION_METHODS
-from headfuse.layouts import LAYOUTS
+from headfuse.layouts import LAYOUTS, slot_table
 from headfuse.models.source import Source
 from headfuse.plan import FusionPlan
 
@@ -31,6 +31,8 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
     if plan.method not in FUSION_METHODS:
         raise ConfigError(f"unknown method {plan.method!r}", where=path, fix=f"choose from {', '.join(FUSION_METHODS)}")
     LAYOUTS[plan.layout].check(source.config)
+    if plan.head_width is not None:
+        slot_table.check(source.config)
     given = config.model_fields_set
     changed: list[str] = [
         name for name in ("method", "layout") if name in given and getattr(config, name) != getattr(plan, name)
@@ -45,8 +47,9 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
         )
     counts = plan.head_budget
     budget = BudgetConfig(key_heads=counts.key_heads, value_heads=counts.value_heads)
-    if LAYOUTS[plan.layout].wide:  # counts say nothing of widths
-        budget = BudgetConfig(total=str(Fraction(plan.kv_channels, plan.heads.kv_channels)))
+    if plan.layers[0].wide or LAYOUTS[plan.layout].wide:  # counts say nothing of widths
+        total = str(Fraction(plan.kv_channels, plan.heads.kv_channels))
+        budget = BudgetConfig(total=total, head_dim=plan.head_width)
     return plan, config.model_copy(update={"method": plan.method, "layout": plan.layout, "budget": budget})
 
 

@@ -17,6 +17,7 @@ from headfuse.plan import Groups, HeadLayout
 from headfuse.planning.costs import measured_counts
 from headfuse.planning.fused_variants import Fused
 from headfuse.planning.grouping import GROUPERS
+from headfuse.planning.slot_choice import slot_energy
 
 
 def key_pair_cost(moments: KeyMoments, slots: bool) -> torch.Tensor:
@@ -80,6 +81,8 @@ class SurveyOptions:
     """The allocator reads the measured costs of fusing."""
     every_count: bool = False
     """The cost of every count is measured; else of powers of two, or of those that a shared partition allows."""
+    one_width: int | None = None
+    """Heads of each layer that have one width of their own; None where they keep the source's."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class LayerSurvey:
     shared_groups: dict[int, Groups]
     lost: Mapping[Side, list[float]]
     """Lost energy of 1 to n heads of each side; empty where the allocator reads no costs of fusing."""
+    slot_energy: torch.Tensor | None = None
+    """Of slot_choice.py, for the groups of the one count; None where heads keep the source's width."""
 
 
 def survey_layer(
@@ -142,7 +147,8 @@ def survey_layer(
             if count in counts:
                 maps["key", count], maps["value", count] = (key_maps, key), (value_maps, value)
     energy = key_energy(keys), value_energy(values)
-    survey = LayerSurvey(key_pairs, value_pairs, *energy, key_groups, key_slots, value_groups, shared, lost)
+    slot_share = None if options.one_width is None else slot_energy(keys, shared[options.one_width])
+    survey = LayerSurvey(key_pairs, value_pairs, *energy, key_groups, key_slots, value_groups, shared, lost, slot_share)
     return survey, maps
 
 

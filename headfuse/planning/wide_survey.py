@@ -14,6 +14,7 @@ from headfuse.fusion.wide_layer import WideKeys, WideValues
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import Groups, HeadLayout, LayerPlan
 from headfuse.planning.fused_variants import Fused
+from headfuse.planning.slot_choice import slot_table
 from headfuse.planning.survey import LayerSurvey, key_energy, key_pair_cost, value_energy, value_pair_cost
 
 LADDER = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
@@ -81,3 +82,20 @@ def wide_layer_plan(layer_idx: int, surveyed: LayerSurvey, keys: int, values: in
         key_widths=(keys * quantum,),
         value_widths=(values * quantum,),
     )
+
+
+def one_width_plans(surveyed: Sequence[LayerSurvey], count: int, width: int) -> list[LayerPlan]:
+    """The plans of all layers of a stock model with `count` heads of `width` channels and one table of slots."""
+    table = slot_table([layer.slot_energy for layer in surveyed if layer.slot_energy is not None], width // 2)
+    widths, slots = (width,) * count, (table,) * count
+    return [
+        LayerPlan(
+            layer_idx=i,
+            key_groups=layer.shared_groups[count],
+            value_groups=layer.shared_groups[count],
+            rotary_slots=slots,
+            key_widths=widths,
+            value_widths=widths,
+        )
+        for i, layer in enumerate(surveyed)
+    ]

@@ -1,0 +1,94 @@
+"""One table of rotary frequencies for a whole stock model, as the `longrope` scaling that transformers reads.
+
+`longrope` divides each frequency of the stock order by a factor of its own: a table of any frequencies, repeated ones
+too, is the factors that lead to it, the same for short and long texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from headfuse.errors import UnsupportedModelError
+
+STATIC = ("default", "linear", "llama3", "proportional", "yarn")
+"""Kinds of RoPE whose frequencies do not depend on the length of the text."""
+FAMILIES = (
+    "cohere", "gemma", "granite", "llama", "mistral", "mixtral", "olmo", "qwen2", "qwen2_moe", "starcoder2",
+)  # fmt: skip
+"""Families whose stock class takes `head_dim` and `longrope` from its config, and has no norm behind its keys."""
+CONSTANT_SCALE = ("granite",)
+"""Families whose config holds the scale of the scores; that of the others is 1 / sqrt(head_dim)."""
+
+
+def check(config: Any) -> None:
+    """Refuse a model whose stock class cannot have heads of another width.
+
+    Raises:
+        UnsupportedModelError: naming the layout that can.
+    """
+    rope, reason = getattr(config, "rope_parameters", None) or {}, None
+    kind = rope.get("rope_type") or "default"
+    if config.model_type not in FAMILIES:
+        reason = f"the stock class of model_type {config.model_type!r} has one width of heads"
+    elif getattr(config, "clip_qkv", None) is not None:
+        reason = f"model_type {config.model_type!r} clamps its keys and values (clip_qkv), and mixed ones are others"
+    elif kind not in STATIC:
+        reason = f"the frequencies of rope_type {kind!r} depend on the length of the text"
+    elif frequencies(config)[1] != 1.0:
+        reason = f"rope_type {kind!r} scales queries and keys, which runtimes read differently beside a table"
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"heads of another width do not fit: {reason}", where="--head-dim",
+            fix="leave it out, or choose --layout latent",
+        )  # fmt: skip
+
+
+def frequencies(config: Any) -> tuple[list[float], float]:
+    """Radians per position of every rotary plane `[rotary_dim / 2]` of a model, and what scales its cosines and sines.
+
+    Args:
+        config: the transformers config.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    kind = rope.get("rope_type") or "default"
+    if kind != "default":
+        inverse, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+        return inverse.double().tolist(), float(factor)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return _stock(rope["rope_theta"], width), 1.0
+
+
+def with_slot_table(raw: dict[str, Any], config: Any, slots: Sequence[int]) -> dict[str, Any]:
+    """A config.json whose heads have one rotary plane for each of `slots`, of the frequency that it names.
+
+    Args:
+        raw: config.json of the source.
+        config: the same as transformers loads it.
+        slots: planes of the source, in rising order.
+    """
+    stock, width = list(range(len(frequencies(config)[0]))), 2 * len(slots)
+    result = {**raw, "head_dim": width}
+    if list(slots) == stock:
+        return result
+    own, theta = frequencies(config)[0], config.rope_parameters["rope_theta"]
+    factors = [base / own[slot] for base, slot in zip(_stock(theta, width), slots, strict=True)]
+    positions = config.max_position_embeddings
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "original_max_position_embeddings": positions,
+        "attention_factor": 1.0,
+        "factor": 1.0,
+    }
+    if "rope_parameters" in raw:
+        return {**result, "rope_parameters": {"rope_theta": theta, **scaling}}
+    return {**result, "rope_theta": theta, "rope_scaling": scaling}
+
+
+def _stock(theta: float, width: int) -> list[float]:
+    """Frequencies of the stock order of a head of `width` channels."""
+    return [theta ** (-2 * plane / width) for plane in range(width // 2)]
