@@ -125,6 +125,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=OUTPUT)]
 
 Device = Annotated[choices.Device, typer.Option(help="Where to compute.", rich_help_panel=MACHINE)]
+Placement = Annotated[
+    choices.Placement,
+    typer.Option(help="What stays on a device between two uses; auto: what its memory holds.", rich_help_panel=MACHINE),
+]
 WrittenDtype = Annotated[
     choices.Dtype | None,
     typer.Option(help="Dtype of the written weights; default the source's.", rich_help_panel=MACHINE),

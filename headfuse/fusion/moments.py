@@ -78,7 +78,7 @@ def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyM
         energy += capture.weight * q.unflatten(0, (n, heads.queries_per_head)).sum(1)
         tokens += capture.weight * k.shape[2]
     normed = architecture_of(heads.model_type).key_norm is not None
-    return KeyMoments((gram / tokens).cpu(), (energy / tokens).cpu(), _tail_moments(captures, heads), normed)
+    return KeyMoments(gram / tokens, energy / tokens, _tail_moments(captures, heads), normed)
 
 
 def _tail_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> ValueMoments | None:
@@ -98,7 +98,7 @@ def _tail_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> Va
         tokens += capture.weight * len(k)
     mean /= tokens
     covariance = gram / tokens - torch.outer(mean, mean)
-    return ValueMoments(covariance.view(n, rest, n, rest).cpu(), (metric / tokens).cpu())
+    return ValueMoments(covariance.view(n, rest, n, rest), metric / tokens)
 
 
 def value_moments(
@@ -132,7 +132,7 @@ def value_moments(
             left, right = left.flatten(0, 1), (attention.mT @ attention @ left).flatten(0, 1)
         covariance += capture.weight * step * (left.T @ right)  # float32 sums leave noise above the eigenvalue cut
         total += capture.weight * step * count
-    weight = output.cpu().double()
+    weight = widened(output)
     per_head = weight.view(weight.shape[0], n, -1, d)  # [D, n, q, d]
     output_gram = torch.einsum("Dnqc,Dnqe->nce", per_head, per_head)
-    return ValueMoments((covariance / total).view(n, d, n, d).cpu(), output_gram)
+    return ValueMoments((covariance / total).view(n, d, n, d), output_gram)

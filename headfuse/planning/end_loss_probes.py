@@ -116,12 +116,12 @@ def divergences(streamed: StreamedModel, source: HiddenStates, variants: Sequenc
     def logits(states: HiddenStates, window: int) -> torch.Tensor:  # float64: that of equal models is 0, not rounding
         return widened(streamed.logits(streamed.last_hidden_state(states.hidden[window : window + 1])).flatten(0, 1))
 
-    sums = [0.0] * len(variants)
+    found = list[torch.Tensor]()
     for window in range(len(source)):
         wanted = logits(source, window)
-        for index, states in enumerate(variants):
-            sums[index] += kl_divergence(logits(states, window), wanted).item()
-    return [total / source.hidden.shape[:2].numel() for total in sums]
+        found += [kl_divergence(logits(states, window), wanted) for states in variants]
+    rows = torch.stack(found).view(len(source), len(variants)).T.tolist() if found else [[] for _ in variants]
+    return [sum(row) / source.hidden.shape[:2].numel() for row in rows]
 
 
 def costs(probes: Iterable[Probe]) -> Costs:
