@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from headfuse.checkpoint.plan_file import read_plan
+from headfuse.models import source_layer
+from headfuse.models.capture import AttentionCapture, HostCapture
 from headfuse.training.accelerator import make_accelerator
 from headfuse.training.uptrain import uptrain
 from tests.support.commands import fuse, run
@@ -81,3 +85,68 @@ def test_emulated_bfloat16_is_not_trained_in(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert make_accelerator("cuda", unused=False).mixed_precision == "no"
+
+
+def test_a_dry_run_says_what_stays_on_the_device(tmp_path: Path) -> None:
+    model, text = tiny_model(tmp_path / "model"), tmp_path / "text.txt"
+    options = "--data", text, "--samples", 4, "--sequence-length", 16, "--dry-run", "--device", "cuda", "--json"
+    found = [
+        json.loads(run("fuse", model, *options, "--placement", placement).splitlines()[-1])["estimate"]["device"]
+        for placement in ("auto", "streamed", "host")
+    ]
+    assert [each["placement"] for each in found] == ["resident", "streamed", "host"]
+    assert found[0]["memory_bytes"] > found[1]["memory_bytes"] > found[2]["memory_bytes"] > 0
+
+
+def test_a_placement_changes_no_weight(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", dtype="float16")
+    for placement in ("resident", "streamed", "host"):
+        options = "--budget", "0.5", "--preset", "balanced", "--device", "cuda", "--placement", placement
+        fuse(model, tmp_path / placement, *options)
+        assert_close(tmp_path / "resident", tmp_path / placement)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_captures_without_room_lie_on_the_host(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = tiny_model(tmp_path / "model", family), list[AttentionCapture]()
+    options = "--budget", "0.5", "--preset", "fast", "--device", "cuda"
+    fuse(model, tmp_path / "device", *options)
+    monkeypatch.setattr(source_layer, "has_room", lambda device, size: False)
+
+    def keep(capture: AttentionCapture) -> AttentionCapture:
+        kept.append(HostCapture(capture))
+        return kept[-1]
+
+    monkeypatch.setattr(source_layer, "HostCapture", keep)
+    fuse(model, tmp_path / "host", *options)
+    assert {capture.key.device.type for capture in kept} == {"cuda"}
+    assert {tensor.device.type for c in kept for tensor in vars(c)["host"].values() if tensor is not None} == {"cpu"}
+    assert_close(tmp_path / "device", tmp_path / "host")
+
+
+@pytest.mark.parametrize("trained", ["attention", "lora"])
+def test_frozen_matrices_stay_as_they_are_stored(trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dtypes = tiny_model(tmp_path / "model", dtype="float16"), dict[str, torch.dtype]()
+    module = sys.modules["headfuse.training.uptrain"]
+    own = module.make_optimizer
+
+    def make_optimizer(student: Any, *args: Any) -> Any:
+        dtypes.update({name: parameter.dtype for name, parameter in student.named_parameters()})
+        return own(student, *args)
+
+    monkeypatch.setattr(module, "make_optimizer", make_optimizer)
+    found = [
+        uptrain(
+            model, data=str(tmp_path / "text.txt"), tokens=256, batch_size=2, sequence_length=32, validation_windows=2,
+            teacher=str(model), train=trained, device=device, output=tmp_path / device,
+        )
+        for device in ("cpu", "cuda")
+    ]  # fmt: skip
+    half = {name for name, dtype in dtypes.items() if dtype == torch.float16}
+    linear = ("q_proj", "k_proj", "v_proj", "o_proj") if trained == "lora" else ()
+    assert half == {name for name in dtypes if any(x in name for x in ("mlp", *linear)) and "lora" not in name}
+    assert found[0].nll_before == pytest.approx(found[1].nll_before, abs=1e-2)
+    assert found[0].nll_after == pytest.approx(found[1].nll_after, abs=5e-2)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "cuda"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "self_attn" in name}
