@@ -29,6 +29,8 @@ Target = Literal["gqa", "layerwise", "gguf"]
 FileType = Literal["f16", "f32", "q8_0"]
 """Numbers in a GGUF file; names in TYPES of layouts/gguf."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Placement = Literal["auto", "resident", "streamed", "host"]
+"""What of a model stays on a device between two uses; `models/placement.py` has the meanings."""
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Dtypes of written weights; names in DTYPE_NAMES."""
 Loss = Literal["kl", "ce"]

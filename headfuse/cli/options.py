@@ -140,6 +140,10 @@ Overwrite = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=OUTPUT)]
 
 Device = Annotated[choices.Device, typer.Option(help="Device to compute on.", rich_help_panel=MACHINE)]
+Placement = Annotated[
+    choices.Placement,
+    typer.Option(help="What stays on a device between two uses; auto: what its memory holds.", rich_help_panel=MACHINE),
+]
 WrittenDtype = Annotated[
     choices.Dtype | None,
     typer.Option(help="Dtype of the written weights; by default that of the source.", rich_help_panel=MACHINE),
