@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 LEARNING_RATE, FINAL_LEARNING_RATE, WARMUP_STEPS = 1e-3, 0.05, 5
 FULL_RATE_WIDTH = 256
 """Wider models learn at a rate that falls as 1 / hidden_size."""
+WIDE_RATE = 0.5
+"""Wide heads learn at this share of the rate: at the whole one they get worse where little was lost (docs/experiments).
+"""
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 
 
@@ -89,6 +92,7 @@ def refine_model(
     passes: float,
     seed: int,
     on_step: Callable[[int, int], None],
+    wide: bool = False,
 ) -> None:
     """Train the attention of a written model; everything else stays as it is.
 
@@ -100,8 +104,9 @@ def refine_model(
         passes: how often each window is used.
         seed: of the order of the windows.
         on_step: called with the steps done and all steps.
+        wide: its heads are wide.
     """
-    steps, rate = round(len(text.windows) * passes), learning_rate(text.hidden.shape[-1])
+    steps, rate = round(len(text.windows) * passes), learning_rate(text.hidden.shape[-1], wide)
     for step, index in zip(range(1, steps + 1), _shuffled(len(text.windows), seed), strict=False):
         *inputs, states = layers.forward(streamed.embed(text.windows[index : index + 1]), optimizer.weights)
 
@@ -120,9 +125,9 @@ def refine_model(
         on_step(step, steps)
 
 
-def learning_rate(hidden_size: int) -> float:
+def learning_rate(hidden_size: int, wide: bool = False) -> float:
     """The highest learning rate; Adam's steps on a matrix do more, the wider it is (muP, 2203.03466)."""
-    return LEARNING_RATE * min(1.0, FULL_RATE_WIDTH / hidden_size)
+    return LEARNING_RATE * min(1.0, FULL_RATE_WIDTH / hidden_size) * (WIDE_RATE if wide else 1.0)
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -195,7 +200,8 @@ def refine(
             conversion.on_progress("refine", done, total)
 
         source, layers = conversion.streamed, fused.layers
-        refine_model(source, layers, optimizer, targets, refinement.passes, refinement.seed, on_step)
+        wide = any(layer.wide for layer in fused.plan.layers)
+        refine_model(source, layers, optimizer, targets, refinement.passes, refinement.seed, on_step, wide)
         refined = _held_out_nll(conversion, layers, writer, optimizer.weights)
         optimizer.sync()
         write_whole(record, json.dumps({"closed form": closed_form.held_out, "refined": refined}))
