@@ -24,6 +24,15 @@ Preset = Literal["fast", "balanced", "best"]
 """Names in PRESETS."""
 Runtime = Literal["transformers", "vllm", "llama.cpp", "sglang"]
 """Names in LAYOUT_FOR."""
+LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
+    "transformers": ("decoupled", "layerwise", "gqa", "latent"),
+    "vllm": ("gqa", "layerwise", "decoupled", "latent"),
+    "llama.cpp": ("gqa", "layerwise"),
+    "sglang": ("gqa",),
+}
+"""The layouts that a runtime loads; `--for RUNTIME` picks the first."""
+ONE_HEAD: dict[str, tuple[Layout, ...]] = {"vllm": ("decoupled", "latent")}
+"""Layouts of which a runtime caches one head in each layer, whose key is as wide as its value."""
 Target = Literal["gqa", "layerwise", "gguf"]
 """What `export` writes."""
 FileType = Literal["f16", "f32", "q8_0"]

@@ -10,21 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
-from headfuse.choices import ONE_COUNT, ONE_WIDTH, SHARED_PARTITION, WIDE, Layout, Side
+from headfuse.choices import ONE_COUNT, ONE_HEAD, ONE_WIDTH, SHARED_PARTITION, WIDE, Layout, Side
 from headfuse.errors import ConfigError, validation_summary
 
 Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
-
-LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
-    "transformers": ("decoupled", "layerwise", "gqa", "latent"),
-    "vllm": ("gqa", "layerwise", "decoupled", "latent"),
-    "llama.cpp": ("gqa", "layerwise"),
-    "sglang": ("gqa",),
-}
-"""The layouts that a runtime loads; `--for RUNTIME` picks the first."""
-ONE_HEAD: dict[str, tuple[Layout, ...]] = {"vllm": ("decoupled", "latent")}
-"""Layouts of which a runtime caches one head in each layer, whose key is as wide as its value."""
 
 
 class _Frozen(BaseModel):

@@ -119,8 +119,8 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
 
 
 def _document(result: FuseResult) -> Document:
+    from headfuse.choices import LAYOUT_FOR
     from headfuse.layouts import LAYOUTS
-    from headfuse.plan import LAYOUT_FOR
 
     budget, itemsize = result.plan.head_budget, result.kv_bytes_after // result.plan.kv_channels
     return {
