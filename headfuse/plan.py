@@ -182,10 +182,8 @@ class FusionPlan(_Frozen):
     @property
     def head_budget(self) -> HeadBudget:
         """The head counts of this plan."""
-        return HeadBudget(
-            key_heads=tuple(len(layer.key_groups) for layer in self.layers),
-            value_heads=tuple(len(layer.value_groups) for layer in self.layers),
-        )
+        keys = tuple(len(layer.key_groups) for layer in self.layers)
+        return HeadBudget(key_heads=keys, value_heads=tuple(len(layer.value_groups) for layer in self.layers))
 
     @property
     def kv_channels(self) -> int:
@@ -261,10 +259,10 @@ def _check_slots(layer: LayerPlan, frequencies: int) -> None:
     if len(slots) != len(layer.key_groups) or any(
         len(head) != frequencies or not all(0 <= f < frequencies for f in head) for head in slots
     ):
-        raise ValueError(
-            f"layer {layer.layer_idx}, rotary_slots: each of {len(layer.key_groups)} key heads needs {frequencies} "
-            f"frequencies from 0 to {frequencies - 1}"
+        needed = (
+            f"each of {len(layer.key_groups)} key heads needs {frequencies} frequencies from 0 to {frequencies - 1}"
         )
+        raise ValueError(f"layer {layer.layer_idx}, rotary_slots: {needed}")
 
 
 def _check_wide(layer: LayerPlan, heads: HeadLayout) -> None:
