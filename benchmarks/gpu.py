@@ -208,8 +208,8 @@ def predict(shapes: list[str], presets: list[str], divide: int) -> list[str]:
         f"Predicted by `{command}`: no GPU was there.",
         f"One layer of 1/{divide} of the width, {SAMPLES} x {LENGTH} tokens, was counted on a pretended device.",
         "Seconds are the counts over what the cards are assumed to reach (`CARDS` there),",
-        "without files and work on the host. Random weights lose nothing that `balanced` would refine: its steps are not",
-        "in the counts, but in tests/devices/test_transfers.py.",
+        "without files and work on the host. Random weights lose nothing that `balanced` would refine: its steps are",
+        "not in the counts, but in tests/devices/test_transfers.py.",
         "",
         "| layer of | preset | up, over the layer's bytes | down, over what is written | waits | host's float64 | "
         + " | ".join(f"{card}, s" for card in CARDS) + " |",
