@@ -316,11 +316,11 @@ def document(rows: list[dict[str, Any]]) -> str:
         lines += [
             "",
             "## One decode step's attention",
-            "Time of a fused layer with as many key heads + value heads, over torch's SDPA on a stock GQA layer with",
-            "the same cache bytes; free maps; caches that are not in the processor's own cache, as in a model of many",
-            "layers. The floor is one key head and one value head.",
+            "Time of a fused layer, relative to torch's SDPA on a stock GQA layer with the same cache bytes. `2+6` has",
+            "two key heads and six value heads; maps are free. KV caches exceed the processor's own cache, as in a",
+            "model of many layers. The floor is one key head and one value head.",
             "",
-            "| shape | batch | context | stock KV heads | cache MiB | SDPA ms | fused over SDPA | floor |",
+            "| shape | batch | context | stock KV heads | cache MiB | SDPA ms | fused / SDPA | floor |",
             "|---|---|---|---|---|---|---|---|",
         ]
     for row in by_part["attention"]:
@@ -333,7 +333,7 @@ def document(rows: list[dict[str, Any]]) -> str:
         lines += [
             "",
             "## A whole decode step in transformers",
-            "Dynamic cache. For every budget: time over the source's at bytes over the source's.",
+            "Dynamic cache. For every budget: cache bytes and time, relative to the source's.",
             "",
             "| model | batch | context | source MiB | source ms | source tokens/s | budget | bytes | time | tokens/s |",
             "|---|---|---|---|---|---|---|---|---|---|",

@@ -12,15 +12,34 @@ Grouping = Literal["cluster", "neighbours", "anneal"]
 """Names in GROUPERS."""
 Layout = Literal["decoupled", "layerwise", "gqa", "latent"]
 """Names in LAYOUTS."""
+SHARED_PARTITION: tuple[Layout, ...] = ("layerwise", "gqa")
+"""Layouts whose keys and values share one partition of a layer's heads, into groups of one size; as in LAYOUTS."""
+ONE_COUNT: tuple[Layout, ...] = ("gqa",)
+"""Layouts with the same number of heads in every layer; as in LAYOUTS."""
+WIDE: tuple[Layout, ...] = ("latent",)
+"""Layouts whose fused heads have widths of their own and serve whole groups of source heads; as in LAYOUTS."""
+ONE_WIDTH: tuple[Layout, ...] = ("gqa",)
+"""Layouts whose heads may have another width than the source's, one for the whole model; as in LAYOUTS."""
 Preset = Literal["fast", "balanced", "best"]
 """Names in PRESETS."""
 Runtime = Literal["transformers", "vllm", "llama.cpp", "sglang"]
 """Names in LAYOUT_FOR."""
+LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
+    "transformers": ("decoupled", "layerwise", "gqa", "latent"),
+    "vllm": ("gqa", "layerwise", "decoupled", "latent"),
+    "llama.cpp": ("gqa", "layerwise"),
+    "sglang": ("gqa",),
+}
+"""The layouts that a runtime loads; `--for RUNTIME` picks the first."""
+ONE_HEAD: dict[str, tuple[Layout, ...]] = {"vllm": ("decoupled", "latent")}
+"""Layouts of which a runtime caches one head in each layer, whose key is as wide as its value."""
 Target = Literal["gqa", "layerwise", "gguf"]
 """What `export` writes."""
 FileType = Literal["f16", "f32", "q8_0"]
 """Numbers in a GGUF file; names in TYPES of layouts/gguf."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Placement = Literal["auto", "resident", "streamed", "host"]
+"""What of a model stays on a device between two uses; `models/placement.py` has the meanings."""
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Dtypes of written weights; names in DTYPE_NAMES."""
 Loss = Literal["kl", "ce"]

@@ -10,29 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
-from headfuse.choices import Layout, Side
+from headfuse.choices import ONE_COUNT, ONE_HEAD, ONE_WIDTH, SHARED_PARTITION, WIDE, Layout, Side
 from headfuse.errors import ConfigError, validation_summary
 
 Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
-
-SHARED_PARTITION: tuple[Layout, ...] = ("layerwise", "gqa")
-"""Layouts whose keys and values share one partition of a layer's heads, into groups of one size; as in LAYOUTS."""
-ONE_COUNT: tuple[Layout, ...] = ("gqa",)
-"""Layouts with the same number of heads in every layer; as in LAYOUTS."""
-WIDE: tuple[Layout, ...] = ("latent",)
-"""Layouts whose fused heads have widths of their own and serve whole groups of source heads; as in LAYOUTS."""
-ONE_WIDTH: tuple[Layout, ...] = ("gqa",)
-"""Layouts whose heads may have another width than the source's, one for the whole model; as in LAYOUTS."""
-LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
-    "transformers": ("decoupled", "layerwise", "gqa", "latent"),
-    "vllm": ("gqa", "layerwise", "decoupled", "latent"),
-    "llama.cpp": ("gqa", "layerwise"),
-    "sglang": ("gqa",),
-}
-"""The layouts that a runtime loads; `--for RUNTIME` picks the first."""
-ONE_HEAD: dict[str, tuple[Layout, ...]] = {"vllm": ("decoupled", "latent")}
-"""Layouts of which a runtime caches one head in each layer, whose key is as wide as its value."""
 
 
 class _Frozen(BaseModel):
@@ -123,8 +105,7 @@ class LayerPlan(_Frozen):
     @model_serializer(mode="wrap")
     def _as_before_without_widths(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
-        widths = ("key_widths", "value_widths")
-        return {name: value for name, value in fields.items() if name not in widths or value is not None}
+        return {name: value for name, value in fields.items() if not name.endswith("_widths") or value is not None}
 
 
 class SourceModel(_Frozen):
@@ -190,24 +171,19 @@ class FusionPlan(_Frozen):
     @property
     def head_width(self) -> int | None:
         """Channels of every head of a model whose heads have one width of their own; None for all others."""
-        widths = self.layers[0].key_widths if self.layout in ONE_WIDTH else None
-        return None if widths is None else widths[0]
+        return next(iter(self.layers[0].key_widths or ()), None) if self.layout in ONE_WIDTH else None
 
     @property
     def written_heads(self) -> HeadLayout:
         """The heads of the written attention: the source's, or as wide as `head_width`."""
-        width = self.head_width
-        if width is None:
-            return self.heads
-        return self.heads.model_copy(update={"head_dim": width, "rotary_dim": width})
+        update = {} if self.head_width is None else {"head_dim": self.head_width, "rotary_dim": self.head_width}
+        return self.heads.model_copy(update=update)
 
     @property
     def head_budget(self) -> HeadBudget:
         """The head counts of this plan."""
-        return HeadBudget(
-            key_heads=tuple(len(layer.key_groups) for layer in self.layers),
-            value_heads=tuple(len(layer.value_groups) for layer in self.layers),
-        )
+        keys = tuple(len(layer.key_groups) for layer in self.layers)
+        return HeadBudget(key_heads=keys, value_heads=tuple(len(layer.value_groups) for layer in self.layers))
 
     @property
     def kv_channels(self) -> int:
@@ -283,10 +259,10 @@ def _check_slots(layer: LayerPlan, frequencies: int) -> None:
     if len(slots) != len(layer.key_groups) or any(
         len(head) != frequencies or not all(0 <= f < frequencies for f in head) for head in slots
     ):
-        raise ValueError(
-            f"layer {layer.layer_idx}, rotary_slots: each of {len(layer.key_groups)} key heads needs {frequencies} "
-            f"frequencies from 0 to {frequencies - 1}"
+        needed = (
+            f"each of {len(layer.key_groups)} key heads needs {frequencies} frequencies from 0 to {frequencies - 1}"
         )
+        raise ValueError(f"layer {layer.layer_idx}, rotary_slots: {needed}")
 
 
 def _check_wide(layer: LayerPlan, heads: HeadLayout) -> None:
@@ -295,20 +271,16 @@ def _check_wide(layer: LayerPlan, heads: HeadLayout) -> None:
     if groups != layer.value_groups:
         raise ValueError(f"{where}: wide heads need key_groups equal to value_groups")
     keys, values, slots = layer.key_widths, layer.value_widths, layer.rotary_slots
-    if keys is None and values is None and slots is None:
-        if not layer.untouched:
-            raise ValueError(f"{where}: key_widths, value_widths and rotary_slots are missing")
+    if keys is None and values is None and slots is None and layer.untouched:
         return
     if keys is None or values is None or slots is None or {len(keys), len(values), len(slots)} != {len(groups)}:
-        raise ValueError(f"{where}: key_widths, value_widths and rotary_slots need one entry per group")
+        raise ValueError(f"{where}: key_widths, value_widths or rotary_slots are missing: each has one entry per group")
     for group, key, value, table in zip(groups, keys, values, slots, strict=True):
         size, plain = len(group), key - 2 * len(table)
         if max(key, value) > size * heads.head_dim:
             raise ValueError(f"{where}: a group of {size} heads has widths up to {size * heads.head_dim}")
         if not all(0 <= f < planes and table.count(f) <= size for f in set(table)):
-            raise ValueError(
-                f"{where}, rotary_slots: frequencies are from 0 to {planes - 1}, each at most {size} times"
-            )
+            raise ValueError(f"{where}, rotary_slots: planes are from 0 to {planes - 1}, each at most {size} times")
         if not 0 <= plain <= size * (heads.head_dim - heads.rotary_dim):
             raise ValueError(f"{where}: a key of width {key} cannot have {len(table)} rotary slots")
 
@@ -328,15 +300,3 @@ def head_of_source(groups: Groups) -> list[int]:
     """The fused head of each source head."""
     owner = {head: index for index, group in enumerate(groups) for head in group}
     return [owner[head] for head in range(len(owner))]
-
-
-def head_of_query(groups: Groups, heads: HeadLayout) -> list[int]:
-    """The fused head that each query head reads."""
-    owner = head_of_source(groups)
-    return [owner[heads.source_head(query)] for query in range(heads.num_attention_heads)]
-
-
-def query_order(groups: Groups, heads: HeadLayout) -> list[int]:
-    """The order of query heads that makes every group contiguous, as stock GQA reads them."""
-    per_head = heads.queries_per_head
-    return [head * per_head + i for group in groups for head in group for i in range(per_head)]

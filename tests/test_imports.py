@@ -122,7 +122,14 @@ LIGHT = ", ".join(
 )
 
 
-@pytest.mark.parametrize("command", [f"import headfuse, {LIGHT}", "from headfuse.cli.app import app; app(['--help'])"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"import headfuse, {LIGHT}",
+        "from headfuse.cli.app import app; app(['--help'])",
+        "from headfuse.cli.app import app; app(['doctor', '--help'])",
+    ],
+)
 def test_light_imports_and_help_load_no_torch(command: str) -> None:
     script = f"""
 import sys

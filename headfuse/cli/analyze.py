@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headfuse.choices import WIDE
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
-from headfuse.plan import WIDE
 from headfuse.reporting.progress import stages
 
 _BAR_WIDTH = 8
@@ -74,11 +74,12 @@ def analyze(  # a parameter an option: Typer reads them
 
 
 def _analyze(model: str, output: Path | None, overwrite: bool, log: Console, **arguments: Any) -> Document:
-    """Analyze; with an output folder, also write plan.json and the heat maps there."""
+    """Analyze; with an output folder, also write plan.json, the heat maps and a report there."""
     from headfuse.checkpoint.folder import resolve_model
     from headfuse.checkpoint.output import check_output, output_folder
     from headfuse.planning.analysis import analyze, plot
     from headfuse.planning.curves import plot_curves
+    from headfuse.reporting.report import write_report
 
     reads = [resolve_model(model)]
     if output is not None:
@@ -93,6 +94,7 @@ def _analyze(model: str, output: Path | None, overwrite: bool, log: Console, **a
         with output_folder(output, overwrite=overwrite, reads=reads) as partial:
             (partial / "plan.json").write_text(result.plan.to_json())
             plot(result, partial)
+            write_report(partial / "report.html", partial, analysis=partial, name=f"plan for {result.plan.source.name}")
             if result.curves is not None:
                 plot_curves(result.curves, partial / "curves.png")
     return _document(result, output)

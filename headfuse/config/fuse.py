@@ -45,7 +45,7 @@ class BudgetConfig(Options):
         if self.total is None and not explicit:
             raise ValueError("without total, both key_heads and value_heads are needed")
         if isinstance(self.total, SideBudget) and (self.key_heads is not None or self.value_heads is not None):
-            raise ValueError("key and value totals do not go with key_heads or value_heads")
+            raise ValueError("give either totals for keys and values, or key_heads and value_heads, not both")
         return self
 
     @property
@@ -162,7 +162,7 @@ class FuseConfig(Options):
     @model_validator(mode="after")
     def _dha_is_decoupled(self) -> FuseConfig:
         if self.method == "dha" and self.layout != "decoupled":
-            raise ValueError(f"method dha gives keys and values heads of their own: layout {self.layout} has none")
+            raise ValueError(f"method dha groups keys and values apart: it needs layout decoupled, not {self.layout}")
         return self
 
     def to_yaml(self) -> str:

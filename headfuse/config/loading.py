@@ -137,12 +137,14 @@ def _read_yaml(name: str, folder: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"is not valid YAML: {reason}", where=name, fix="docs/reference/options.md is an example"
+            f"is not valid YAML: {reason}", where=name, fix="see docs/reference/options.md for an example"
         ) from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError("must hold a mapping of options", where=name, fix="docs/reference/options.md is an example")
+        raise ConfigError(
+            "must hold a mapping of options", where=name, fix="see docs/reference/options.md for an example"
+        )
     return raw
 
 

@@ -50,9 +50,7 @@ def parse_budget(text: str) -> Fraction:
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{text!r} is not a number: write a decimal or a fraction, like 0.25 or 1/4") from None
     if not 0 < value <= 1:
-        raise ValueError(
-            f"{text} is out of range: the budget is kept KV bytes over the source's, above 0 and at most 1"
-        )
+        raise ValueError(f"{text} is out of range: a budget is a share of the source's KV cache, above 0 and at most 1")
     return value
 
 

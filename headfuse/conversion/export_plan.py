@@ -12,12 +12,12 @@ from headfuse.checkpoint.output_checks import check_output, check_output_file
 from headfuse.choices import Target
 from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headfuse.layouts import LAYOUTS, gqa, layerwise
-from headfuse.layouts.assignment import StockHeads, common_group
+from headfuse.layouts.assignment import StockHeads, common_group, query_order
 from headfuse.layouts.folder import ModelFolder, open_folder
 from headfuse.layouts.gguf import writer as gguf
 from headfuse.layouts.latent_as_gqa import as_gqa
 from headfuse.models.loading import load_tokenizer, names_code
-from headfuse.plan import FusionPlan, LayerPlan, query_order
+from headfuse.plan import FusionPlan, LayerPlan
 
 CACHE_BYTES = 2
 """Bytes of a number in llama.cpp's KV cache, f16 unless the user says otherwise."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from headfuse.config.fuse import FuseConfig
 from headfuse.dha.basis import rebase
@@ -73,22 +74,12 @@ def train(
     check_family(source)
     options, heads = config.dha, source.heads
     logger.warning("method dha trains the whole model in memory: about %.1f GB", training_memory(source, config) / 1e9)
-    windows = max(1, config.calibration.held_out_windows(config.calibration.samples))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    stream = TrainingText(
-        config.calibration.data,
-        tokenizer,
-        config.calibration.sequence_length,
-        config.seed,
-        validation_windows=windows,
-    )
-    beyond = unembedded_tokens(tokenizer, source.config.vocab_size)
-    model = load_weights(source, streamed, trust_remote_code)
-    guard_embeddings(model, beyond, source.folder)
-    before = nll(model, stream.validation)
+    stream, model = _training_text(config, tokenizer), load_weights(source, streamed, trust_remote_code)
+    guard_embeddings(model, unembedded_tokens(tokenizer, source.config.vocab_size), source.folder)
+    before, teacher = nll(model, stream.validation), None
     if plan is not None and all(layer.untouched for layer in plan.layers):
         return Trained(plan, {}, before, before)
-    teacher = None
     if options.loss == "kl":
         teacher = LiveTeacher(load_weights(source, streamed, trust_remote_code), streamed.device, None, False)
     training = Training(partial, model, options, stream, teacher, on_progress)
@@ -114,6 +105,15 @@ def train(
     after = nll(model, stream.validation)
     training.finish(heads=[len(side.weight) for side in sides], nll_mixed=average(mixed), nll=average(after))
     return Trained(plan, collapsed_weights(model, streamed), before, after)
+
+
+def _training_text(config: FuseConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingText:
+    """The text that is trained on, and the windows of it that are held out."""
+    calibration = config.calibration
+    windows = max(1, calibration.held_out_windows(calibration.samples))
+    return TrainingText(
+        calibration.data, tokenizer, calibration.sequence_length, config.seed, validation_windows=windows
+    )
 
 
 def _rounds(plan: FusionPlan, costs: Sequence[list[list[float]]], config: FuseConfig) -> list[list[Groups]]:

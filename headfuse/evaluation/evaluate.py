@@ -153,7 +153,9 @@ def _check(config: EvalConfig) -> None:
     if config.speed and config.baseline is None:
         raise ConfigError("there is nothing to compare the speed with", where="--speed", fix="give --baseline")
     if config.data == DEFAULT_DATA:
-        logger.warning("no --data: the packaged text is generic prose; give text of the kind that the model is used on")
+        logger.warning(
+            "Evaluating on the bundled prose sample. Pass --data with text like your inputs for figures that count."
+        )
 
 
 def _open(names: list[str], config: EvalConfig, machine: Machine) -> list[_Model]:
@@ -196,7 +198,9 @@ def _read_text(models: list[_Model], config: EvalConfig) -> EvaluationText:
             fix="give a baseline with the model's own tokenizer, such as the source model",
         )
     if len(text.windows) < config.samples:
-        logger.warning("the text holds %d windows, fewer than the %d asked for", len(text.windows), config.samples)
+        logger.warning(
+            "The text holds %d windows, fewer than the %d that were asked for.", len(text.windows), config.samples
+        )
     return text
 
 

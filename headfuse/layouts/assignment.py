@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from headfuse.models.attention import AttentionWeights
+from headfuse.plan import Groups, HeadLayout, head_of_source
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,15 @@ class StockHeads:
 def common_group(layers: Sequence[HeadAssignment]) -> int:
     """The most query heads to a KV head that all layers can have: lcm of head counts is gcd of groups."""
     return math.gcd(*(layer.group for layer in layers))
+
+
+def head_of_query(groups: Groups, heads: HeadLayout) -> list[int]:
+    """The fused head that each query head reads."""
+    owner = head_of_source(groups)
+    return [owner[heads.source_head(query)] for query in range(heads.num_attention_heads)]
+
+
+def query_order(groups: Groups, heads: HeadLayout) -> list[int]:
+    """The order of query heads that makes every group contiguous, as stock GQA reads them."""
+    per_head = heads.queries_per_head
+    return [head * per_head + i for group in groups for head in group for i in range(per_head)]

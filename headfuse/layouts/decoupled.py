@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from headfuse.errors import UnsupportedModelError
+from headfuse.layouts.assignment import head_of_query
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.families import Architecture
-from headfuse.plan import FusionPlan, LayerPlan, head_of_query
+from headfuse.plan import FusionPlan, LayerPlan
 
 
 def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from headfuse.errors import UnsupportedModelError
 from headfuse.layouts import slot_table
+from headfuse.layouts.assignment import query_order
 from headfuse.layouts.read_maps import folded
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.families import architecture_of
-from headfuse.plan import FusionPlan, LayerPlan, query_order
+from headfuse.plan import FusionPlan, LayerPlan
 
 
 def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:

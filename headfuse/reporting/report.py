@@ -20,7 +20,11 @@ from headfuse.reporting.templating import render
 
 
 def write_report(
-    path: Path, folder: Path, document: Mapping[str, Any] | None = None, analysis: Path | None = None
+    path: Path,
+    folder: Path,
+    document: Mapping[str, Any] | None = None,
+    analysis: Path | None = None,
+    name: str | None = None,
 ) -> None:
     """Write the report of a model folder.
 
@@ -29,6 +33,7 @@ def write_report(
         folder: the model; plan.json and the training log are read where it has them.
         document: that of `headfuse eval --json`, for the figures.
         analysis: the output folder of `headfuse analyze`, for the heat maps.
+        name: what the title names; by default the model of the document, or the folder.
 
     Raises:
         HeadfuseError: for a folder of which there is nothing to report, and files that cannot be read.
@@ -39,7 +44,7 @@ def write_report(
     options = folder / FUSE_OPTIONS
     page = render(
         "report.html.jinja",
-        name=document["model"]["name"] if document else folder.resolve().name,
+        name=name or (document["model"]["name"] if document else folder.resolve().name),
         plan=plan,
         document=document,
         heat_maps={} if analysis is None else _heat_maps(analysis),

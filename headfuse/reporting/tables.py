@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from headfuse.plan import WIDE, FusionPlan
+from headfuse.choices import WIDE
+from headfuse.plan import FusionPlan
 
 
 def figure_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:

@@ -117,7 +117,7 @@ class Run:
                 fix="resume with the same options, or start anew with --overwrite",
             )
         if rate not in (None, saved_rate):
-            logger.warning("going on with learning rate %g instead of %g", rate, saved_rate)
+            logger.warning("Continuing with learning rate %g instead of %g.", rate, saved_rate)
         self.recipe = self.recipe.model_copy(update={"learning_rate": rate or saved_rate})
         self.step, self.best, self.stopped = saved["step"], saved["best"], saved["stopped"]
         self.text, self.epochs, self.figures = saved["text"], saved["epochs"], saved["figures"]

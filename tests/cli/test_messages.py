@@ -113,7 +113,10 @@ for code, line in {lines!r}:
         ({"dha": {"b": 0}}, "dha.b: must be above 0.0, not 0"),
         ({"layout": "gpa"}, "layout: 'gpa' is unknown; did you mean 'gqa'?"),
         ({"method": 3}, "method: must be text, not 3"),
-        ({"method": "dha", "layout": "gqa"}, "options: method dha gives keys and values heads of their own"),
+        (
+            {"method": "dha", "layout": "gqa"},
+            "options: method dha groups keys and values apart: it needs layout decoupled, not gqa",
+        ),
         ({"seed": "9" * 500}, "seed: must be a whole number, not '9999"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from headfuse.choices import Layout, Preset, names
+from headfuse.config.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,6 +41,17 @@ def test_the_figures_are_those_of_the_benchmark(layout: str) -> None:
         gaps = [row["nll"]["wikitext2"] - source for row in own]
         assert figure == (f"{statistics.mean(gaps):.3f}" if figure else "")
     assert f"source {source:.3f}" in README
+
+
+@pytest.mark.parametrize(("preset", "claim", "most"), [("fast", "about 3", 3.5), ("balanced", "at most 15", 15.0)])
+def test_the_costs_of_presets_are_those_of_the_benchmark(preset: str, claim: str, most: float) -> None:
+    lines = (ROOT / "benchmarks/results/quality.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["model"] == "smollm2-135m" and row["conversion"] == preset]
+    allocated = [row for row in rows if "+" not in row["allocator"] and row["layout"] in ("gqa", "decoupled")]
+    assert max(row["seconds"] / row["forward_seconds"] for row in allocated) <= most
+    (shown,) = (row[2] for row in ROWS if row[0].startswith(preset))
+    assert shown == claim
+    assert claim in PRESETS[preset].cost
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)

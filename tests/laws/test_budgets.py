@@ -8,9 +8,10 @@ from fractions import Fraction
 import pytest
 import torch
 
+from headfuse.choices import ONE_COUNT, SHARED_PARTITION, WIDE
 from headfuse.errors import BudgetError
 from headfuse.layouts import LAYOUTS
-from headfuse.plan import ONE_COUNT, SHARED_PARTITION, WIDE, HeadLayout
+from headfuse.plan import HeadLayout
 from headfuse.planning.allocators import ALLOCATORS, least_cost
 from headfuse.planning.budget import BudgetRules, CostTable
 from headfuse.planning.importance import HEAD_IMPORTANCE

@@ -109,3 +109,13 @@ def test_gates_of_fuse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not a figure of fuse" in convert("kl<=1", code=1)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY")
     assert "GITHUB_STEP_SUMMARY" in convert("kv_ratio<=1", "--github-summary", code=1)
+
+
+def test_analyze_writes_a_report_of_its_plan(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    text = ("--data", tmp_path / "text.txt", "--samples", 4, "--sequence-length", 32)
+    run("analyze", model, "-o", tmp_path / "analysis", *text)
+    page = (tmp_path / "analysis/report.html").read_text()
+    assert "<title>headfuse report: plan for model</title>" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "partial" not in page

@@ -92,7 +92,7 @@ def require_gguf() -> Any:
     return gguf
 
 
-def write(
+def write(  # nine parameters: a file is made of a model, a tokenizer and tensors, which come from three places
     path: Path,
     name: str,
     config: PreTrainedConfig,
@@ -126,8 +126,7 @@ def write(
     _model_keys(writer, gguf, name, arch, config, num_key_value_heads, file_type, where)
     for key, value in keys:
         _add(writer, f"tokenizer.ggml.{key}", value)
-    template = chat_template(tokenizer)
-    if template:
+    if template := chat_template(tokenizer):
         writer.add_chat_template(template)
     names = _names(gguf, arch, config, shapes, where)
     factors = rope_factors(config)
@@ -137,23 +136,13 @@ def write(
         kind = _kind(shapes[source], file_type)
         shape, dtype, nbytes = _stored(gguf, shapes[source], kind)
         writer.add_tensor_info(target, shape, dtype, nbytes, gguf.GGMLQuantizationType[kind.upper()])
+    heads = _rotated(config, num_key_value_heads)
     try:
         writer.write_header_to_file(path)
-        try:
-            writer.write_kv_data_to_file()
-        except (struct.error, OverflowError, TypeError) as error:
-            fix = "restore the model's own config.json and tokenizer"
-            raise CheckpointError(f"holds a number that GGUF cannot ({error})", where=where, fix=fix) from None
+        _write_keys(writer, where)
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
-        heads = {
-            **{
-                f"model.layers.{i}.self_attn.q_proj": config.num_attention_heads
-                for i in range(len(num_key_value_heads))
-            },
-            **{f"model.layers.{i}.self_attn.k_proj": count for i, count in enumerate(num_key_value_heads)},
-        }
         for source, tensor in tensors:
             if source not in names:
                 continue
@@ -162,6 +151,21 @@ def write(
             writer.write_tensor_data(_encode(gguf, source, tensor, _kind(shapes[source], file_type)))
     finally:
         writer.close()
+
+
+def _write_keys(writer: Any, where: object) -> None:
+    try:
+        writer.write_kv_data_to_file()
+    except (struct.error, OverflowError, TypeError) as error:
+        fix = "restore the model's own config.json and tokenizer"
+        raise CheckpointError(f"holds a number that GGUF cannot ({error})", where=where, fix=fix) from None
+
+
+def _rotated(config: PreTrainedConfig, num_key_value_heads: Sequence[int]) -> dict[str, int]:
+    """The projections whose rows are rotated, with the number of their heads."""
+    layers = list(enumerate(num_key_value_heads))
+    queries = {f"model.layers.{i}.self_attn.q_proj": config.num_attention_heads for i, _ in layers}
+    return queries | {f"model.layers.{i}.self_attn.k_proj": count for i, count in layers}
 
 
 def interleave(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
