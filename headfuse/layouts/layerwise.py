@@ -35,6 +35,7 @@ def layerwise_config(source: dict[str, Any], num_key_value_heads: tuple[int, ...
     qkv_bias = FAMILIES[source["model_type"]]
     ffn = _ffn(whole.intermediate_size, whole.hidden_size)
     groups = [whole.num_attention_heads // count for count in num_key_value_heads]
+    rope = whole.rope_parameters
     return {
         "model_type": "nemotron-nas",
         "architectures": ["DeciLMForCausalLM"],
@@ -43,6 +44,8 @@ def layerwise_config(source: dict[str, Any], num_key_value_heads: tuple[int, ...
         "headfuse_format": FORMAT,
         "source_model_type": source["model_type"],
         **{name: getattr(whole, name) for name in KEPT},
+        "rope_theta": rope["rope_theta"],  # mlx-lm reads these two, transformers `rope_parameters`
+        "rope_scaling": None if rope["rope_type"] == "default" else dict(rope),
         "num_key_value_heads": max(num_key_value_heads),
         "attention_bias": biases,
         "qkv_bias": biases if qkv_bias is None else qkv_bias,
@@ -71,9 +74,14 @@ def family_config(layerwise: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ffn(intermediate_size: int, hidden_size: int) -> dict[str, Any]:
-    """The feed-forward part of a block: vLLM takes `ffn_mult` where it is there, TensorRT-LLM knows nothing else."""
-    ffn = {"no_op": False, "replace_with_linear": False, "intermediate_size": intermediate_size}
-    return ffn if intermediate_size % FFN_MULTIPLE else {**ffn, "ffn_mult": 1.5 * intermediate_size / hidden_size}
+    """The feed-forward part of a block.
+
+    vLLM takes `ffn_mult` where it is there. TensorRT-LLM and mlx-lm know nothing else, and mlx-lm refuses other keys.
+    """
+    ffn: dict[str, Any] = {"no_op": False, "replace_with_linear": False}
+    if intermediate_size % FFN_MULTIPLE:
+        return {**ffn, "intermediate_size": intermediate_size}
+    return {**ffn, "ffn_mult": 1.5 * intermediate_size / hidden_size}
 
 
 def check(config: Any) -> None:

@@ -162,14 +162,7 @@ class HeadfuseAttention(nn.Module):
         if position_embeddings is None and self.family.rotary != "none":
             sin, cos = self.embed_positions[position_ids].chunk(2, dim=-1)
             position_embeddings = sin, cos
-        query, key, value = self._states(hidden_states, position_embeddings)
-        if one_head:
-            check_attention(self)
-            query, key, value = self._as_one_head(query, key, value)
-        else:
-            query = query.transpose(1, 2)
-            folded = (batch, length, *self._cache_shape(cache))
-            key, value = key.reshape(folded).transpose(1, 2), value.reshape(folded).transpose(1, 2)
+        query, key, value = self._laid_out(*self._states(hidden_states, position_embeddings), cache)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
 
@@ -224,6 +217,16 @@ class HeadfuseAttention(nn.Module):
             _select(_unfold(key, self.head_dim), self.key_heads),
             _select(_unfold(value, self.head_dim), self.value_heads),
         )
+
+    def _laid_out(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the states [b, s, heads, d] queries [b, n_q, s, ..], and keys and values as they are cached."""
+        if self.config._attn_implementation == "vllm":
+            check_attention(self)
+            return self._as_one_head(query, key, value)
+        folded = (*query.shape[:2], *self._cache_shape(cache))
+        return query.transpose(1, 2), key.reshape(folded).transpose(1, 2), value.reshape(folded).transpose(1, 2)
 
     def _as_one_head(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor

@@ -140,14 +140,15 @@ def test_blocks_are_those_of_decilm(fused: Path) -> None:
 
 @pytest.mark.parametrize(("width", "hidden"), [(48, 32), (11008, 4096), (1536, 576), (14336, 4096), (8960, 1536)])
 def test_runtimes_compute_the_width_of_the_feed_forward_part(width: int, hidden: int) -> None:
-    """vLLM takes `ffn_mult` before `intermediate_size`, by this rule, with the multiple of 256."""
+    """vLLM and mlx-lm take `ffn_mult` by this rule, with the multiple of 256; mlx-lm refuses other keys."""
     ffn = layerwise._ffn(width, hidden)
     if "ffn_mult" in ffn:
         asked = int(2 * ffn["ffn_mult"] * hidden / 3)
         assert asked + -asked % 256 == width
+        assert ffn.keys() == {"no_op", "replace_with_linear", "ffn_mult"}
     else:
         assert width % 256
-    assert ffn["intermediate_size"] == width
+        assert ffn["intermediate_size"] == width
 
 
 def test_interfaces_and_caches_agree(fused: Path) -> None:
