@@ -18,11 +18,13 @@ Groups = tuple[tuple[int, ...], ...]
 
 LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
     "transformers": ("decoupled", "layerwise", "gqa", "latent"),
-    "vllm": ("gqa", "layerwise"),
+    "vllm": ("gqa", "layerwise", "decoupled", "latent"),
     "llama.cpp": ("gqa", "layerwise"),
     "sglang": ("gqa",),
 }
 """The layouts that a runtime loads; `--for RUNTIME` picks the first."""
+ONE_HEAD: dict[str, tuple[Layout, ...]] = {"vllm": ("decoupled", "latent")}
+"""Layouts of which a runtime caches one head in each layer, whose key is as wide as its value."""
 
 
 class _Frozen(BaseModel):
@@ -210,6 +212,13 @@ class FusionPlan(_Frozen):
         """Channels of values that each layer caches."""
         return [layer.channels("value", self.heads.head_dim) for layer in self.layers]
 
+    def channels_in(self, runtime: str) -> int:
+        """Numbers that the cache of a runtime holds of one token, over all layers."""
+        if self.layout not in ONE_HEAD.get(runtime, ()):
+            return self.kv_channels
+        both = zip(self.key_channels, self.value_channels, strict=True)
+        return sum(2 * one_head_width(keys, values) for keys, values in both)
+
     @property
     def kv_ratio(self) -> float:
         """Kept KV cache bytes over the source's."""
@@ -241,6 +250,11 @@ class FusionPlan(_Frozen):
             raise ConfigError(
                 validation_summary(error), where=where, fix="write a new plan with `headfuse analyze`"
             ) from None
+
+
+def one_head_width(key_channels: int, value_channels: int) -> int:
+    """Channels of the one head that holds so many of keys, or so many of values; as in modeling."""
+    return max(32, -(-max(key_channels, value_channels) // 8) * 8)
 
 
 def check_partition(groups: Sequence[Sequence[int]], num_heads: int, where: str) -> None:

@@ -66,6 +66,7 @@ def analyze(  # a parameter an option: Typer reads them
         check_data(settings.calibration.data)
         source = at_revision(model, revision)
         calm_libraries(verbose)
+        settings = options.settings_for(runtime, settings, source)
         arguments = {"config": settings, "curves": curves, **dict(machine)}
         return _analyze(source, output, overwrite, log_console(quiet or json_output), **arguments)
 

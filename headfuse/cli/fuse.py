@@ -87,6 +87,7 @@ def fuse(  # a parameter an option: Typer reads them
         source = at_revision(model, revision)
         check_summary(github_summary)
         calm_libraries(verbose)
+        settings = options.settings_for(runtime, settings, source)
         place = {"output": output, "plan": plan, "overwrite": overwrite, "resume": resume, **dict(machine)}
         if dry_run:
             return _dry_run(source, settings, place)
@@ -118,8 +119,9 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
 
 def _document(result: FuseResult) -> Document:
     from headfuse.layouts import LAYOUTS
+    from headfuse.plan import LAYOUT_FOR
 
-    budget = result.plan.head_budget
+    budget, itemsize = result.plan.head_budget, result.kv_bytes_after // result.plan.kv_channels
     return {
         "schema_version": 1,
         "command": "fuse",
@@ -128,6 +130,11 @@ def _document(result: FuseResult) -> Document:
         "loads_in": LAYOUTS[result.plan.layout].runtimes,
         "kv_ratio": result.plan.kv_ratio,
         "kv_bytes_per_token": {"before": result.kv_bytes_before, "after": result.kv_bytes_after},
+        "kv_bytes_per_token_in": {
+            runtime: itemsize * result.plan.channels_in(runtime)
+            for runtime, layouts in LAYOUT_FOR.items()
+            if result.plan.layout in layouts
+        },
         "nll": {"before": result.nll_before, "after": result.nll_after, "text": "held-out calibration windows"},
         "stages": [{"name": stage.name, "nll": stage.nll, "kept": stage.kept} for stage in result.stages],
         "key_heads": list(budget.key_heads),
@@ -240,6 +247,9 @@ def _table(document: Mapping[str, Any]) -> Table:
     }  # fmt: skip
     for key, name in names.items():
         table.add_row(name, *(f"{document[key][side]:,}" for side in ("before", "after")))
+        for runtime, kept in document["kv_bytes_per_token_in"].items() if key == "kv_bytes_per_token" else ():
+            if kept != document[key]["after"]:
+                table.add_row(f"  in {runtime}", f"{document[key]['before']:,}", f"{kept:,}")
     nll = document["nll"]
     if nll["before"] is not None:
         table.add_row("NLL, held-out calibration text", f"{nll['before']:.4f}", f"{nll['after']:.4f}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from headfuse import choices
 from headfuse.config.presets import PRESETS
 from headfuse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from headfuse.config.fuse import FuseConfig
 
 PANELS = KEEP, HOW, TEXT, OUTPUT, MACHINE, CI, PRINT = "Keep", "How", "Text", "Output", "Machine", "CI", "Print"
 """The groups of `--help`."""
@@ -183,3 +186,26 @@ def layout_for(runtime: choices.Runtime | None, layout: choices.Layout | None) -
     if layout is not None and layout not in loads:
         raise ConfigError(f"{runtime} does not load layout {layout}", where="--for", fix=f"it loads {', '.join(loads)}")
     return layout or loads[0]
+
+
+def settings_for(runtime: choices.Runtime | None, settings: FuseConfig, model: str) -> FuseConfig:
+    """The options with a budget that counts what the runtime caches.
+
+    Where it caches one head in each layer, as wide for keys as for values, a layer's keys and values get the same.
+
+    Raises:
+        UnsupportedModelError: for a family that the runtime does not run in this layout.
+        CheckpointError: for a model that cannot be read.
+    """
+    from headfuse.plan import ONE_HEAD
+
+    if runtime is None or settings.layout not in ONE_HEAD.get(runtime, ()):
+        return settings
+    from headfuse.checkpoint.folder import resolve_model
+    from headfuse.layouts.decoupled import check_served
+    from headfuse.models.config import read_config
+
+    check_served(read_config(resolve_model(model), trust_remote_code=False), runtime, settings.layout)
+    if settings.budget.shares is None:  # counts of heads, given one by one
+        return settings
+    return settings.model_copy(update={"budget": settings.budget.model_copy(update={"layerwise": True})})

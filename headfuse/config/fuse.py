@@ -33,7 +33,7 @@ class BudgetConfig(Options):
     allocator: Annotated[str, one_of(*names(Allocator))] = "sensitivity"
     """What divides the budget among layers: sensitivity, taylor, shapley, dha-greedy or uniform."""
     layerwise: bool = False
-    """Give every layer as many value heads as key heads."""
+    """Give every layer as many value heads as key heads (layout latent: values as wide as keys). `--for vllm` does."""
     head_dim: HeadDim | None = None
     """Width of the fused heads of layout gqa in channels, or auto; by default the source's."""
 

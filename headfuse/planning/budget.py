@@ -46,7 +46,7 @@ class BudgetRules:
     min_key_heads: int = 1
     min_value_heads: int = 1
     layerwise: bool = False
-    """As many value heads as key heads in every layer."""
+    """As many value heads as key heads in every layer; of wide heads, as many channels."""
     equal_groups: bool = False
     """With `layerwise`: counts that divide the source's, so that the groups of a layer have one size."""
     one_count: bool = False
@@ -143,7 +143,7 @@ class BudgetRules:
         self, choose: Choose, heads: HeadLayout, choices: Choices, costs: CostTable | None
     ) -> HeadBudget:
         """As many value heads as key heads in every layer: one row per layer, whose heads are pairs."""
-        layers, n = heads.num_hidden_layers, heads.num_key_value_heads
+        layers, n = heads.num_hidden_layers, self.counted(heads)
         if isinstance(self.total, tuple):
             raise BudgetError(
                 "keys and values have budgets of their own, and layerwise gives both the same heads",
@@ -163,7 +163,8 @@ class BudgetRules:
             )
         counts: Sequence[int] = [row[0] for row in pairs]
         if self.total is not None:
-            total = _head_count(self.total, heads.total_heads // 2, pairs, "--budget")
+            counted = f"quanta of {self.channels(heads)} channels" if self.wide else "heads"
+            total = _head_count(self.total, layers * n, pairs, "--budget", counted)
             counts = choose(total, pairs, costs.pairs if costs else None)
         return HeadBudget(key_heads=tuple(counts), value_heads=tuple(counts))
 
@@ -273,7 +274,7 @@ def budget_rules(budget: BudgetConfig, shared_partition: bool, one_count: bool, 
     )
 
 
-_COUNT_HEADS = ("key_heads", "value_heads", "min_key_heads", "min_value_heads", "layerwise")
+_COUNT_HEADS = ("key_heads", "value_heads", "min_key_heads", "min_value_heads")
 """Options of a budget that count heads."""
 
 

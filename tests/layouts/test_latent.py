@@ -130,7 +130,7 @@ def test_other_layouts_write_no_widths(tmp_path: Path, field: str) -> None:
 REFUSED = {
     "--method mean": "makes no wide heads",
     "--allocator taylor": "scores single heads",
-    "--for vllm": "vllm does not load layout latent",
+    "--for sglang": "sglang does not load layout latent",
     "--budget 1/1000": "quanta of 8 channels",
 }
 
@@ -142,7 +142,7 @@ def test_options_that_do_not_go_with_wide_heads(tmp_path: Path, options: str) ->
     assert REFUSED[options] in " ".join(run(*line, *options.split(), code=1).split())
 
 
-@pytest.mark.parametrize("rule", ["key_heads: [1, 1]", "min_value_heads: 2", "layerwise: true"])
+@pytest.mark.parametrize("rule", ["key_heads: [1, 1]", "min_value_heads: 2"])
 def test_rules_that_count_heads_are_refused(tmp_path: Path, rule: str) -> None:
     model = tiny_model(tmp_path / "model")
     (tmp_path / "options.yaml").write_text(f"layout: latent\nbudget: {{{rule}}}\n")
