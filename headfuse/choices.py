@@ -24,11 +24,22 @@ Preset = Literal["fast", "balanced", "best"]
 """Names in PRESETS."""
 Runtime = Literal["transformers", "vllm", "llama.cpp", "sglang"]
 """Names in LAYOUT_FOR."""
+LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
+    "transformers": ("decoupled", "layerwise", "gqa", "latent"),
+    "vllm": ("gqa", "layerwise", "decoupled", "latent"),
+    "llama.cpp": ("gqa", "layerwise"),
+    "sglang": ("gqa",),
+}
+"""The layouts that a runtime loads; `--for RUNTIME` picks the first."""
+ONE_HEAD: dict[str, tuple[Layout, ...]] = {"vllm": ("decoupled", "latent")}
+"""Layouts of which a runtime caches one head in each layer, whose key is as wide as its value."""
 Target = Literal["gqa", "layerwise", "gguf"]
 """What `export` writes."""
 FileType = Literal["f16", "f32", "q8_0"]
 """Numbers in a GGUF file; names in TYPES of layouts/gguf."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Placement = Literal["auto", "resident", "streamed", "host"]
+"""What of a model stays on a device between two uses; `models/placement.py` has the meanings."""
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Dtypes of written weights; names in DTYPE_NAMES."""
 Loss = Literal["kl", "ce"]

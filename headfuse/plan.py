@@ -10,21 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
-from headfuse.choices import ONE_COUNT, ONE_WIDTH, SHARED_PARTITION, WIDE, Layout, Side
+from headfuse.choices import ONE_COUNT, ONE_HEAD, ONE_WIDTH, SHARED_PARTITION, WIDE, Layout, Side
 from headfuse.errors import ConfigError, validation_summary
 
 Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
-
-LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
-    "transformers": ("decoupled", "layerwise", "gqa", "latent"),
-    "vllm": ("gqa", "layerwise", "decoupled", "latent"),
-    "llama.cpp": ("gqa", "layerwise"),
-    "sglang": ("gqa",),
-}
-"""The layouts that a runtime loads; `--for RUNTIME` picks the first."""
-ONE_HEAD: dict[str, tuple[Layout, ...]] = {"vllm": ("decoupled", "latent")}
-"""Layouts of which a runtime caches one head in each layer, whose key is as wide as its value."""
 
 
 class _Frozen(BaseModel):
@@ -192,10 +182,8 @@ class FusionPlan(_Frozen):
     @property
     def head_budget(self) -> HeadBudget:
         """The head counts of this plan."""
-        return HeadBudget(
-            key_heads=tuple(len(layer.key_groups) for layer in self.layers),
-            value_heads=tuple(len(layer.value_groups) for layer in self.layers),
-        )
+        keys = tuple(len(layer.key_groups) for layer in self.layers)
+        return HeadBudget(key_heads=keys, value_heads=tuple(len(layer.value_groups) for layer in self.layers))
 
     @property
     def kv_channels(self) -> int:
@@ -271,10 +259,10 @@ def _check_slots(layer: LayerPlan, frequencies: int) -> None:
     if len(slots) != len(layer.key_groups) or any(
         len(head) != frequencies or not all(0 <= f < frequencies for f in head) for head in slots
     ):
-        raise ValueError(
-            f"layer {layer.layer_idx}, rotary_slots: each of {len(layer.key_groups)} key heads needs {frequencies} "
-            f"frequencies from 0 to {frequencies - 1}"
+        needed = (
+            f"each of {len(layer.key_groups)} key heads needs {frequencies} frequencies from 0 to {frequencies - 1}"
         )
+        raise ValueError(f"layer {layer.layer_idx}, rotary_slots: {needed}")
 
 
 def _check_wide(layer: LayerPlan, heads: HeadLayout) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,12 @@ def is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether `is_finite` of all tensors of floating point on one device; it waits for the device once."""
+    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
 def num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -56,6 +56,7 @@ def fuse(  # a parameter an option: Typer reads them
         ),
     ] = False,
     device: options.Device = "auto",
+    placement: options.Placement = "auto",
     threads: options.Threads = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
@@ -118,8 +119,8 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
 
 
 def _document(result: FuseResult) -> Document:
+    from headfuse.choices import LAYOUT_FOR
     from headfuse.layouts import LAYOUTS
-    from headfuse.plan import LAYOUT_FOR
 
     budget, itemsize = result.plan.head_budget, result.kv_bytes_after // result.plan.kv_channels
     return {
@@ -189,12 +190,13 @@ def _gated(result: FuseResult) -> dict[str, Any]:
 def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Document:
     """Make every check of a run; what it would write, and cost."""
     from headfuse.checkpoint.reader import DTYPE_NAMES
-    from headfuse.conversion.cost import estimate
+    from headfuse.conversion.cost import estimate, on_device
     from headfuse.conversion.preflight import prepare
 
     prepared = prepare(model, settings, **place)
     source, settings, kept = prepared.source, prepared.config, prepared.kv_channels
     dtype, cost = prepared.machine.dtype, estimate(source, settings, prepared.machine.device)
+    device = on_device(source, prepared.device, prepared.machine.placement)
     itemsize = next(iter(source.checkpoint.dtypes.values())).itemsize if dtype is None else DTYPE_NAMES[dtype].itemsize
     heads = source.heads
     return {
@@ -207,7 +209,7 @@ def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Docu
         "kv_bytes_per_token": {"before": heads.kv_channels * itemsize, "after": kept * itemsize},
         "heads": {"source": heads.total_heads, "kept": kept // heads.head_dim},
         "source_bytes": source.checkpoint.nbytes,
-        "estimate": {"memory_bytes": cost.memory_bytes, "seconds": cost.seconds},
+        "estimate": {"memory_bytes": cost.memory_bytes, "seconds": cost.seconds, "device": device},
     }
 
 
@@ -222,6 +224,9 @@ def render(document: Mapping[str, Any], console: Console) -> None:
         console.print(
             f"about {cost['memory_bytes'] / 1e9:.1f} GB of memory and {cost['seconds']:.0f} s on this machine"
         )
+        if cost["device"]:
+            on = cost["device"]
+            console.print(f"about {on['memory_bytes'] / 1e9:.1f} GB on {on['name']}, placement {on['placement']}")
         return
     console.print(_table(document))
     for stage in document["stages"]:

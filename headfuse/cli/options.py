@@ -140,6 +140,10 @@ Overwrite = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=OUTPUT)]
 
 Device = Annotated[choices.Device, typer.Option(help="Device to compute on.", rich_help_panel=MACHINE)]
+Placement = Annotated[
+    choices.Placement,
+    typer.Option(help="What stays on a device between two uses; auto: what its memory holds.", rich_help_panel=MACHINE),
+]
 WrittenDtype = Annotated[
     choices.Dtype | None,
     typer.Option(help="Dtype of the written weights; by default that of the source.", rich_help_panel=MACHINE),
@@ -180,7 +184,7 @@ def layout_for(runtime: choices.Runtime | None, layout: choices.Layout | None) -
     """
     if runtime is None:
         return layout
-    from headfuse.plan import LAYOUT_FOR
+    from headfuse.choices import LAYOUT_FOR
 
     loads = LAYOUT_FOR[runtime]
     if layout is not None and layout not in loads:
@@ -197,7 +201,7 @@ def settings_for(runtime: choices.Runtime | None, settings: FuseConfig, model: s
         UnsupportedModelError: for a family that the runtime does not run in this layout.
         CheckpointError: for a model that cannot be read.
     """
-    from headfuse.plan import ONE_HEAD
+    from headfuse.choices import ONE_HEAD
 
     if runtime is None or settings.layout not in ONE_HEAD.get(runtime, ()):
         return settings

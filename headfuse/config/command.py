@@ -11,7 +11,7 @@ from typing import Any, Generic
 from headfuse.config.evaluate import EvalConfig
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.loading import Options, OptionsT, load_options
-from headfuse.config.machine import Machine, MachineT, Processor, TrainingMachine
+from headfuse.config.machine import FusingMachine, Machine, MachineT, Processor, TrainingMachine
 from headfuse.config.uptrain import UptrainConfig
 from headfuse.errors import ConfigError
 
@@ -82,7 +82,7 @@ class Command(Generic[OptionsT, MachineT]):
 
 FUSE = Command(
     FuseConfig,
-    Machine,
+    FusingMachine,
     ("config", "output", "plan", "overwrite", "resume", "on_progress"),
     short={
         "budget": "budget.total",

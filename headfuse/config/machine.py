@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import model_validator
 
-from headfuse.choices import Dtype, names
-from headfuse.config.loading import Options
+from headfuse.choices import Dtype, Placement, names
+from headfuse.config.loading import Options, one_of
 from headfuse.errors import ConfigError
 
 
@@ -35,6 +35,15 @@ class Machine(Processor):
             if name.endswith("dtype") and value is not None and value not in names(Dtype):
                 raise ConfigError(f"{name} is {value!r}", fix=f"give one of {', '.join(names(Dtype))}")
         return self
+
+
+class FusingMachine(Machine):
+    """Where a model is fused."""
+
+    dtype: str | None = None
+    """The dtype of the written weights; by default the source's."""
+    placement: Annotated[Placement, one_of(*names(Placement))] = "auto"
+    """What of the model stays on a device between two uses; by default what its memory holds."""
 
 
 class TrainingMachine(Machine):

@@ -27,6 +27,7 @@ from headfuse.fusion.wide_layer import fuse_wide_layer
 from headfuse.layouts import LAYOUTS
 from headfuse.models.decoder_layers import DecoderLayers, HiddenStates
 from headfuse.models.families import Architecture
+from headfuse.models.placement import factories_on
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
@@ -59,9 +60,9 @@ def fuse(
         resume: go on with an interrupted conversion.
         on_progress: called with phase, done and total layers.
         **options: those of `headfuse fuse` by name, which win over `config`: `budget`, `method`, `allocator`,
-            `grouping`, `layout`, `preset`, `data`, `samples`, `sequence_length`, `seed`; `device`, `dtype` (of the
-            written weights; by default the source's), `threads`, `trust_remote_code`; and the sections `budget`,
-            `calibration` and `dha` of YAML, as mappings.
+            `grouping`, `layout`, `preset`, `data`, `samples`, `sequence_length`, `seed`; `device`, `placement`, `dtype`
+            (of the written weights; by default the source's), `threads`, `trust_remote_code`; and the sections
+            `budget`, `calibration` and `dha` of YAML, as mappings.
 
     Raises:
         HeadfuseError: for every kind of bad input; nothing appears under the output name.
@@ -73,7 +74,7 @@ def fuse(
     trained = FUSION_METHODS[config.method].trained
     if trained:
         common["source"] = source.identity().fingerprint
-    streamed = StreamedModel(source.checkpoint, source.config, prepared.device)
+    streamed = StreamedModel(source.checkpoint, source.config, prepared.device, prepared.machine.placement)
     with output_folder(output, overwrite=overwrite, resume=resume, reads=[source.folder]) as partial:
         conversion = Conversion(source, streamed, text, partial, on_progress)
         found = resumed_plan(partial, source, common)
@@ -138,11 +139,12 @@ def _write(conversion: Conversion, plan: FusionPlan, options: dict[str, Any], re
     source, streamed, partial = conversion.source, conversion.streamed, conversion.folder
     writer, done = open_writer(source, streamed, plan, partial, options)
     as_written = LAYOUTS[plan.layout].config(streamed.config.to_dict(), plan)
-    layers = DecoderLayers.of_config(as_written, streamed.arch, writer, streamed.device)
+    layers = DecoderLayers.of_config(as_written, streamed.arch, writer, streamed.layers)
     fused = FusedModel(plan, layers if plan.head_width is None else layers.with_own_positions())
     before, closed_form, last = _convert(conversion, fused, done)
     stages = [closed_form]
     if refines(refinement, plan, before, closed_form) or (partial / REFINED).exists():
+        streamed.layers.kept = None  # of the source: the fused layers take the place
         with torch.no_grad():
             targets = Targets(conversion.text.statistics, streamed.last_hidden_state(last.hidden))
         stages = refine(conversion, fused, writer, targets, closed_form, refinement)
@@ -163,6 +165,7 @@ def _convert(
     for layer in streamed.walk(statistics, [before]):
         windows, _, before = layer.outputs
         written = {} if layer.index in done.layers else _fuse_and_write(streamed.arch, layer, fused.plan, done)
+        fused.layers.keep(written)
         if len(after):
             after = fused.layers.run(layer.index, after, written)
         del written  # not beside the next layer
@@ -177,13 +180,14 @@ def _fuse_and_write(
     """Fuse and write one layer; what was written, by full name."""
     layout, layer, weights = LAYOUTS[plan.layout], plan.layers[source.index], source.weights
     prefix = arch.layer_prefix(source.index) + "."
-    if layer.wide:
-        weights = fuse_wide_layer(weights, source.captures, layer, plan.heads)
-    elif not layer.untouched:
-        weights = fuse_layer(weights, source.captures, layer, plan.heads, FUSION_METHODS[plan.method])
-    tensors = layout.arrange(weights, layer, plan).in_layer(
-        source.tensors, arch, plan.written_heads, layout.stored(arch)
-    )
+    with factories_on(weights.query.device):
+        if layer.wide:
+            weights = fuse_wide_layer(weights, source.captures, layer, plan.heads)
+        elif not layer.untouched:
+            weights = fuse_layer(weights, source.captures, layer, plan.heads, FUSION_METHODS[plan.method])
+        tensors = layout.arrange(weights, layer, plan).in_layer(
+            source.tensors, arch, plan.written_heads, layout.stored(arch)
+        )
     written = {prefix + name: tensors[name].to(done.writer.dtypes[prefix + name]) for name in sorted(tensors)}
     for name, tensor in written.items():
         done.writer.write(name, tensor)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from headfuse.choices import Placement
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.presets import PRESETS
 from headfuse.dha.loop import training_memory
@@ -15,6 +17,7 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
 from headfuse.models.families import architecture_of
 from headfuse.models.loading import pick_device
+from headfuse.models.placement import DeviceMemory, batch_tokens
 from headfuse.models.source import Source
 from headfuse.plan import HeadLayout
 from headfuse.planning.allocators import ALLOCATORS
@@ -75,6 +78,19 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
         states = (sizes.layers * sizes.length + sizes.seen + 16 * sizes.length) * sizes.width
         memory += 4 * (states + 3 * sizes.length * sizes.vocabulary // 4)
     return int(memory), work
+
+
+def on_device(source: Source, device: torch.device, placement: Placement) -> dict[str, Any] | None:
+    """What a conversion places on a device that is not the CPU, and the bytes that this takes there."""
+    if device.type == "cpu":
+        return None
+    heads, checkpoint = source.heads, source.checkpoint
+    memory = DeviceMemory.of(
+        checkpoint.shapes, checkpoint.dtypes, architecture_of(heads.model_type), heads.num_hidden_layers,
+        batch_tokens(device, heads.hidden_size) * heads.hidden_size,
+    )  # fmt: skip
+    chosen = memory.choose(placement, device)
+    return {"name": str(device), "placement": chosen, "memory_bytes": memory.needed(chosen)}
 
 
 @dataclass(frozen=True)

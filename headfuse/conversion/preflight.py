@@ -15,7 +15,7 @@ from headfuse.checkpoint.paths import partial_folder
 from headfuse.checkpoint.reader import DTYPE_NAMES
 from headfuse.config.command import FUSE
 from headfuse.config.fuse import FuseConfig
-from headfuse.config.machine import Machine
+from headfuse.config.machine import FusingMachine
 from headfuse.conversion.output import default_output
 from headfuse.conversion.resume import check_resumed, text_digest
 from headfuse.dha import pipeline as dha
@@ -40,7 +40,7 @@ class Prepared:
     """Numbers that the fused model's cache holds of one token."""
     output: Path
     text: CalibrationText
-    machine: Machine
+    machine: FusingMachine
     device: torch.device
     options: dict[str, Any]
     """What an interrupted run must have in common with this one, as far as no weight is read for it."""

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 LEARNING_RATE, FINAL_LEARNING_RATE, WARMUP_STEPS = 1e-3, 0.05, 5
 FULL_RATE_WIDTH = 256
 """Wider models learn at a rate that falls as 1 / hidden_size."""
+WIDE_RATE = 0.5
+"""Wide heads learn at this share of the rate: at the whole one they get worse where little was lost (docs/experiments).
+"""
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 
 
@@ -43,28 +46,38 @@ class Targets:
 
 
 class Adam:
-    """Weights in float32 with their moments, in mapped files (Kingma and Ba, 1412.6980, algorithm 1).
+    """Weights in float32 with their moments (Kingma and Ba, 1412.6980, algorithm 1).
 
     Args:
-        folder: where the files are; those of an earlier process are used as they are.
+        folder: for the weights' files; those of an earlier process are used as they are.
         shapes: of the weights, by name.
+        device: where all of it lies: on a CPU in mapped files, elsewhere zeros to begin with.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]], device: torch.device | str = "cpu") -> None:
         def mapped(part: str) -> dict[str, torch.Tensor]:
             return {name: mapped_tensor(folder / f"{name}.{part}", shape) for name, shape in shapes.items()}
 
-        self.folder = folder
-        self.weights, self.means, self.squares = mapped("weight"), mapped("mean"), mapped("square")
+        def zeros() -> dict[str, torch.Tensor]:
+            return {name: torch.zeros(tuple(shape), device=device) for name, shape in shapes.items()}
+
+        self.folder, self.files = folder, mapped("weight")
+        if torch.device(device).type == "cpu":
+            self.weights, self.means, self.squares = self.files, mapped("mean"), mapped("square")
+        else:
+            self.weights, self.means, self.squares = zeros(), zeros(), zeros()
 
     def sync(self) -> None:
         """Bring the weights to the disk."""
-        for name in self.weights:
+        for name, weight in self.weights.items():
+            if weight is not self.files[name]:
+                self.files[name].copy_(weight)
             sync(self.folder / f"{name}.weight")
 
     def step(self, name: str, gradient: torch.Tensor, rate: float, step: int) -> None:
         """Update one weight; `step` counts from 1."""
-        gradient, mean, square = gradient.to("cpu", torch.float32), self.means[name], self.squares[name]
+        mean, square = self.means[name], self.squares[name]
+        gradient = gradient.to(mean)
         mean.lerp_(gradient, 1 - BETAS[0])
         square.lerp_(gradient.square(), 1 - BETAS[1])
         root = (square / (1 - BETAS[1] ** step)).sqrt_().add_(EPSILON)
@@ -79,6 +92,7 @@ def refine_model(
     passes: float,
     seed: int,
     on_step: Callable[[int, int], None],
+    wide: bool = False,
 ) -> None:
     """Train the attention of a written model; everything else stays as it is.
 
@@ -90,8 +104,9 @@ def refine_model(
         passes: how often each window is used.
         seed: of the order of the windows.
         on_step: called with the steps done and all steps.
+        wide: its heads are wide.
     """
-    steps, rate = round(len(text.windows) * passes), learning_rate(text.hidden.shape[-1])
+    steps, rate = round(len(text.windows) * passes), learning_rate(text.hidden.shape[-1], wide)
     for step, index in zip(range(1, steps + 1), _shuffled(len(text.windows), seed), strict=False):
         *inputs, states = layers.forward(streamed.embed(text.windows[index : index + 1]), optimizer.weights)
 
@@ -110,9 +125,9 @@ def refine_model(
         on_step(step, steps)
 
 
-def learning_rate(hidden_size: int) -> float:
+def learning_rate(hidden_size: int, wide: bool = False) -> float:
     """The highest learning rate; Adam's steps on a matrix do more, the wider it is (muP, 2203.03466)."""
-    return LEARNING_RATE * min(1.0, FULL_RATE_WIDTH / hidden_size)
+    return LEARNING_RATE * min(1.0, FULL_RATE_WIDTH / hidden_size) * (WIDE_RATE if wide else 1.0)
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -176,22 +191,23 @@ def refine(
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    optimizer = Adam(folder, shapes)
+    optimizer = Adam(folder, shapes, "cpu" if conversion.streamed.placement == "host" else conversion.streamed.device)
     if not record.exists():
         for name, weight in optimizer.weights.items():
-            weight.copy_(writer.read(name))
+            weight.copy_(fused.layers.tensor(name))
 
         def on_step(done: int, total: int) -> None:
             conversion.on_progress("refine", done, total)
 
         source, layers = conversion.streamed, fused.layers
-        refine_model(source, layers, optimizer, targets, refinement.passes, refinement.seed, on_step)
+        wide = any(layer.wide for layer in fused.plan.layers)
+        refine_model(source, layers, optimizer, targets, refinement.passes, refinement.seed, on_step, wide)
         refined = _held_out_nll(conversion, layers, writer, optimizer.weights)
         optimizer.sync()
         write_whole(record, json.dumps({"closed form": closed_form.held_out, "refined": refined}))
     figures = {name: tuple(held_out) for name, held_out in json.loads(record.read_text(encoding="utf-8")).items()}
     kept = math.fsum(figures["refined"]) < math.fsum(figures["closed form"])  # false for NaN, too
-    for name, weight in optimizer.weights.items() if kept else ():
+    for name, weight in optimizer.files.items() if kept else ():
         writer.write(name, weight)
     return [Stage(closed_form.name, figures["closed form"]), Stage("refined", figures["refined"], kept)]
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from headfuse.fusion import FUSION_METHODS
 from headfuse.fusion.moments import key_moments, value_moments
 from headfuse.models.attention import AttentionWeights
+from headfuse.models.placement import factories_on
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan, HeadLayout
 from headfuse.text.calibration import START_WEIGHT, CalibrationText
@@ -30,9 +31,10 @@ def rebase(
     maps = FUSION_METHODS[method]
     for layer in streamed.walk([streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)]):
         own, captures, groups = layer.weights.double(), layer.captures, plan.layers[layer.index]
-        keys = maps.key_maps(groups.key_groups, key_moments(captures, heads)).read
-        values = maps.value_maps(groups.value_groups, value_moments(captures, own.output, heads, None)).read
-        turned = _turned(own, _invertible_keys(keys), _invertible_values(values), heads)
+        with factories_on(streamed.device):
+            keys = maps.key_maps(groups.key_groups, key_moments(captures, heads)).read
+            values = maps.value_maps(groups.value_groups, value_moments(captures, own.output, heads, None)).read
+            turned = _turned(own, _invertible_keys(keys), _invertible_values(values), heads)
         attention = model.get_submodule(arch.attention_prefix(layer.index))
         state = {name: tensor.float() for name, tensor in turned.to_tensors(arch, heads).items()}
         attention.load_state_dict(state, strict=False)

@@ -23,7 +23,7 @@ def distances(side: MixedProjection, heads: HeadLayout) -> torch.Tensor:
     """L_head of every two source heads `[n, n]`, the mean over their query heads."""
     with torch.no_grad():
         n = heads.num_key_value_heads
-        loss = dha.head_loss(side.ratios(), n).double().cpu()
+        loss = dha.head_loss(side.ratios(), n).cpu().double()
         loss = loss.view(n, heads.queries_per_head, n, heads.queries_per_head).mean((1, 3))
         return loss.fill_diagonal_(0)
 

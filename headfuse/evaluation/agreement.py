@@ -59,7 +59,7 @@ def agreement(
         width = min(logits.shape[-1], reference.shape[-1])  # rows beyond the tokenizer differ by padding alone
         logits, reference = logits[:, :width], reference[:, :width]
         log_model, log_reference = F.log_softmax(logits, -1), F.log_softmax(reference, -1)
-        kl[part] = F.kl_div(log_model, log_reference, reduction="none", log_target=True).sum(-1).double().cpu()
+        kl[part] = F.kl_div(log_model, log_reference, reduction="none", log_target=True).sum(-1).cpu().double()
         same[part] = (logits.argmax(-1) == reference.argmax(-1)).float().cpu()
     values = (kl.view_as(text.scored), same.double().view_as(text.scored), model_nll - baseline_nll)
 

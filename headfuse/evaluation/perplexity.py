@@ -133,7 +133,7 @@ def token_nll(predictions: Predictions, windows: torch.Tensor) -> torch.Tensor:
     losses = []
     for part in token_chunks(predictions):
         logits = predictions.logits(states[part])
-        losses.append(F.cross_entropy(logits, targets[part].to(logits.device), reduction="none").double().cpu())
+        losses.append(F.cross_entropy(logits, targets[part].to(logits.device), reduction="none").cpu().double())
     return torch.cat(losses).view(len(windows), -1)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from headfuse.fusion.maps import Reconstruction
 from headfuse.models.capture import AttentionCapture
 from headfuse.models.families import architecture_of
+from headfuse.models.placement import exact, widened
 from headfuse.plan import Groups, HeadLayout
 
 
@@ -65,13 +67,14 @@ MAX_ROWS = 16384
 def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyMoments:
     """Moments of one layer's keys: rotary planes, and what is not rotated (mathematics.md section 3.2)."""
     n, rotated, tokens = heads.num_key_value_heads, heads.rotary_dim, 0.0
-    gram = torch.zeros(rotated // 2, n, n, dtype=torch.complex128)
-    energy = torch.zeros(n, rotated // 2, dtype=torch.float64)
+    place = exact(captures[0].key.device)
+    gram = torch.zeros(rotated // 2, n, n, dtype=torch.complex128, device=place)
+    energy = torch.zeros(n, rotated // 2, dtype=torch.float64, device=place)
     for capture in captures:
-        k = planes(capture.key[..., :rotated]).to("cpu", torch.complex128)  # [B, n, T, F]
+        k = widened(planes(capture.key[..., :rotated]))  # [B, n, T, F]
         k = k.permute(3, 1, 0, 2).flatten(2)  # [F, n, B T]
         gram += capture.weight * (k @ k.mH)
-        q = planes(capture.query[..., :rotated]).abs().square().sum((0, 2)).to("cpu", torch.float64)  # [n_q, F]
+        q = widened(planes(capture.query[..., :rotated]).abs().square().sum((0, 2)))  # [n_q, F]
         energy += capture.weight * q.unflatten(0, (n, heads.queries_per_head)).sum(1)
         tokens += capture.weight * k.shape[2]
     normed = architecture_of(heads.model_type).key_norm is not None
@@ -83,11 +86,11 @@ def _tail_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> Va
     n, rotated, rest, tokens = heads.num_key_value_heads, heads.rotary_dim, heads.head_dim - heads.rotary_dim, 0.0
     if not rest:
         return None
-    gram, mean = torch.zeros(n * rest, n * rest, dtype=torch.float64), torch.zeros(n * rest, dtype=torch.float64)
-    metric = torch.zeros(n, rest, rest, dtype=torch.float64)
+    zeros = partial(torch.zeros, dtype=torch.float64, device=exact(captures[0].key.device))
+    gram, mean, metric = zeros(n * rest, n * rest), zeros(n * rest), zeros(n, rest, rest)
     for capture in captures:
-        k = capture.key[..., rotated:].to("cpu", torch.float64).transpose(1, 2).flatten(2).flatten(0, 1)  # [B T, n t]
-        q = capture.query[..., rotated:].to("cpu", torch.float64)  # [B, n_q, T, t]
+        k = widened(capture.key[..., rotated:]).transpose(1, 2).flatten(2).flatten(0, 1)  # [B T, n t]
+        q = widened(capture.query[..., rotated:])  # [B, n_q, T, t]
         q = q.unflatten(1, (n, -1)).transpose(0, 1).flatten(1, 3)  # [n, B q T, t]
         gram += capture.weight * (k.T @ k)
         mean += capture.weight * k.sum(0)
@@ -113,7 +116,7 @@ def value_moments(
         key_maps: maps and groups of the fused keys.
     """
     n, d = heads.num_key_value_heads, heads.head_dim
-    covariance = torch.zeros(n * d, n * d, dtype=torch.float64)
+    covariance = torch.zeros(n * d, n * d, dtype=torch.float64, device=exact(captures[0].key.device))
     rows = sum(c.query.shape[0] * c.query.shape[1] * c.query.shape[2] for c in captures)
     stride, total = max(1, rows // max(MAX_ROWS, 16 * n * d)), 0.0
     for capture in captures:
@@ -123,13 +126,13 @@ def value_moments(
         stacked = capture.value.transpose(1, 2).flatten(2)  # [B, T, n d]
         count = attention.shape[:3].numel()
         if n * d < capture.value.shape[2]:
-            left = right = (attention @ stacked[:, None]).flatten(0, 2).to("cpu", torch.float64)
+            left = right = widened((attention @ stacked[:, None]).flatten(0, 2))
         else:  # MHA: the same sum, all heads' attention first
-            attention, left = attention.flatten(1, 2).to("cpu", torch.float64), stacked.to("cpu", torch.float64)
+            attention, left = widened(attention.flatten(1, 2)), widened(stacked)
             left, right = left.flatten(0, 1), (attention.mT @ attention @ left).flatten(0, 1)
         covariance += capture.weight * step * (left.T @ right)  # float32 sums leave noise above the eigenvalue cut
         total += capture.weight * step * count
-    weight = output.to("cpu", torch.float64)
+    weight = widened(output)
     per_head = weight.view(weight.shape[0], n, -1, d)  # [D, n, q, d]
     output_gram = torch.einsum("Dnqc,Dnqe->nce", per_head, per_head)
     return ValueMoments((covariance / total).view(n, d, n, d), output_gram)

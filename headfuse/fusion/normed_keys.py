@@ -17,6 +17,7 @@ from headfuse.fusion.moments import KeyMoments
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
 from headfuse.models.families import architecture_of
+from headfuse.models.placement import widened
 from headfuse.plan import Groups, HeadLayout, head_of_source
 
 
@@ -82,7 +83,7 @@ def _before_norm(captures: Sequence[AttentionCapture]) -> torch.Tensor:
 def _keys(capture: AttentionCapture) -> torch.Tensor:
     """`[B T, n, d]`, float64."""
     assert capture.key_before_norm is not None
-    return capture.key_before_norm.flatten(0, 1).to("cpu", torch.float64)
+    return widened(capture.key_before_norm.flatten(0, 1))
 
 
 def _mixed(heads: torch.Tensor, mix: torch.Tensor, groups: Groups) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from headfuse.choices import Side
 from headfuse.fusion.maps import Reconstruction
 from headfuse.models.capture import AttentionCapture
+from headfuse.models.placement import exact, widened
 from headfuse.plan import Groups
 
 REFIT_RIDGE = 1.0
@@ -48,20 +49,20 @@ def refit_output(output: torch.Tensor, captures: Sequence[AttentionCapture], fus
         return z, capture.output.flatten(2).flatten(0, 1) - z
 
     count, size = sum(capture.output.shape[:2].numel() for capture in captures), output[0].numel()
-    wanted = output.double().flatten(1)
+    wanted = output.double().to(exact(captures[0].output.device)).flatten(1)
     if count < size:  # the same solution from the smaller Gram matrix
         pairs = [[x * capture.weight**0.5 for x in rows(capture)] for capture in captures]
         z, missing = (torch.cat(part) for part in zip(*pairs, strict=True))
-        gram = (z @ z.T).double().cpu()
+        gram = widened(z @ z.T)
         gram.diagonal().add_((REFIT_RIDGE * gram.diagonal().mean()).clamp_min(1e-300))
-        lost = (missing @ wanted.T.to(missing)).double().cpu()
+        lost = widened(missing @ wanted.T.to(missing))
         change = torch.linalg.solve(gram, lost).T.to(z) @ z
-        return (wanted + change.to(wanted)).view_as(output)
-    gram = torch.zeros(size, size, dtype=torch.float64)
+        return (wanted + widened(change)).view_as(output).to(output.device)
+    gram = torch.zeros(size, size, dtype=torch.float64, device=wanted.device)
     cross = torch.zeros_like(gram)
     for capture in captures:
         z, missing = rows(capture)
-        gram += capture.weight * (z.T @ z).double().cpu()
-        cross += capture.weight * (z.T @ missing).double().cpu()
+        gram += capture.weight * widened(z.T @ z)
+        cross += capture.weight * widened(z.T @ missing)
     gram.diagonal().add_((REFIT_RIDGE * size / count * gram.diagonal().mean()).clamp_min(1e-300))
-    return (wanted + torch.linalg.solve(gram, cross @ wanted.T).T).view_as(output)
+    return (wanted + torch.linalg.solve(gram, cross @ wanted.T).T).view_as(output).to(output.device)

@@ -60,6 +60,27 @@ class AttentionCapture:
         return scores.add_(hidden).softmax(-1)  # ten times as fast as filling the scores of all heads
 
 
+class HostCapture(AttentionCapture):
+    """A capture that the device has no room for: its tensors lie on the host, and travel at every use."""
+
+    def __init__(self, capture: AttentionCapture) -> None:
+        moved = {name: getattr(capture, name) for name in ("query", "key", "value", "output", "key_before_norm")}
+        vars(self).update(
+            device=capture.query.device, mask=capture.mask, scaling=capture.scaling, weight=capture.weight,
+            host={name: None if tensor is None else tensor.cpu() for name, tensor in moved.items()},
+        )  # fmt: skip
+
+    def _up(self, name: str) -> Any:
+        tensor = vars(self)["host"][name]
+        return None if tensor is None else tensor.to(vars(self)["device"])
+
+    query = property(lambda self: self._up("query"))
+    key = property(lambda self: self._up("key"))
+    value = property(lambda self: self._up("value"))
+    output = property(lambda self: self._up("output"))
+    key_before_norm = property(lambda self: self._up("key_before_norm"))
+
+
 def capturing_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -73,7 +94,7 @@ def capturing_attention(
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     wanted = getattr(module, "headfuse_captures", None)
     if wanted is not None:
-        captures, weight = wanted
+        captures, weight, keep = wanted
         if kwargs.get("s_aux") is not None:
             raise UnsupportedModelError("attention sinks are not supported", fix="choose a model without them")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -84,5 +105,5 @@ def capturing_attention(
         if order is not None:
             query, key = query[..., order], key[..., order]
         capture = AttentionCapture(query, key, value, output, attention_mask, scale, weight, before_norm)
-        captures.append(capture)
+        captures.append(keep(capture))
     return output, None

@@ -17,6 +17,7 @@ from headfuse.modeling.modeling_headfuse import HeadfuseAttention
 from headfuse.models.attention import module_tensors
 from headfuse.models.canonical import CanonicalCheckpoint
 from headfuse.models.families import Architecture
+from headfuse.models.placement import Copies, batch_windows
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class HiddenStates:
         return len(self.hidden)
 
 
-def load_layer(layer: nn.Module, tensors: Mapping[str, torch.Tensor], arch: Architecture, device: torch.device) -> None:
+def load_layer(layer: nn.Module, tensors: Mapping[str, torch.Tensor], arch: Architecture, copies: Copies) -> None:
     """Give a layer on the meta device its stored tensors (names relative to it), in float32."""
-    held = module_tensors(tensors, arch)
-    layer.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in held.items()}, assign=True)
+    held = module_tensors({name: copies(tensor) for name, tensor in tensors.items()}, arch)
+    layer.load_state_dict({name: tensor.to(torch.float32) for name, tensor in held.items()}, assign=True)
 
 
 def compute_buffers(model: PreTrainedModel, modules: Iterable[nn.Module], device: torch.device) -> None:
@@ -74,6 +75,10 @@ class DecoderLayers:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.arch, self.weights, self.device, self.batch_tokens = arch, weights, device, batch_tokens
+        self.copies = Copies(device)
+        self._computed: dict[int, list[dict[str, torch.Tensor | None]]] = {}
+        self.kept: dict[str, torch.Tensor] | None = None
+        """Copies of layers' tensors that stay on the device, by full name; None where none stays."""
         self.rotary: nn.Module | None = None
         """What computes positions where they are not those that come with the hidden states: of heads of other widths.
         """
@@ -86,16 +91,18 @@ class DecoderLayers:
         config: Mapping[str, Any],
         arch: Architecture,
         weights: Checkpoint | CanonicalCheckpoint | SafetensorsWriter,
-        device: torch.device,
+        beside: DecoderLayers,
     ) -> DecoderLayers:
-        """The layers of the model that a config.json describes."""
+        """The layers of the model that a config.json describes, placed as those `beside` them, with shared copies."""
         fields = dict(config)
         described = AutoConfig.for_model(fields.pop("model_type"), **fields)
         with torch.device("meta"):
             attention = "eager" if arch.legacy else "sdpa"
             model = AutoModelForCausalLM.from_config(described, attn_implementation=attention, dtype=torch.float32)
         model.config._attn_implementation = "sdpa"
-        return cls(model, arch, weights, device)
+        layers = cls(model, arch, weights, beside.device, 1 if beside.device.type == "cpu" else beside.batch_tokens)
+        layers.copies, layers.kept = beside.copies, None if beside.kept is None else {}
+        return layers
 
     def with_own_positions(self) -> DecoderLayers:
         """These layers, with the rotary table of their own config instead of the one that hidden states come with."""
@@ -116,31 +123,67 @@ class DecoderLayers:
         """A layer's tensors, names relative to the layer: those of `others`, by full name, else as they are stored."""
         prefix, others = self.arch.layer_prefix(layer_idx) + ".", others or {}
         return {
-            name.removeprefix(prefix): others[name] if name in others else self.weights.read(name)
+            name.removeprefix(prefix): others[name] if name in others else self.tensor(name)
             for name in self.weights.shapes
             if name.startswith(prefix)
         }
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor that stays on the device, or as it is stored."""
+        if self.kept is not None and name in self.kept:
+            return self.kept[name]
+        tensor = self.weights.read(name)
+        self.keep({name: tensor})
+        return tensor
+
+    def stored(self, layer_idx: int) -> dict[str, torch.Tensor]:
+        """A layer's tensors as they are stored, names relative to the layer: on the host, whatever stays elsewhere."""
+        prefix = self.arch.layer_prefix(layer_idx) + "."
+        tensors = {name: self.weights.read(name) for name in self.weights.shapes if name.startswith(prefix)}
+        kept = self.kept or {}
+        for name in tensors.keys() & kept.keys():
+            self.copies.adopt(tensors[name], kept[name])
+        self.keep(tensors)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def keep(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let tensors, by full name, stay on the device where layers do."""
+        if self.kept is not None:
+            self.kept.update({name: self.copies(tensor) for name, tensor in tensors.items()})
 
     @contextlib.contextmanager
     def loaded(self, layer_idx: int, tensors: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
         """One layer's module on the device, with the given tensors (names relative to it), while the block runs."""
         module = self.modules[layer_idx]
-        load_layer(module, tensors, self.arch, self.device)
-        compute_buffers(self.model, module.modules(), self.device)
-        for part in module.modules():
-            if isinstance(part, HeadfuseAttention):
-                part.reset_tables()
+        for part, buffers in zip(module.modules(), self._computed.get(layer_idx, ()), strict=False):
+            part._buffers.update(buffers)
+        load_layer(module, tensors, self.arch, self.copies)
+        if layer_idx not in self._computed:
+            self._compute(layer_idx)
         try:
             yield module
         finally:
             module.to("meta")
+
+    def _compute(self, layer_idx: int) -> None:
+        """Fill the buffers of a layer that are not stored, and keep them for its next uses."""
+        module = self.modules[layer_idx]
+        compute_buffers(self.model, module.modules(), self.device)
+        for part in module.modules():
+            if isinstance(part, HeadfuseAttention):
+                part.reset_tables()
+        self._computed[layer_idx] = [
+            {name: part._buffers[name] for name in part._non_persistent_buffers_set} for part in module.modules()
+        ]
 
     @torch.no_grad()
     def through(self, module: nn.Module, layer_idx: int, states: HiddenStates) -> HiddenStates:
         """Run hidden states through a loaded layer."""
         if not len(states):
             return states
-        batches = states.hidden.split(max(1, self.batch_tokens // states.hidden.shape[1]))
+        batches = states.hidden.split(
+            batch_windows(self.device, len(states), states.hidden.shape[1], self.batch_tokens)
+        )
         return replace(states, hidden=torch.cat([self._output(module, batch, states, layer_idx) for batch in batches]))
 
     def run(

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from headfuse.checkpoint.reader import is_finite
+from headfuse.checkpoint.reader import all_finite
 from headfuse.errors import CheckpointError
 from headfuse.models.attention import AttentionWeights
-from headfuse.models.capture import AttentionCapture
+from headfuse.models.capture import AttentionCapture, HostCapture
 from headfuse.models.decoder_layers import DecoderLayers, HiddenStates
+from headfuse.models.placement import has_room
 
 Captures = tuple[AttentionCapture, ...]
+CAPTURED = 4
+"""Tensors of a capture, each at most about as large as the hidden states."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class LoadedLayer:
         """
         attention: Any = self.module.get_submodule(self.layers.arch.attention)
         captures = list[AttentionCapture]()
-        attention.headfuse_captures = captures, states.weight
+        room = has_room(self.layers.device, CAPTURED * states.hidden.nbytes)
+        attention.headfuse_captures = captures, states.weight, (lambda capture: capture) if room else HostCapture
         try:
             outputs = self.layers.through(self.module, self.index, states)
         finally:
@@ -77,7 +81,7 @@ class LoadedLayer:
         return outputs, tuple(captures)
 
     def _check(self, computed: Sequence[torch.Tensor]) -> None:
-        if not all(map(is_finite, computed)):
+        if not all_finite(computed):
             raise CheckpointError(
                 f"layer {self.index} computes NaN or infinity",
                 where=self.folder,

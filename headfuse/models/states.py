@@ -61,9 +61,9 @@ def _recorded(model: PreTrainedModel, inputs: tuple[torch.Tensor, ...] | None) -
         def replace(_: nn.Module, args: Any, kwargs: Any, layer_idx: int = layer_idx) -> Any:
             if inputs is None:
                 return None
-            if args:
-                return (inputs[layer_idx], *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": inputs[layer_idx]}
+            if args:  # in the dtype of the model's own states: sharded layers have no autocast to make up for another
+                return (inputs[layer_idx].to(args[0].dtype), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": inputs[layer_idx].to(kwargs["hidden_states"].dtype)}
 
         def record(_: nn.Module, args: Any, kwargs: Any, output: Any, layer_idx: int = layer_idx) -> None:
             read = args[0] if args else kwargs["hidden_states"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from headfuse.checkpoint.reader import Checkpoint
+from headfuse.choices import Placement
 from headfuse.models.attention import AttentionWeights, canonical_order
 from headfuse.models.canonical import CanonicalCheckpoint, decoupled_config
 from headfuse.models.capture import CAPTURE, AttentionCapture, capturing_attention
@@ -22,11 +24,11 @@ from headfuse.models.families import architecture_of
 from headfuse.models.heads import head_layout
 from headfuse.models.heap import keep_freed_blocks, release_freed_blocks
 from headfuse.models.loading import model_without_weights
+from headfuse.models.placement import DeviceMemory, batch_tokens
 from headfuse.models.source_layer import LoadedLayer, SourceLayer
 from headfuse.models.states import logit_scale
 
-BATCH_TOKENS = 512
-"""Tokens that go through a layer at once; one window where it is longer."""
+logger = logging.getLogger(__name__)
 
 
 class StreamedModel:
@@ -36,9 +38,16 @@ class StreamedModel:
         checkpoint: the weights, as `weights.ModelWeights` shows them.
         config: the model's transformers config.
         device: where layers are computed.
+        placement: what stays there between two uses.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: PreTrainedConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: PreTrainedConfig,
+        device: torch.device,
+        placement: Placement = "auto",
+    ) -> None:
         keep_freed_blocks()
         AttentionInterface.register(CAPTURE, capturing_attention)
         AttentionMaskInterface.register(CAPTURE, sdpa_mask)
@@ -52,14 +61,22 @@ class StreamedModel:
         self.num_layers = config.num_hidden_layers
         self.model = model_without_weights(config, checkpoint.folder, "eager" if self.arch.legacy else CAPTURE)
         self.model.config._attn_implementation = CAPTURE
-        self.layers = DecoderLayers(self.model, self.arch, self.checkpoint, device, BATCH_TOKENS)
+        tokens = batch_tokens(device, config.hidden_size)
+        self.layers = DecoderLayers(self.model, self.arch, self.checkpoint, device, tokens)
+        shown = self.checkpoint
+        batch = tokens * config.hidden_size
+        memory = DeviceMemory.of(shown.shapes, shown.dtypes, self.arch, self.num_layers, batch)
+        self.placement = memory.choose(placement, device)
+        self.layers.kept = {} if self.placement == "resident" else None
+        if device.type != "cpu":
+            logger.info("on %s: %s, %.1f GB", device, self.placement, memory.needed(self.placement) / 1e9)
         self._load_outer()
 
     def _load_outer(self) -> None:
         """Materialise everything outside the layers: embeddings, final norm, head, rotary tables."""
         layer_names = tuple(self.arch.layer_prefix(i) + "." for i in range(self.num_layers))
         outer = {
-            name: self.checkpoint.read(name).to(self.device, torch.float32)
+            name: self.layers.copies(self.checkpoint.read(name)).to(torch.float32)
             for name in self.model.state_dict()
             if not name.startswith(layer_names) and name in self.checkpoint
         }
@@ -84,11 +101,22 @@ class StreamedModel:
             return forward
 
         with _forwards(self.layers.modules, recorder, self.arch.legacy), torch.no_grad():
-            for window in windows:
-                self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
+            for batch in self._batches(windows.to(self.device)):
+                self.model.base_model(input_ids=batch, use_cache=False)
         width = self.model.config.hidden_size
         none = torch.empty(0, windows.shape[1], width, device=self.device)
         return HiddenStates(torch.cat([none, *hidden]), positional, recorded, weight)
+
+    def _together(self, length: int) -> int:
+        """How many windows of a length go through what is outside the layers at once."""
+        return 1 if self.device.type == "cpu" else max(1, self.layers.batch_tokens // length)
+
+    def _batches(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Windows `[n, T]` to embed at once, the last one alone: masks and positions are those of one window."""
+        if len(windows) > 1:
+            yield from windows[:-1].split(self._together(windows.shape[1]))
+        if len(windows):
+            yield windows[-1:]
 
     def walk(self, statistics: Sequence[HiddenStates], others: Sequence[HiddenStates] = ()) -> Iterator[SourceLayer]:
         """Every layer in turn, with what it makes of hidden states: those of `statistics` are captured, too.
@@ -112,13 +140,18 @@ class StreamedModel:
                 output, seen = run.capture(each) if index < captured else (run(each), ())
                 outputs.append(output)
                 captures += seen
-        weights = AttentionWeights.of_layer(tensors, self.arch, self.heads)
+        weights = self.attention_weights(tensors)
         return SourceLayer(layer_idx, tensors, weights, tuple(captures), states, tuple(outputs))
+
+    def attention_weights(self, tensors: Mapping[str, torch.Tensor]) -> AttentionWeights:
+        """The attention among a layer's tensors, where it can be widened to float64."""
+        own = {name: self.layers.copies.exact(x) for name, x in tensors.items() if self.arch.owns(name)}
+        return AttentionWeights.of_layer(own, self.arch, self.heads)
 
     def layer_tensors(self, layer_idx: int) -> dict[str, torch.Tensor]:
         """The stored tensors of one layer, in their own dtype, names relative to the layer."""
         release_freed_blocks()  # of the layer before
-        return self.layers.tensors(layer_idx)
+        return self.layers.stored(layer_idx)
 
     @contextlib.contextmanager
     def layer(self, layer_idx: int, tensors: Mapping[str, torch.Tensor]) -> Iterator[LoadedLayer]:
@@ -139,9 +172,9 @@ class StreamedModel:
         """NLL per token of each of `windows [n, T]` given what the last layer made of them."""
         losses = []
         for state, window in zip(states.hidden, windows.to(self.device), strict=True):
-            logits = self._after_layers(self.model, state, window[None]).logits[0, :-1]
-            losses.append(nn.functional.cross_entropy(logits.float(), window[1:]).item())
-        return tuple(losses)
+            logits = self._after_layers(self.model, state[None], window[None]).logits[0, :-1]
+            losses.append(nn.functional.cross_entropy(logits.float(), window[1:]))
+        return tuple(torch.stack(losses).tolist()) if losses else ()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the model's head, with its scale, makes of last hidden states `[..., D]`."""
@@ -150,9 +183,10 @@ class StreamedModel:
 
     def last_hidden_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the output embeddings read `[n, T, D]`, given what the last layer made of the windows `[n, T, D]`."""
-        tokens = torch.zeros(hidden.shape[1], dtype=torch.long, device=self.device)[None]  # of no effect
-        outputs = [self._after_layers(self.model.base_model, h, tokens).last_hidden_state for h in hidden]
-        return torch.cat(outputs)
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)  # of no effect
+        together = self._together(hidden.shape[1])
+        parts = zip(hidden.split(together), tokens.split(together), strict=True)
+        return torch.cat([self._after_layers(self.model.base_model, *part).last_hidden_state for part in parts])
 
     def end_gradient(
         self, states: HiddenStates, loss: Callable[[torch.Tensor, slice], torch.Tensor], chunk_tokens: int = 128
@@ -173,11 +207,11 @@ class StreamedModel:
         return end.grad
 
     def _after_layers(self, model: nn.Module, state: torch.Tensor, tokens: torch.Tensor) -> Any:
-        """The output of a model whose last layer gives `state [T, D]`."""
+        """The output of a model whose last layer gives `state [n, T, D]`, on as many windows of tokens."""
         last = self.num_layers - 1
 
         def injector(index: int) -> Callable[..., torch.Tensor]:
-            return lambda hidden_states, *args, **kwargs: state[None] if index == last else hidden_states
+            return lambda hidden_states, *args, **kwargs: state if index == last else hidden_states
 
         with _forwards(self.layers.modules, injector, self.arch.legacy):
             return model(input_ids=tokens, use_cache=False)

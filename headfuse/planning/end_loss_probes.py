@@ -11,6 +11,7 @@ from headfuse.choices import Side
 from headfuse.fusion.refit import FusedHeads, refit_output
 from headfuse.models.decoder_layers import HiddenStates
 from headfuse.models.logits import kl_divergence
+from headfuse.models.placement import widened
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadBudget
@@ -113,14 +114,14 @@ def divergences(streamed: StreamedModel, source: HiddenStates, variants: Sequenc
     """KL(source || variant) of each variant, in nats per position, given what the last layers made of the windows."""
 
     def logits(states: HiddenStates, window: int) -> torch.Tensor:  # float64: that of equal models is 0, not rounding
-        return streamed.logits(streamed.last_hidden_state(states.hidden[window : window + 1])).flatten(0, 1).double()
+        return widened(streamed.logits(streamed.last_hidden_state(states.hidden[window : window + 1])).flatten(0, 1))
 
-    sums = [0.0] * len(variants)
+    found = list[torch.Tensor]()
     for window in range(len(source)):
         wanted = logits(source, window)
-        for index, states in enumerate(variants):
-            sums[index] += kl_divergence(logits(states, window), wanted).item()
-    return [total / source.hidden.shape[:2].numel() for total in sums]
+        found += [kl_divergence(logits(states, window), wanted) for states in variants]
+    rows = torch.stack(found).view(len(source), len(variants)).T.tolist() if found else [[] for _ in variants]
+    return [sum(row) / source.hidden.shape[:2].numel() for row in rows]
 
 
 def costs(probes: Iterable[Probe]) -> Costs:

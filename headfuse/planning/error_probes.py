@@ -69,7 +69,8 @@ class ErrorProbes:
         seen = ordinary[: max(1, len(ordinary) // 4)]
         others = ordinary[len(seen) :] + [c for c in captures if c.weight != 1] if len(ordinary) > 1 else captures
         fitted = captures_for_refit(others, output)
-        targets = [capture.output.flatten(2) @ output.to(capture.output).flatten(1).T for capture in seen]
+        read = output.to(hidden).flatten(1).T
+        targets = [capture.output.flatten(2) @ read for capture in seen]
         for side, counts in self.equal.items():
             measured = sorted(count for s, count in fused if s == side)
             equal = max([count for count in measured if count <= counts[layer_idx]] or measured[:1], default=None)
@@ -118,11 +119,11 @@ def output_error(
         output: output projection that reads the fused heads, `[D, n_q, d]`.
         fused: maps and groups of the sides that are fused.
     """
-    share, tokens, first = 0.0, 0, 0
+    shares, tokens, first, read = list[torch.Tensor](), 0, 0, output.to(hidden).flatten(1).T
     for capture, target in zip(captures, targets, strict=True):
         z = reconstructed_outputs(capture, fused).transpose(1, 2)  # [B, T, n_q, d]
-        error = z.flatten(2) @ output.to(z).flatten(1).T - target
+        error = z.flatten(2) @ read - target
         squared, energy = error.square().sum(-1), hidden[first : first + len(z)].square().sum(-1)
-        share += (squared / (squared + energy).clamp_min(TINY)).sum().item()
+        shares.append((squared / (squared + energy).clamp_min(TINY)).sum())
         tokens, first = tokens + energy.numel(), first + len(z)
-    return share / tokens
+    return sum(torch.stack(shares).tolist()) / tokens

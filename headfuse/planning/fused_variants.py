@@ -67,7 +67,7 @@ def with_heads(
     They have the source's shapes, so the source's own class computes the fused layer: read maps of keys commute with
     RoPE. `output [D, n_q, d]` takes the place of the output projection, where it is given.
     """
-    weights = AttentionWeights.of_layer(tensors, streamed.arch, streamed.heads)
+    weights = streamed.attention_weights(tensors)
     for side, (maps, groups) in fused.items():
         weights = reconstructed(weights, side, maps, groups)
     if output is not None:

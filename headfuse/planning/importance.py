@@ -86,7 +86,8 @@ def shapley(streamed: StreamedModel, windows: torch.Tensor, seed: int) -> torch.
     variants, states = [embedded[index % len(windows)] for index in range(len(masked))], embedded
     for layer in streamed.walk((), embedded):
         states = layer.outputs
-        for index, row in enumerate(masked.view(len(masked), *shape)[:, :, layer.index]):
+        without = masked.view(len(masked), *shape)[:, :, layer.index].to(layer.weights.key.device)
+        for index, row in enumerate(without):
             weights = _without(layer.weights, row[0], row[1])
             tensors = weights.in_layer(layer.tensors, streamed.arch, heads)
             with streamed.layer(layer.index, tensors) as run:

@@ -14,6 +14,7 @@ from headfuse.config.presets import PRESETS
 from headfuse.errors import ConfigError, UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS, slot_table
+from headfuse.models.placement import factories_on
 from headfuse.models.source import Source
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
@@ -152,10 +153,13 @@ def survey(
     few = measured_counts(heads.num_key_value_heads, False)
     quantum = options.rules.channels(heads) if LAYOUTS[options.layout].wide else None
     for layer in streamed.walk([streamed.embed(part.statistics), streamed.embed(part.starts, START_WEIGHT)]):
-        if quantum is None:
-            surveyed, fused = survey_layer(layer.captures, layer.weights.output, heads, measures)
-        else:
-            surveyed, fused = survey_wide_layer(layer.captures, layer.weights.output, heads, quantum, measures.costs)
+        with factories_on(streamed.device):
+            if quantum is None:
+                surveyed, fused = survey_layer(layer.captures, layer.weights.output, heads, measures)
+            else:
+                surveyed, fused = survey_wide_layer(
+                    layer.captures, layer.weights.output, heads, quantum, measures.costs
+                )
         for probe in probes:
             every = measures.shared_partition or quantum is not None or probe.every_count
             probe.advance(layer, {place: maps for place, maps in fused.items() if every or place[1] in few})

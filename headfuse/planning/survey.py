@@ -58,10 +58,10 @@ def _pair_energy(moments: ValueMoments) -> tuple[torch.Tensor, torch.Tensor]:
     eigenvalues, vectors = torch.linalg.eigh(moments.output_gram)
     root = vectors * eigenvalues.clamp_min(0).sqrt()[:, None] @ vectors.mT  # [n, d, d]
     weighted = torch.einsum("iac,icjd,jdb->iajb", root, moments.covariance, root)
-    cost = torch.zeros(n, n, dtype=torch.float64)
+    cost = torch.zeros(n, n, dtype=torch.float64, device=weighted.device)
     for i in range(n):
         for j in range(i + 1, n):
-            pair = weighted[[i, j]][:, :, [i, j]].reshape(2 * d, 2 * d)
+            pair = weighted[i : j + 1 : j - i, :, i : j + 1 : j - i].reshape(2 * d, 2 * d)  # heads i and j
             cost[i, j] = cost[j, i] = torch.linalg.eigvalsh(pair)[:d].clamp_min(0).sum()
     return cost, torch.einsum("iaia->", weighted)
 

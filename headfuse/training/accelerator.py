@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from headfuse.errors import ConfigError, MissingExtraError
 from headfuse.models.loading import pick_device, stored_names
@@ -42,21 +44,38 @@ def make_accelerator(
     # else transformers leaves every model but the first process's empty, and the teacher is not one that is sharded
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     target = pick_device(device)
-    bfloat16 = target.type == "cuda" and torch.cuda.is_bf16_supported()
-    return Accelerator(
+    bfloat16 = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # accelerate keeps the device of a process's first run
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
         cpu=target.type == "cpu",
         mixed_precision="bf16" if bfloat16 else "no",
         log_with=list(trackers) or None,
         project_dir=tracker_folder,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
+    if bfloat16 and accelerator.is_fsdp2:
+        _compute_in_bfloat16(accelerator)
+    return accelerator
+
+
+def _compute_in_bfloat16(accelerator: Accelerator) -> None:
+    """Let sharded layers compute in bfloat16 and sum gradients in float32.
+
+    accelerate's own policy also rounds the teacher's states, the sums of gradients, and the NLL of validation.
+    """
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
 def weights_of(accelerator: Accelerator, wrapped: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All weights of the student by its own names; gathered, on the main process, where they are sharded."""
+    student = accelerator.unwrap_model(wrapped, keep_torch_compile=False)
     if accelerator.distributed_type == DistributedType.FSDP:
         weights = accelerator.get_state_dict(wrapped)
     else:
-        weights = accelerator.unwrap_model(wrapped).state_dict()
+        weights = student.state_dict()
+    weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}  # where it was compiled
     weights = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
-    return stored_names(accelerator.unwrap_model(wrapped).model, weights)
+    return stored_names(student.model, weights)

@@ -255,7 +255,7 @@ def _nll(accelerator: Accelerator, windows: torch.Tensor, nll: Callable[[torch.T
     order = [min(accelerator.process_index + i * world, len(windows) - 1) for i in range(share)]
     found = nll_in_batches(windows[order], accelerator.device, nll)
     gathered = accelerator.gather(found.float().to(accelerator.device)).view(world, share)
-    return gathered.T.flatten()[: len(windows)].double().cpu().mean().item() if world > 1 else found.mean().item()
+    return gathered.T.flatten()[: len(windows)].cpu().double().mean().item() if world > 1 else found.mean().item()
 
 
 @contextlib.contextmanager

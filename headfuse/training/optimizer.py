@@ -14,9 +14,15 @@ from headfuse.models.attention import packed_keys_and_values
 from headfuse.models.heads import head_layout
 from headfuse.models.weights import stored_architecture
 
+MATRICES = (torch.nn.Linear, Conv1D)
+"""Modules that autocast runs in its own dtype, whatever that of their weights is."""
+
 
 def prepare_training(student: PreTrainedModel, recipe: UptrainConfig) -> Callable[[], None]:
-    """Choose the weights that are trained; returns what folds adapters into the weights at the end."""
+    """Choose the weights that are trained; returns what folds adapters into the weights at the end.
+
+    Frozen matrices keep the dtype that they were loaded in; all else is float32, the states between layers too.
+    """
     if recipe.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.train == "all":
@@ -26,6 +32,7 @@ def prepare_training(student: PreTrainedModel, recipe: UptrainConfig) -> Callabl
     if recipe.train == "attention":
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name.startswith(prefixes))
+        _widen(student)
         return lambda: None
     try:
         from peft import LoraConfig, get_peft_model
@@ -33,8 +40,9 @@ def prepare_training(student: PreTrainedModel, recipe: UptrainConfig) -> Callabl
         raise MissingExtraError(
             "peft is not installed", where="train: lora", fix="pip install 'headfuse[lora]'"
         ) from None
-    kinds = (torch.nn.Linear, Conv1D)
-    linear = [n for n, m in student.named_modules() if isinstance(m, kinds) and n.startswith(prefixes)]
+    linear = [n for n, m in student.named_modules() if isinstance(m, MATRICES) and n.startswith(prefixes)]
+    student.requires_grad_(False)
+    _widen(student)
     torch.manual_seed(recipe.seed)
     adapted = get_peft_model(
         student, LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=linear)
@@ -44,6 +52,15 @@ def prepare_training(student: PreTrainedModel, recipe: UptrainConfig) -> Callabl
         adapted.merge_and_unload()
 
     return merge
+
+
+def _widen(student: PreTrainedModel) -> None:
+    """Bring all weights but frozen matrices to float32."""
+    head = student.get_output_embeddings()  # read outside its module, and often tied to the embeddings
+    for module in student.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad or module is head or not isinstance(module, MATRICES):
+                parameter.data = parameter.data.to(torch.float32)
 
 
 def make_optimizer(model: PreTrainedModel, recipe: UptrainConfig, sharded: bool = False) -> torch.optim.Optimizer:

@@ -34,7 +34,8 @@ class LiveTeacher:
     def __init__(self, model: PreTrainedModel, device: torch.device, eos: int | None, layers: bool) -> None:
         self.model, self.device, self.eos, self.layers = model.requires_grad_(False).eval(), device, eos, layers
         head = model.get_output_embeddings()
-        self.head: nn.Module = head if model.device == device else copy.deepcopy(head).to(device)
+        here = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
+        self.head: nn.Module = head if model.device == here else copy.deepcopy(head).to(device)
 
     @torch.no_grad()
     def states(self, batch: torch.Tensor, place: int | None, layers: bool = True) -> States:

@@ -229,7 +229,9 @@ def _train(
 def _load_student(job: _Job) -> PreTrainedModel:
     # one that is to be sharded must not be whole on a device
     device = "cpu" if job.sharded else str(job.accelerator.device)
-    student = load_model(job.folder, device=device, dtype="float32", trust_remote_code=job.machine.trust_remote_code)
+    stored = job.config.train != "all" and not job.sharded and job.accelerator.mixed_precision == "bf16"
+    dtype = None if stored else "float32"  # what is frozen stays as it is stored, see prepare_training
+    student = load_model(job.folder, device=device, dtype=dtype, trust_remote_code=job.machine.trust_remote_code)
     check_head(student, job.folder)
     return student
 

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 import headfuse
 from headfuse import choices
 from headfuse.checkpoint.reader import DTYPE_NAMES
+from headfuse.choices import LAYOUT_FOR
 from headfuse.cli.app import app
 from headfuse.config.command import ANALYZE, EVALUATE, FUSE, UPTRAIN, Command
 from headfuse.config.presets import PRESETS
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
 from headfuse.layouts.gguf.writer import TYPES
-from headfuse.plan import LAYOUT_FOR
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.grouping import GROUPERS
 from tests.support.commands import run

@@ -51,7 +51,7 @@ def test_layer_by_layer_is_the_whole_model_at_once(
     writer = SafetensorsWriter(tmp_path / "state", {n: (t.dtype, tuple(t.shape)) for n, t in stored.items()})
     for name, tensor in stored.items():
         writer.write(name, tensor)
-    layers = DecoderLayers.of_config(fused.config.to_dict(), arch, writer, torch.device("cpu"))
+    layers = DecoderLayers.of_config(fused.config.to_dict(), arch, writer, streamed.layers)
     optimizer = Adam(tmp_path / "state", {name: writer.shapes[name] for name in layers.attention_weights(range(2))})
     for name, weight in optimizer.weights.items():
         weight.copy_(writer.read(name))

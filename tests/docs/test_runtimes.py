@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import write_runtimes
 
-from headfuse.choices import Layout, names
-from headfuse.plan import LAYOUT_FOR
+from headfuse.choices import LAYOUT_FOR, Layout, names
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = write_runtimes.read()

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCach
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import headfuse
+from headfuse.choices import LAYOUT_FOR
 from headfuse.errors import BudgetError, CheckpointError
 from headfuse.layouts import LAYOUTS, layerwise
-from headfuse.plan import LAYOUT_FOR, FusionPlan, HeadLayout
+from headfuse.plan import FusionPlan, HeadLayout
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.budget import BudgetRules, CostTable
 from tests.support.commands import fuse, run

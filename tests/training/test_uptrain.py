@@ -206,3 +206,12 @@ def test_command_document_and_table(fused: Path, data: str, capsys: pytest.Captu
     for figure in ("nll_teacher", "nll_before", "nll_after"):
         assert f"{document[figure]:.4f}" in printed
     assert f"wrote {document['output']}" in printed.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_written_by_its_own_names(
+    source: Path, fused: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    result = train(fused, data, teacher=str(source), tokens=64, output=tmp_path / "out")
+    assert load_file(result.output / "model.safetensors").keys() == load_file(fused / "model.safetensors").keys()

@@ -16,11 +16,12 @@ def slots(moments: KeyMoments) -> tuple[int, ...]:
 
     Strong frequencies get several slots, weak ones none (mathematics.md section 4.3).
     """
-    eigenvalues = torch.linalg.eigvalsh(_weighted(moments)).flip(1)  # [F, g], falling
-    frequencies, ranks = eigenvalues.shape
+    found = torch.linalg.eigvalsh(_weighted(moments)).flip(1)  # [F, g], falling
+    frequencies, ranks = found.shape
+    eigenvalues = found.tolist()
     order = sorted(
         ((f, r) for f in range(frequencies) for r in range(ranks)),
-        key=lambda c: (-float(eigenvalues[c]), c[1], c[0]),
+        key=lambda c: (-eigenvalues[c[0]][c[1]], c[1], c[0]),
     )
     return tuple(sorted(f for f, _ in order[:frequencies]))
 
@@ -84,8 +85,9 @@ def leading(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     if len(matrix) <= EXACT:
         energies, vectors = torch.linalg.eigh(matrix)
         return energies[-count:], vectors[:, -count:]
-    start = torch.randn(len(matrix), 2 * count, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
-    image = matrix @ start
+    generator = torch.Generator().manual_seed(0)  # of the CPU: the same numbers for every device
+    start = torch.randn(len(matrix), 2 * count, dtype=matrix.dtype, generator=generator, device="cpu")
+    image = matrix @ start.to(matrix.device)
     for _ in range(PASSES):
         basis = torch.linalg.qr(image).Q
         image = matrix @ basis
