@@ -11,7 +11,7 @@ import pytest
 
 from headfuse.choices import Layout, Preset, names
 from headfuse.config.presets import PRESETS
-from headfuse.plan import LAYOUT_FOR
+from headfuse.choices import LAYOUT_FOR
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
