@@ -15,13 +15,11 @@ from headfuse.errors import ConfigError, validation_summary
 
 Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
+_Count = Annotated[int, Field(ge=1)]
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-_Count = Annotated[int, Field(ge=1)]
 
 
 class HeadLayout(_Frozen):
@@ -176,8 +174,8 @@ class FusionPlan(_Frozen):
     @property
     def written_heads(self) -> HeadLayout:
         """The heads of the written attention: the source's, or as wide as `head_width`."""
-        update = {} if self.head_width is None else {"head_dim": self.head_width, "rotary_dim": self.head_width}
-        return self.heads.model_copy(update=update)
+        own = {} if self.head_width is None else dict.fromkeys(("head_dim", "rotary_dim"), self.head_width)
+        return self.heads.model_copy(update=own)
 
     @property
     def head_budget(self) -> HeadBudget:
@@ -204,8 +202,7 @@ class FusionPlan(_Frozen):
         """Numbers that the cache of a runtime holds of one token, over all layers."""
         if self.layout not in ONE_HEAD.get(runtime, ()):
             return self.kv_channels
-        both = zip(self.key_channels, self.value_channels, strict=True)
-        return sum(2 * one_head_width(keys, values) for keys, values in both)
+        return 2 * sum(map(one_head_width, self.key_channels, self.value_channels))
 
     @property
     def kv_ratio(self) -> float:
