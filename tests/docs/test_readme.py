@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from headfuse.choices import Layout, Preset, names
+from headfuse.choices import LAYOUT_FOR, Layout, Preset, names
 from headfuse.config.presets import PRESETS
-from headfuse.choices import LAYOUT_FOR
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
