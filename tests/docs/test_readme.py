@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from headfuse.choices import Layout, Preset, names
+from headfuse.choices import LAYOUT_FOR, Layout, Preset, names
 from headfuse.config.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +27,15 @@ def test_the_readme_is_short() -> None:
 def test_the_tables_have_every_layout_and_preset(choice: object) -> None:
     shown = [row[0].split("`")[0] for row in ROWS]
     assert [name for name in names(choice) if name not in shown] == []
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "vllm", "sglang"])
+def test_the_layouts_name_the_runtimes_that_load_them(runtime: str) -> None:
+    rows = {row[0].split("`")[0]: row[-1].lower() for row in reversed(ROWS)}  # the first table of layouts
+    assert {layout for layout in names(Layout) if runtime in rows[layout]} == set(LAYOUT_FOR[runtime])
+    page = (ROOT / "docs/reference/layouts.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(rf"^\| `{runtime}` \| (.*) \|$", page, re.MULTILINE)
+    assert re.findall(r"`(\w+)`", listed) == list(LAYOUT_FOR[runtime])
 
 
 @pytest.mark.parametrize("layout", ["gqa", "decoupled"])
