@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from headfuse.errors import CheckpointError
+from headfuse.errors import CheckpointError, UnsupportedModelError
 from headfuse.layouts import slot_table
 from headfuse.layouts.folder import ModelFolder, wide_heads
 from headfuse.plan import FusionPlan
@@ -26,5 +26,12 @@ def as_gqa(folder: ModelFolder) -> FusionPlan:
         plan = FusionPlan.model_validate({**folder.plan.model_dump(), "layout": "gqa"})
     except ValidationError:
         raise wide_heads(folder.path) from None
-    slot_table.check(folder.family_config)
+    try:
+        slot_table.check(folder.family_config)
+    except UnsupportedModelError as reason:
+        raise UnsupportedModelError(
+            f"its key heads and value heads are wide (layout latent), and {reason.what}",
+            where=folder.path,
+            fix="fuse the source with --layout gqa, without --head-dim",
+        ) from None
     return plan.model_copy(update={"files": {}, "seal": None})

@@ -73,7 +73,7 @@ def test_bad_input_is_refused_before_torch_is_imported(folder: Path) -> None:
         (1, ["eval", model, "--passkey", "x"]),
         (1, ["fuse", model, "--plan", missing]),
         (1, ["fuse", model, "--data", missing]),
-        (1, ["fuse", model, "--for", "vllm", "--layout", "decoupled"]),
+        (1, ["fuse", model, "--for", "sglang", "--layout", "decoupled"]),
         (1, ["report", missing]),
         (1, ["report", model, "--figures", missing]),
     ]

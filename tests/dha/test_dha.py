@@ -293,7 +293,7 @@ def test_bad_input(tmp_path: Path) -> None:
     config = load_config(str(options(tmp_path)), text)
     with pytest.raises(UnsupportedModelError, match="plain key and value projections"):
         headfuse.fuse(str(model), config, output=tmp_path / "out")
-    with pytest.raises(ConfigError, match="layout gqa"):
+    with pytest.raises(ConfigError, match="not gqa"):
         load_config(None, {"method": "dha", "layout": "gqa"})
     with pytest.raises(ConfigError, match="did you mean 'fusion_steps'"):
         load_config(None, {"method": "dha", "dha.fusion_step": 3})

@@ -79,7 +79,7 @@ def test_a_budget_below_one_head_names_the_smallest(model: Path, tmp_path: Path,
 def test_bad_options(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "did you mean 'align'" in refused(out, model, "--method", "aling")
-    assert "--for" in refused(out, model, "--for", "vllm", "--layout", "decoupled")
+    assert "--for" in refused(out, model, "--for", "sglang", "--layout", "decoupled")
     refused(out, model, "--layout", "other", code=2)
     assert "positions" in refused(out, model, "--sequence-length", 4096)
     assert "--threads" in refused(out, model, "--threads", 10**6, code=2)  # more than the system gives: a crash
