@@ -69,14 +69,14 @@ def test_a_step_of_refinement_waits_twice(tmp_path: Path, monkeypatch: pytest.Mo
     own: Callable[..., None] = refine.refine_model
 
     def refine_model(*args: Any) -> None:
-        *others, on_step = args
+        *others, on_step, wide = args
 
         def note(done: int, total: int) -> None:
             steps.append(done)
             on_step(done, total)
 
         with counted:
-            own(*others, note)
+            own(*others, note, wide)
 
     monkeypatch.setattr(refine, "refine_model", refine_model)
     converted(tmp_path, 10, "balanced", placement="resident")
