@@ -70,6 +70,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return printed
 
 
+@pytest.mark.long
 def test_fuse_ends_with_sizes_runtimes_and_the_next_commands(shown: dict[str, str]) -> None:
     end = shown["plain"]
     for row in ("KV bytes per token", "weights, bytes", "parameters", "NLL, held-out calibration text"):
@@ -79,6 +80,7 @@ def test_fuse_ends_with_sizes_runtimes_and_the_next_commands(shown: dict[str, st
     assert last == [["headfuse", "eval"], ["headfuse", "uptrain"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("terminal", ["dumb", "no colour"])
 def test_plain_terminals_get_plain_text(shown: dict[str, str], terminal: str) -> None:
     assert "\x1b[" not in shown[terminal]

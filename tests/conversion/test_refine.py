@@ -98,6 +98,7 @@ def test_refinement_lowers_the_held_out_loss(tmp_path: Path) -> None:
             assert torch.equal(before.read(name), after.read(name)), name
 
 
+@pytest.mark.long
 def test_worse_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are those of the closed form when the held-out loss rose."""
     fuse_example(tmp_path / "fast", "--allocator", "uniform", "--preset", "fast")
@@ -126,6 +127,7 @@ def test_kept_layers_stay_as_they_are(tmp_path: Path) -> None:
             assert torch.equal(before.read(name), after.read(name)), name
 
 
+@pytest.mark.long
 def test_an_interrupted_refinement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped within the refinement, or while its result is written: the end is the same."""
     options = ("--allocator", "uniform", "--preset", "best")

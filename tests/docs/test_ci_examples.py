@@ -32,6 +32,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 FUSE = "--budget 0.5 --preset fast --samples 8 --sequence-length 32"
 
 
+@pytest.mark.long
 def test_the_script_refuses_a_bad_model(tmp_path: Path, environment: dict[str, str]) -> None:
     arguments = ["model", "text.txt", "text.txt", "compressed", *FUSE.split()]
     environment["GATES"] = "kv_ratio<=0.5,ppl_ratio<=0.5"
@@ -45,6 +46,7 @@ def test_the_script_refuses_a_bad_model(tmp_path: Path, environment: dict[str, s
     assert "ppl_ratio&lt;=0.5" in (tmp_path / "reports/report.html").read_text()
 
 
+@pytest.mark.long
 def test_the_workflow_compresses_a_good_model(tmp_path: Path, environment: dict[str, str]) -> None:
     job = yaml.safe_load((EXAMPLES / "compress.yml").read_text())["jobs"]["compress"]
     shutil.copytree(EXAMPLES, tmp_path / "examples/ci")

@@ -53,6 +53,7 @@ def directly(model: Path, folder: Path, names: list[str], monkeypatch: pytest.Mo
     )["results"]  # fmt: skip
 
 
+@pytest.mark.long
 @needs_harness
 def test_scores_are_those_of_the_harness(tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tmp_path / "model")
@@ -66,7 +67,11 @@ def test_scores_are_those_of_the_harness(tmp_path: Path, tasks: Path, monkeypatc
 
 @needs_harness
 @pytest.mark.parametrize(
-    "layout", ["decoupled", *(pytest.param(x, marks=pytest.mark.slow) for x in ("layerwise", "gqa"))]
+    "layout",
+    [
+        pytest.param("decoupled", marks=pytest.mark.long),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("layerwise", "gqa")),
+    ],
 )
 def test_fused_models_of_every_layout_against_their_source(tmp_path: Path, tasks: Path, layout: str) -> None:
     model = tiny_model(tmp_path / "model")

@@ -158,6 +158,7 @@ else:
 """
 
 
+@pytest.mark.long
 def test_a_model_of_remote_code_can_be_pickled(tmp_path: Path) -> None:
     folder, file = tmp_path / "a-model-0.25", tmp_path / "model.pt"
     random_model(fused_config(SOURCES["qwen2"](), "free")).save_pretrained(folder)

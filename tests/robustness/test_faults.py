@@ -211,6 +211,7 @@ def test_an_input_that_vanishes_meanwhile(
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_two_processes_that_start_together(source: Path, tmp_path: Path) -> None:
     """One of them writes the output; the other is told so."""
     command = [sys.executable, "-m", "headfuse", *line(source, tmp_path / "out")]

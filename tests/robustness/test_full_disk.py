@@ -30,6 +30,7 @@ def file_size_limit(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.long
 def test_full_disk_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "headfuse", "fuse", model, "-o", tmp_path / "out", "--json"]
     done = subprocess.run(

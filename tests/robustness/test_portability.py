@@ -33,6 +33,7 @@ app(sys.argv[1:])
 """
 
 
+@pytest.mark.long
 def test_a_model_is_fused_without_them(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     text = ["--data", str(tmp_path / "text.txt"), "--samples", "4", "--sequence-length", "32", "--preset", "fast"]

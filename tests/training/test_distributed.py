@@ -43,6 +43,7 @@ def launch(script: list[str], processes: int, code: int = 0) -> None:
     assert not any("wrote" in output for output in outputs[1:])
 
 
+@pytest.mark.long
 def test_two_processes_equal_one_at_the_same_global_batch(source: Path, fused: Path, data: str, tmp_path: Path) -> None:
     without_dropout(source, fused)
     options: dict[str, Any] = {"teacher": str(source), "dtype": "float32"}

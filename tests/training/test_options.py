@@ -30,8 +30,8 @@ def test_packaged_recipes_are_strict_and_run(fused: Path, data: str, tmp_path: P
 
 
 def test_the_yaml_of_the_docs_is_every_option_with_its_default(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs/guides/uptraining.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    text = (Path(__file__).parents[2] / "docs/reference/options.md").read_text(encoding="utf-8")
+    _, block, _ = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "docs.yaml").write_text(block)
     assert load_recipe(str(tmp_path / "docs.yaml"), {}) == load_recipe(None, {"data": "corpus.jsonl", "tokens": "50M"})
     assert set(yaml.safe_load(block)) == set(UptrainConfig.model_fields)

@@ -52,7 +52,7 @@ assert file_sha256(out / "model.safetensors") == wanted
 """
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.long), pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(fused: Path, data: str, tmp_path: Path, kills: int) -> None:
     """`kill -9` while models load, steps run, states are written: the weights in the end are the same."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
