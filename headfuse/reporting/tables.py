@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headfuse.choices import WIDE
-from headfuse.plan import FusionPlan
+
+if TYPE_CHECKING:
+    from headfuse.plan import FusionPlan
 
 
 def figure_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
