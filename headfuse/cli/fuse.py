@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.choices import WIDE
+from headfuse.choices import LAYOUT_FOR, WIDE
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
 from headfuse.cli.options import KEEP, OUTPUT
@@ -119,7 +119,6 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
 
 
 def _document(result: FuseResult) -> Document:
-    from headfuse.choices import LAYOUT_FOR
     from headfuse.layouts import LAYOUTS
 
     budget, itemsize = result.plan.head_budget, result.kv_bytes_after // result.plan.kv_channels

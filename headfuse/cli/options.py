@@ -184,9 +184,7 @@ def layout_for(runtime: choices.Runtime | None, layout: choices.Layout | None) -
     """
     if runtime is None:
         return layout
-    from headfuse.choices import LAYOUT_FOR
-
-    loads = LAYOUT_FOR[runtime]
+    loads = choices.LAYOUT_FOR[runtime]
     if layout is not None and layout not in loads:
         raise ConfigError(f"{runtime} does not load layout {layout}", where="--for", fix=f"it loads {', '.join(loads)}")
     return layout or loads[0]
@@ -201,9 +199,7 @@ def settings_for(runtime: choices.Runtime | None, settings: FuseConfig, model: s
         UnsupportedModelError: for a family that the runtime does not run in this layout.
         CheckpointError: for a model that cannot be read.
     """
-    from headfuse.choices import ONE_HEAD
-
-    if runtime is None or settings.layout not in ONE_HEAD.get(runtime, ()):
+    if runtime is None or settings.layout not in choices.ONE_HEAD.get(runtime, ()):
         return settings
     from headfuse.checkpoint.folder import resolve_model
     from headfuse.layouts.decoupled import check_served

@@ -25,7 +25,7 @@ def _budget_text(value: Any) -> Any:
 
 
 def _head_dim(value: Any) -> Any:
-    return parse_head_dim(value) if isinstance(value, str) else parse_head_dim(str(value))
+    return parse_head_dim(str(value))
 
 
 Share = Annotated[str, BeforeValidator(_budget_text)]

@@ -14,7 +14,7 @@ from headfuse.plan import FusionPlan, LayerPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["LAYOUTS", "LAYOUT_FOR", "LayoutFormat"]
+__all__ = ["LAYOUTS", "LayoutFormat"]
 
 
 def _with_fewer_heads(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from headfuse.checkpoint.folder import resolve_model
 from headfuse.checkpoint.hub import folder_name
@@ -18,7 +18,7 @@ from headfuse.choices import Layout
 from headfuse.errors import CheckpointError, UnsupportedModelError
 from headfuse.layouts import layerwise
 from headfuse.layouts.assignment import HeadAssignment
-from headfuse.models.config import raw_config, read_config
+from headfuse.models.config import config_of, raw_config, read_config
 from headfuse.models.families import Architecture
 from headfuse.models.heads import head_layout
 from headfuse.models.model_code import warn_of_other_code
@@ -125,9 +125,9 @@ class ModelFolder:
     @cached_property
     def family_config(self) -> PreTrainedConfig:
         """`family` as transformers loads it."""
-        fields = {name: value for name, value in self.family.items() if name != "model_type"}
+        family = self.family
         try:
-            return AutoConfig.for_model(self.family["model_type"], **fields)
+            return config_of(family)
         except Exception as error:  # the strict configs of transformers raise many kinds
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(reason, where=self._config_path, fix=_RESTORE) from None

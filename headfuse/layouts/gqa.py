@@ -19,11 +19,9 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
     count, slots = plan.head_budget.key_heads[0], plan.layers[0].rotary_slots
     if plan.head_width is None or slots is None:
         return {**source, "num_key_value_heads": count}
-    from transformers import AutoConfig
+    from headfuse.models.config import config_of
 
-    fields = {name: value for name, value in source.items() if name != "model_type"}
-    config = AutoConfig.for_model(source["model_type"], **fields)
-    return {**slot_table.with_slot_table(source, config, slots[0]), "num_key_value_heads": count}
+    return {**slot_table.with_slot_table(source, config_of(source), slots[0]), "num_key_value_heads": count}
 
 
 def check(config: Any) -> None:

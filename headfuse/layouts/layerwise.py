@@ -25,12 +25,10 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
 
 def layerwise_config(source: dict[str, Any], num_key_value_heads: tuple[int, ...]) -> dict[str, Any]:
     """The config.json of a model with these KV heads in its layers, given that of its source."""
-    from transformers import AutoConfig
-
     from headfuse.modeling.configuration_layerwise import AUTO_MAP, FORMAT
+    from headfuse.models.config import config_of
 
-    fields = {name: value for name, value in source.items() if name != "model_type"}
-    whole = AutoConfig.for_model(source["model_type"], **fields)
+    whole = config_of(source)
     biases = getattr(whole, "attention_bias", False)
     qkv_bias = FAMILIES[source["model_type"]]
     ffn = _ffn(whole.intermediate_size, whole.hidden_size)

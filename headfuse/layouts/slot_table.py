@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headfuse.errors import UnsupportedModelError
+from headfuse.models.heads import head_layout
 
 STATIC = ("default", "linear", "llama3", "proportional", "yarn")
 """Kinds of RoPE whose frequencies do not depend on the length of the text."""
@@ -57,8 +58,7 @@ def frequencies(config: Any) -> tuple[list[float], float]:
     if kind != "default":
         inverse, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         return inverse.double().tolist(), float(factor)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return _stock(rope["rope_theta"], width), 1.0
+    return _stock(rope["rope_theta"], head_layout(config).head_dim), 1.0
 
 
 def with_slot_table(raw: dict[str, Any], config: Any, slots: Sequence[int]) -> dict[str, Any]:
@@ -69,11 +69,10 @@ def with_slot_table(raw: dict[str, Any], config: Any, slots: Sequence[int]) -> d
         config: the same as transformers loads it.
         slots: planes of the source, in rising order.
     """
-    stock, width = list(range(len(frequencies(config)[0]))), 2 * len(slots)
+    (own, _), width, theta = frequencies(config), 2 * len(slots), config.rope_parameters["rope_theta"]
     result = {**raw, "head_dim": width}
-    if list(slots) == stock:
+    if list(slots) == list(range(len(own))):
         return result
-    own, theta = frequencies(config)[0], config.rope_parameters["rope_theta"]
     factors = [base / own[slot] for base, slot in zip(_stock(theta, width), slots, strict=True)]
     positions = config.max_position_embeddings
     scaling = {

@@ -94,6 +94,13 @@ def raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
+def config_of(raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config that a config.json, with its `model_type`, describes, as transformers loads it."""
+    fields = {name: value for name, value in raw.items() if name != "model_type"}
+    config: PreTrainedConfig = AutoConfig.for_model(raw["model_type"], **fields)
+    return config
+
+
 def needs_code(model_type: str, trust_remote_code: bool) -> bool:
     """Whether a model runs by code of its own: where that is trusted and transformers has no class for the type.
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.modeling.modeling_headfuse import HeadfuseAttention
 from headfuse.models.attention import module_tensors
 from headfuse.models.canonical import CanonicalCheckpoint
+from headfuse.models.config import config_of
 from headfuse.models.families import Architecture
 from headfuse.models.placement import Copies, batch_windows
 
@@ -94,8 +95,7 @@ class DecoderLayers:
         beside: DecoderLayers,
     ) -> DecoderLayers:
         """The layers of the model that a config.json describes, placed as those `beside` them, with shared copies."""
-        fields = dict(config)
-        described = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        described = config_of(config)
         with torch.device("meta"):
             attention = "eager" if arch.legacy else "sdpa"
             model = AutoModelForCausalLM.from_config(described, attn_implementation=attention, dtype=torch.float32)
