@@ -15,7 +15,7 @@ from headfuse.models.source import Source
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.planning.curves import Point
+from headfuse.planning.curves import Point, check_curves
 from headfuse.planning.curves import curves as predicted_curves
 from headfuse.planning.planner import (
     ProgressCallback,
@@ -70,6 +70,8 @@ def analyze(
         HeadfuseError: for every kind of bad input.
     """
     config, machine = ANALYZE.read(config, options)
+    if curves:
+        check_curves(config)
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     source = Source.open(str(model), machine.trust_remote_code)

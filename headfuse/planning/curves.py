@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 
 from headfuse.choices import Layout
-from headfuse.config.fuse import FuseConfig
-from headfuse.errors import BudgetError, UnsupportedModelError
+from headfuse.config.fuse import BudgetConfig, FuseConfig
+from headfuse.errors import BudgetError, ConfigError, UnsupportedModelError
+from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS, slot_table
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
@@ -33,6 +34,19 @@ class Point:
     nll_gap: float
 
 
+def check_curves(config: FuseConfig) -> None:
+    """Refuse a method whose loss no closed form predicts.
+
+    Raises:
+        ConfigError: for a method that trains.
+    """
+    if FUSION_METHODS[config.method].trained:
+        raise ConfigError(
+            f"method {config.method} trains, and curves are of the closed form", where="--curves",
+            fix="leave one of the two out",
+        )  # fmt: skip
+
+
 def curves(
     source: Source, streamed: StreamedModel, text: CalibrationText, config: FuseConfig, on_progress: ProgressCallback
 ) -> dict[str, list[Point]]:
@@ -45,7 +59,7 @@ def curves(
         source: the opened source.
         streamed: the same, layer by layer.
         text: the calibration text.
-        config: the options of `analyze`; the costs are those of its method and preset, near its budget.
+        config: the options of `analyze`; the costs are those of its method and preset, measured around a half.
         on_progress: called with the layout, the layers done and all layers.
     """
     found, heads = dict[str, list[Point]](), source.heads
@@ -53,8 +67,9 @@ def curves(
         stock: Layout | None = "gqa" if layout == "layerwise" and _fits(source, "gqa") else None
         if not _fits(source, layout) and stock is None:
             continue
-        own = {"layout": layout, "method": config.method, "preset": config.preset, "seed": config.seed}
-        options = plan_options(FuseConfig.model_validate({**own, "budget": {"total": "1/2"}}))
+        if LAYOUTS[layout].wide and not FUSION_METHODS[config.method].wide:
+            continue
+        options = plan_options(config.model_copy(update={"layout": layout, "budget": BudgetConfig(total="1/2")}))
 
         def progress(_: str, done: int, total: int, layout: str = layout) -> None:
             on_progress(f"curve of {layout}", done, total)
@@ -94,9 +109,8 @@ def _allocated(rules: BudgetRules, heads: HeadLayout, costs: CostTable) -> list[
     """The best allocation of every share that the rules can meet."""
     points = dict[float, Point]()
     for share in SHARES:
-        shared = BudgetRules(share, layerwise=rules.layerwise, equal_groups=rules.equal_groups, wide=rules.wide)
         try:
-            budget = shared.allocate("sensitivity", heads, costs)
+            budget = replace(rules, total=share).allocate("sensitivity", heads, costs)
         except BudgetError:
             continue
         sides = zip((budget.key_heads, budget.value_heads), (costs.key, costs.value), strict=True)
