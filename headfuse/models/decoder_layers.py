@@ -50,7 +50,7 @@ def compute_buffers(model: PreTrainedModel, modules: Iterable[nn.Module], device
         if buffers:
             for name, buffer in buffers:
                 module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
-            for parameter in module.parameters(recurse=False):
+            for parameter in module.parameters():  # those of its parts, too: gpt2 draws projections of the attention
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else it would be drawn anew
             model._init_weights(module)
 
