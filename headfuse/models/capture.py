@@ -104,6 +104,7 @@ def capturing_attention(
         order: Any = module.headfuse_order
         if order is not None:
             query, key = query[..., order], key[..., order]
-        capture = AttentionCapture(query, key, value, output, attention_mask, scale, weight, before_norm)
-        captures.append(keep(capture))
+        before_norm = None if before_norm is None else before_norm.float()
+        states = query.float(), key.float(), value.float(), output.float()  # whatever layers compute in
+        captures.append(keep(AttentionCapture(*states, attention_mask, scale, weight, before_norm)))
     return output, None
