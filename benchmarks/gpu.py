@@ -63,7 +63,9 @@ def trained(model: Path, source: Path, output: Path, shape: Shape, count: int) -
     return f"{speed:,.0f} tokens/s{share}, {memory:.0f} GB"
 
 
-def measure(parts: Sequence[str], shapes: Sequence[str], presets: Sequence[str], layers: int | None) -> Iterator[str]:
+def measure(
+    parts: Sequence[str], shapes: Sequence[str], presets: Sequence[str], products: Sequence[str], layers: int | None
+) -> Iterator[str]:
     """The document of a machine with a GPU, line by line."""
     yield from (f"Measured on one {torch.cuda.get_device_name()} by `python benchmarks/gpu.py`, with", "")
     yield f"torch {torch.__version__} and transformers {transformers.__version__}."
@@ -77,13 +79,18 @@ def measure(parts: Sequence[str], shapes: Sequence[str], presets: Sequence[str],
         yield from ("", f"## {name}", "")
         with tempfile.TemporaryDirectory() as scratch:
             if "fuse" in parts or "uptrain" in parts:
-                yield from _measured_model(Path(scratch), shape, parts, presets, layers)
+                yield from _measured_model(Path(scratch), shape, parts, presets, products, layers)
         if "decode" in parts:
             yield from decode_table(shape.heads, shape.kv_heads, shape.hidden // shape.heads, DECODED)
 
 
 def _measured_model(
-    scratch: Path, shape: Shape, parts: Sequence[str], presets: Sequence[str], layers: int | None
+    scratch: Path,
+    shape: Shape,
+    parts: Sequence[str],
+    presets: Sequence[str],
+    products: Sequence[str],
+    layers: int | None,
 ) -> Iterator[str]:
     model = random_model(scratch, shape, layers)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
@@ -94,7 +101,7 @@ def _measured_model(
         columns = ["preset", "products in", *(f"{stage}, s" for stage in STAGES), "all, s", "GPU, GB"]
         yield from ("", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns))
     for preset, dtype in RUNS if "fuse" in parts else ():
-        if preset in presets:
+        if preset in presets and dtype in products:
             torch.cuda.reset_peak_memory_stats()
             with refining_random_weights():
                 seconds = fused(model, scratch / "fused", preset, SAMPLES, compute_dtype=dtype)
@@ -120,13 +127,14 @@ def main() -> None:
     parser.add_argument("part", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)}")
     parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--preset", nargs="+", default=["fast", "balanced"], choices=["fast", "balanced", "best"])
+    parser.add_argument("--products", nargs="+", default=["float32", "bfloat16"], help="what layers multiply in")
     parser.add_argument("--layers", type=int, help="with a GPU: a model of so many")
     parser.add_argument("--divide", type=int, default=1, help="without a GPU: count a layer this much narrower")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gpu.md")
     options = parser.parse_args()
     lines = ["# On a GPU"]
     if torch.cuda.is_available():
-        for line in measure(options.part, options.shape, options.preset, options.layers):
+        for line in measure(options.part, options.shape, options.preset, options.products, options.layers):
             print(line, flush=True)
             lines.append(line)
     else:
