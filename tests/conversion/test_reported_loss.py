@@ -22,7 +22,7 @@ def test_the_loss_on_held_out_text(tmp_path: Path, family: str, layout: str) -> 
         None, {"budget": {"total": 0.5}, "preset": "fast", "layout": layout, "calibration": calibration}
     )
     result = headfuse.fuse(model, config, output=tmp_path / "out", device="cpu")
-    windows = Source.open(model).calibration_text(config.calibration, config.seed).held_out
+    windows = Source.open(str(model)).calibration_text(config.calibration, config.seed).held_out
     with torch.no_grad():
         logits = headfuse.load(tmp_path / "out", device="cpu")(windows).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(1)

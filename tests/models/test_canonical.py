@@ -16,7 +16,7 @@ from tests.support.tiny_models import tiny_model
 
 def test_two_threads_read_packed_projections(tmp_path: Path) -> None:
     """Each gets the layer that it asks for, whatever the other one reads between its lines."""
-    source = Source.open(tiny_model(tmp_path / "model", "gpt2"))
+    source = Source.open(str(tiny_model(tmp_path / "model", "gpt2")))
     checkpoint = CanonicalCheckpoint(source.checkpoint, architecture_of("gpt2"), source.heads)
     names = [name for name in checkpoint.parts if name.endswith("weight")]
     alone = {name: checkpoint.read(name) for name in names}
