@@ -31,6 +31,12 @@ class KeyMoments:
     tail: ValueMoments | None = None
     normed: bool = False
 
+    @property
+    def tail_energy(self) -> torch.Tensor:
+        """`[n, t]`: E|q|^2 of each channel that is not rotated, summed over the query heads of the source head."""
+        assert self.tail is not None
+        return self.tail.output_gram.diagonal(dim1=1, dim2=2)
+
     def of(self, group: tuple[int, ...]) -> KeyMoments:
         """The moments of one group's heads."""
         index, tail = list(group), None if self.tail is None else self.tail.of(group)

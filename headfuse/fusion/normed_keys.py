@@ -44,9 +44,10 @@ def fit_normed_keys(
         heads: the source's heads.
     """
     assert source.key_norm is not None
-    kind = architecture_of(heads.model_type).key_norm
+    arch = architecture_of(heads.model_type)
+    kind = arch.key_norm
     share = maps.write.diagonal(dim1=1, dim2=2)  # [n, d]
-    norm = source.key_norm.double().expand(len(share), -1)
+    norm = (source.key_norm.double() + arch.norm_offset).expand(len(share), -1)
     gram = _before_norm(captures)  # [d, n, n]
     energy = gram.diagonal(dim1=1, dim2=2).sum(0).clamp_min(1e-300)  # [n]
     mix, start = torch.empty_like(share), torch.empty(len(groups), share.shape[1], dtype=torch.float64)
@@ -66,7 +67,7 @@ def fit_normed_keys(
         fused,
         key=_mixed(source.key.double(), mix[..., None], groups),
         key_bias=None if source.key_bias is None else _mixed(source.key_bias.double(), mix, groups),
-        key_norm=_fit_norm(norm, start, mix, groups, moments, captures, kind == "head"),
+        key_norm=_fit_norm(norm, start, mix, groups, moments, captures, kind == "head") - arch.norm_offset,
     )
 
 
@@ -102,6 +103,8 @@ def _fit_norm(
     """The norm's weight: `[1, d]` where each head has its own norm, else `[len(groups), d]`."""
     owner = head_of_source(groups)
     weight = moments.query_energy.repeat(1, 2)  # [n, d]: both channels of a plane
+    if moments.tail is not None:
+        weight = torch.cat([weight, moments.tail_energy], dim=1)
     wanted, found = torch.zeros_like(start), torch.zeros_like(start)
     for capture in captures:
         z = _keys(capture)

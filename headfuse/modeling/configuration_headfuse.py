@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 FORMAT = 1
-CODE_VERSION = 4  # of the files beside the weights: a release that changes them raises it
+CODE_VERSION = 5  # of the files beside the weights: a release that changes them raises it
 
 
 @dataclass(frozen=True)
@@ -35,34 +35,71 @@ class Family:
     are none; `once`: sin and cos [b, s, p], in this order. Where a layer gets none, they are its own table
     `embed_positions`, at `position_ids`."""
     norm: Literal["head", "layer"] | None = None
-    """`q_norm` and `k_norm` before RoPE: over the channels of each head, or over those of all heads at once."""
+    """Norms of queries and keys: over the channels of each head, or over those of all heads at once."""
+    norm_names: tuple[str, str] = ("q_norm", "k_norm")
+    norm_after_rotary: bool = False
+    """The norms stand behind RoPE."""
+    rotates_in_windows: bool = False
+    """Layers that attend to all tokens are not rotated, where others have windows (exaone4, cohere2)."""
+    softcap: bool = False
+    """The stock attention caps its scores at `attn_logit_softcapping`."""
     not_in_vllm: str | None = None
     """What keeps vLLM's backend for transformers' models from running the family, if anything does."""
 
 
 FAMILIES: dict[str, Family] = {
+    "apertus": Family(norm="head"),
+    "arcee": Family(),
     "bloom": Family("h", "self_attention", "query_key_value", "dense", "none", not_in_vllm="it leaves out ALiBi"),
     "cohere": Family(rotary="interleaved"),
+    "cohere2": Family(rotary="interleaved", rotates_in_windows=True),
+    "cwm": Family(),
+    "dots1": Family(norm="head"),
+    "ernie4_5": Family(),
+    "ernie4_5_moe": Family(),
+    "exaone4": Family(norm="head", rotates_in_windows=True),
+    "flex_olmo": Family(norm="layer"),
     "gemma": Family(),
+    "gemma2": Family(softcap=True),
+    "gemma3_text": Family(norm="head"),
+    "glm": Family(),
+    "glm4": Family(),
     "gpt2": Family("h", "attn", "c_attn", "c_proj", "none"),
     "gpt_neox": Family("layers", "attention", "query_key_value", "dense"),
     "gptj": Family("h", "attn", None, "out_proj", "once", not_in_vllm="transformers' GPT-J takes no other attention"),
     "granite": Family(),
+    "granitemoe": Family(),
+    "granitemoeshared": Family(),
+    "helium": Family(),
+    "hunyuan_v1_dense": Family(norm="head", norm_names=("query_layernorm", "key_layernorm"), norm_after_rotary=True),
+    "hunyuan_v1_moe": Family(norm="head", norm_names=("query_layernorm", "key_layernorm"), norm_after_rotary=True),
+    "hyperclovax": Family(),
+    "jais2": Family(),
     "llama": Family(),
+    "mellum": Family(norm="head"),
+    "minimax_m2": Family(norm="layer"),
+    "ministral": Family(),
     "mistral": Family(),
     "mixtral": Family(),
+    "nemotron": Family(),
     "olmo": Family(),
     "olmo2": Family(norm="layer"),
+    "olmo3": Family(norm="layer"),
     "olmoe": Family(norm="layer"),
     "opt": Family("decoder.layers", output="out_proj", rotary="none"),
     "phi": Family(output="dense"),
     "phi3": Family(packed="qkv_proj"),
+    "phimoe": Family(),
     "qwen2": Family(),
     "qwen2_moe": Family(),
     "qwen3": Family(norm="head"),
     "qwen3_moe": Family(norm="head"),
+    "seed_oss": Family(),
+    "smollm3": Family(),
+    "solar_open": Family(),
     "stablelm": Family(),
     "starcoder2": Family(),
+    "vaultgemma": Family(softcap=True),
 }
 """Model families whose attention can be decoupled."""
 AUTO_MAP = {
@@ -123,7 +160,8 @@ class FusedConfig(PreTrainedConfig):
             return
         self.num_key_value_heads = 1
         if getattr(self, "logits_scaling", None):  # granite's, which vLLM knows under the name and sense of cohere's
-            self.logit_scale = 1 / self.logits_scaling
+            multiplies = self.source_config.model_type == "hyperclovax"
+            self.logit_scale = self.logits_scaling if multiplies else 1 / self.logits_scaling
         self.allow_global_per_layer_attribute_access = True  # RoPE reads the channels of a source head
         self.per_layer_config = {layer: {"head_dim": width} for layer, width in enumerate(self.one_head_widths)}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .configuration_headfuse import FusedConfig, one_head_width, rotary_dim
 
-CODE_VERSION = 4  # of the files beside the weights: a release that changes them raises it
+CODE_VERSION = 5  # of the files beside the weights: a release that changes them raises it
 AUTO_MAP = {
     "AutoConfig": "configuration_latent.LatentConfig",
     "AutoModel": "modeling_latent.LatentModel",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from .configuration_headfuse import Family, HeadfuseConfig
 from .modeling_one_head import as_one_head, check_attention, check_runtime, from_places, in_places
@@ -37,10 +37,11 @@ class HeadfuseAttention(nn.Module):
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
-    q_norm: nn.Module
     k_norm: nn.Module
     family: Family
     residual_dropout: float
+    softcap: float | None
+    rotates: bool
     embed_positions: torch.Tensor
     sliding_window: int | None
     num_key_value_groups: int
@@ -66,7 +67,8 @@ class HeadfuseAttention(nn.Module):
         self.adopt(config)
         self.replace_projections(num_keys * self.head_dim, num_values * self.head_dim)
         if self.family.norm == "layer":
-            self.k_norm = type(self.k_norm)(num_keys * self.head_dim, self.k_norm.variance_epsilon)
+            norm: Any = self.k_norm
+            self.k_norm = type(norm)(num_keys * self.head_dim, norm.variance_epsilon)
         self.num_heads = (config.num_attention_heads, num_keys)
         self.cache_heads = math.gcd(num_keys, num_values)
         self.num_key_value_groups, tables = self._tables()
@@ -84,8 +86,12 @@ class HeadfuseAttention(nn.Module):
         self.attention_dropout = rate
         self.residual_dropout = _dropout(self, "residual_dropout", "resid_dropout", "hidden_dropout")
         self.clip = getattr(config, "clip_qkv", None)
+        self.softcap = getattr(self, "attn_logit_softcapping", None) if self.family.softcap else None
+        self.rotates = _rotates(self)
         if not hasattr(self, "sliding_window"):
             self.sliding_window = getattr(config, "sliding_window", None)
+        if not getattr(self, "is_sliding", True):  # exaone4 keeps the width of other layers' windows
+            self.sliding_window = None
 
     def replace_projections(self, key_width: int, value_width: int) -> None:
         """Projections of the source's queries, and of so many channels of keys and of values."""
@@ -159,7 +165,9 @@ class HeadfuseAttention(nn.Module):
             residual, position_embeddings = position_embeddings, None
         cache = next((one for one in (cache, past_key_values, layer_past) if one is not None), None)
         batch, length, _ = hidden_states.shape
-        if position_embeddings is None and self.family.rotary != "none":
+        if not self.rotates:
+            position_embeddings = None
+        elif position_embeddings is None:
             sin, cos = self.embed_positions[position_ids].chunk(2, dim=-1)
             position_embeddings = sin, cos
         query, key, value = self._laid_out(*self._states(hidden_states, position_embeddings), cache)
@@ -184,6 +192,7 @@ class HeadfuseAttention(nn.Module):
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
                 sliding_window=self.sliding_window,
+                **({} if self.softcap is None else {"softcap": self.softcap}),
                 **kwargs,
             )
             if one_head:
@@ -201,7 +210,14 @@ class HeadfuseAttention(nn.Module):
             cos, sin = self._cos_and_sin(position_embeddings)
             both = rotate(torch.cat((query, key), dim=2), cos, sin)  # in one go: a decode step is bound by calls
             query, key = both.split(self.num_heads, dim=2)
+        if self.family.norm_after_rotary:
+            query, key = self._normed(query, key)
         return query, key, value
+
+    def _normed(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both behind their norms."""
+        of_queries, of_keys = (getattr(self, name) for name in self.family.norm_names)
+        return of_queries(query), of_keys(key)
 
     def _cache_shape(self, cache: Cache | None) -> tuple[int, int]:
         """Heads and channels of a row in the cache; -1 means the rest.
@@ -247,12 +263,12 @@ class HeadfuseAttention(nn.Module):
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         norm = self.family.norm
         if norm == "layer":
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = self._normed(query, key)
         if self.clip is not None:
             query, key, value = (states.clamp(-self.clip, self.clip) for states in (query, key, value))
         query, key, value = query.view(heads), key.view(heads), value.view(heads)
-        if norm == "head":
-            query, key = self.q_norm(query), self.k_norm(key)
+        if norm == "head" and not self.family.norm_after_rotary:
+            query, key = self._normed(query, key)
         return query, key, value
 
     def _cos_and_sin(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,14 +308,18 @@ class HeadfuseAttention(nn.Module):
             key_sizes, value_sizes = self.sizes
         query = _select(query * self.scaling, rows[0]).flatten(1, 2)
         scores = _select(_grouped_product(_score, query, key, key_sizes, self.head_dim), rows[1])
-        weights = probabilities(scores, attention_mask)
+        weights = probabilities(scores, attention_mask, self.softcap)
         output = _select(_grouped_product(torch.bmm, weights, value, value_sizes, self.head_dim), rows[2])
         wanted = self.config._attn_implementation == "eager"
         return output, _select(weights, rows[2]).unsqueeze(2) if wanted else None
 
 
-def probabilities(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def probabilities(
+    scores: torch.Tensor, attention_mask: torch.Tensor | None, softcap: float | None = None
+) -> torch.Tensor:
     """Attention weights of one query per head from scores [b, n_q, s] and a mask [b, 1, 1, s]: bool, additive, None."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask[:, 0], torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
@@ -341,6 +361,16 @@ def with_bias(bias: torch.Tensor, mask: torch.Tensor | None, length: int) -> tor
         positions = torch.arange(bias.shape[-1], device=bias.device)
         mask = (positions <= positions[-length:, None])[None, None]
     return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
+
+
+def _rotates(attention: Any) -> bool:
+    """Whether RoPE turns the queries and keys of a layer, which may depend on its window."""
+    family, window = attention.family, getattr(attention, "sliding_window", None)
+    if family.rotary == "none" or not getattr(attention, "use_rope", True):
+        return False
+    if not family.rotates_in_windows:
+        return True
+    return bool(window is None or attention.is_sliding) if hasattr(attention, "is_sliding") else window is not None
 
 
 def _dropout(attention: nn.Module, *names: str) -> float:

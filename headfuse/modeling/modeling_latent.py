@@ -142,7 +142,7 @@ class LatentAttention(HeadfuseAttention):
             )
             scores.append(wide.flatten(1, 2) @ key[:, 0, :, group.key].mT)  # [b, queries of the group, s]
         in_order = self._in_order([_by_head(part, self.num_key_value_groups) for part in scores])
-        weights = probabilities(in_order.flatten(1, 2), attention_mask)
+        weights = probabilities(in_order.flatten(1, 2), attention_mask, self.softcap)
         by_head = weights.unflatten(1, (-1, self.num_key_value_groups))  # [b, n_s, q, s]
         outputs = []
         for group, (_, _, value_read) in zip(self.groups, maps, strict=True):

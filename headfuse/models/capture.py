@@ -10,6 +10,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headfuse.errors import UnsupportedModelError
+from headfuse.models.states import capped
 
 CAPTURE = "headfuse_capture"
 
@@ -21,7 +22,8 @@ class AttentionCapture:
     Shapes: `query [B, n_q, T, d]`, `key` and `value [B, n_s, T, d]` (after RoPE and norms; channels of queries and keys
     in the canonical order), `output [B, T, n_q, d]` (head outputs before the output projection). `mask` is boolean
     `[1, 1, T, T]`, additive `[1, n_q, T, T]` where heads have biases, or None for plain causal attention;
-    `weight` is what one token counts in the layer's statistics; `key_before_norm [B, T, n_s, d]`, where keys have one.
+    `weight` is what one token counts in the layer's statistics; `key_before_norm [B, T, n_s, d]`, where keys have one;
+    `softcap` bounds the scores (gemma2).
     """
 
     query: torch.Tensor
@@ -32,9 +34,13 @@ class AttentionCapture:
     scaling: float
     weight: float = 1.0
     key_before_norm: torch.Tensor | None = None
+    softcap: float | None = None
 
     def attend(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Head outputs `[B, n_q, T, d]` with others in the place of the source's keys and values `[B, n_s, T, d]`."""
+        if self.softcap is not None:
+            shares = self.probabilities(key).unflatten(1, (key.shape[1], -1))  # [B, n_s, q, T, T]
+            return (shares @ value[:, :, None]).flatten(1, 2)
         return nn.functional.scaled_dot_product_attention(
             self.query,
             key,
@@ -50,7 +56,7 @@ class AttentionCapture:
         query, length = self.query[:, :, ::step], key.shape[2]
         batch, heads, queries, d = query.shape
         grouped = query.reshape(batch, key.shape[1], -1, d)
-        scores = (grouped * self.scaling @ key.mT).view(batch, heads, queries, length)
+        scores = capped((grouped * self.scaling @ key.mT).view(batch, heads, queries, length), self.softcap)
         if self.mask is not None and self.mask.dtype != torch.bool:
             return scores.add_(self.mask[:, :, ::step]).softmax(-1)
         allowed = (
@@ -67,6 +73,7 @@ class HostCapture(AttentionCapture):
         moved = {name: getattr(capture, name) for name in ("query", "key", "value", "output", "key_before_norm")}
         vars(self).update(
             device=capture.query.device, mask=capture.mask, scaling=capture.scaling, weight=capture.weight,
+            softcap=capture.softcap,
             host={name: None if tensor is None else tensor.cpu() for name, tensor in moved.items()},
         )  # fmt: skip
 
@@ -88,22 +95,27 @@ def capturing_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA that records its inputs and outputs where the layer's attention asks for it."""
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    """SDPA, with a cap of the scores where there is one, that records its inputs and outputs where it is asked to."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    else:
+        output = AttentionCapture(query, key, value, query, attention_mask, scale, softcap=softcap).attend(key, value)
+        output = output.transpose(1, 2)
     wanted = getattr(module, "headfuse_captures", None)
     if wanted is not None:
         captures, weight, keep = wanted
         if kwargs.get("s_aux") is not None:
             raise UnsupportedModelError("attention sinks are not supported", fix="choose a model without them")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         before_norm = getattr(module, "headfuse_key", None)
         if before_norm is not None:
             before_norm = before_norm.view(*before_norm.shape[:2], -1, query.shape[-1])
         order: Any = module.headfuse_order
         if order is not None:
             query, key = query[..., order], key[..., order]
-        capture = AttentionCapture(query, key, value, output, attention_mask, scale, weight, before_norm)
+        capture = AttentionCapture(query, key, value, output, attention_mask, scale, weight, before_norm, softcap)
         captures.append(keep(capture))
     return output, None

@@ -37,7 +37,12 @@ class Architecture:
     partial_rotary: bool = False
     """The family reads `partial_rotary_factor`: only that share of a head's channels, the first ones, is rotated."""
     key_norm: Literal["head", "layer"] | None = None
-    """`q_norm` and `k_norm` before RoPE: over the channels of each head, or over those of all heads at once."""
+    """Norms of queries and keys: over the channels of each head, or over those of all heads at once."""
+    norm_names: tuple[str, str] = ("q_norm", "k_norm")
+    norm_after_rotary: bool = False
+    """The norms stand behind RoPE, and get heads `[batch, heads, tokens, channels]`."""
+    norm_offset: float = 0.0
+    """What a norm adds to its stored weight before it multiplies with it."""
     stock_gqa: bool = True
     """The family's own class has `num_key_value_heads`."""
     legacy: bool = False
@@ -83,7 +88,7 @@ class Architecture:
     @property
     def norms(self) -> tuple[str, ...]:
         """Names of the norms of queries and keys."""
-        return () if self.key_norm is None else ("q_norm", "k_norm")
+        return () if self.key_norm is None else self.norm_names
 
     def owns(self, name: str) -> bool:
         """Whether AttentionWeights holds the tensor of this name, relative to the layer."""
@@ -105,14 +110,41 @@ _MIXTRAL = {
     ),
     "mlp.experts.down_proj": ("block_sparse_moe.experts.{expert}.w2.weight",),
 }
+_MINIMAX = {
+    **_MIXTRAL,
+    "mlp.e_score_correction_bias": ("block_sparse_moe.e_score_correction_bias",),
+}
+_PHIMOE = {name.replace("mlp.gate", "mlp.router"): sources for name, sources in _MIXTRAL.items()}
+_ERNIE = {
+    **_EXPERTS,
+    "mlp.gate.moe_statics.e_score_correction_bias": ("mlp.moe_statics.e_score_correction_bias",),
+}
+_GRANITE = {
+    "block_sparse_moe.experts.gate_up_proj": ("block_sparse_moe.input_linear.weight",),
+    "block_sparse_moe.experts.down_proj": ("block_sparse_moe.output_linear.weight",),
+    "block_sparse_moe.router.weight": ("block_sparse_moe.router.layer.weight",),
+}
 # fmt: off
 ARCHITECTURES: dict[str, Architecture] = {
+    "apertus": Architecture(key_norm="head"),
+    "arcee": Architecture(),
     "bloom": Architecture(
         layer="transformer.h.{layer_idx}", attention="self_attention", packed="query_key_value", packing="heads",
         output="dense", rotary="none", stock_gqa=False, legacy=True,
     ),
     "cohere": Architecture(rotary="interleaved", refused=("use_qk_norm",)),
+    "cohere2": Architecture(rotary="interleaved"),
+    "cwm": Architecture(),
+    "dots1": Architecture(key_norm="head", stacked=_EXPERTS),
+    "ernie4_5": Architecture(rotary="interleaved"),
+    "ernie4_5_moe": Architecture(rotary="interleaved", stacked=_ERNIE),
+    "exaone4": Architecture(key_norm="head"),
+    "flex_olmo": Architecture(key_norm="layer", stacked=_EXPERTS),
     "gemma": Architecture(),
+    "gemma2": Architecture(),
+    "gemma3_text": Architecture(key_norm="head", norm_offset=1.0),
+    "glm": Architecture(rotary="interleaved", partial_rotary=True),
+    "glm4": Architecture(rotary="interleaved", partial_rotary=True),
     "gpt2": Architecture(
         layer="transformer.h.{layer_idx}", attention="attn", packed="c_attn", transposed=True, output="c_proj",
         rotary="none", stock_gqa=False,
@@ -126,23 +158,44 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rotary=True, stock_gqa=False, legacy=True,
     ),
     "granite": Architecture(),
+    "granitemoe": Architecture(stacked=_GRANITE),
+    "granitemoeshared": Architecture(stacked=_GRANITE),
+    "helium": Architecture(rotary="interleaved"),
+    "hunyuan_v1_dense": Architecture(
+        key_norm="head", norm_names=("query_layernorm", "key_layernorm"), norm_after_rotary=True
+    ),
+    "hunyuan_v1_moe": Architecture(
+        key_norm="head", norm_names=("query_layernorm", "key_layernorm"), norm_after_rotary=True, stacked=_EXPERTS
+    ),
+    "hyperclovax": Architecture(),
+    "jais2": Architecture(),
     "llama": Architecture(),
+    "mellum": Architecture(key_norm="head", stacked=_EXPERTS),
+    "minimax_m2": Architecture(key_norm="layer", partial_rotary=True, stacked=_MINIMAX),
+    "ministral": Architecture(),
     "mistral": Architecture(),
     "mixtral": Architecture(stacked=_MIXTRAL),
+    "nemotron": Architecture(partial_rotary=True),
     "olmo": Architecture(),
     "olmo2": Architecture(key_norm="layer"),
+    "olmo3": Architecture(key_norm="layer"),
     "olmoe": Architecture(key_norm="layer", stacked=_EXPERTS),
     "opt": Architecture(
         layer="model.decoder.layers.{layer_idx}", output="out_proj", rotary="none", stock_gqa=False
     ),
     "phi": Architecture(output="dense", partial_rotary=True, refused=("qk_layernorm",)),
     "phi3": Architecture(packed="qkv_proj", partial_rotary=True),
+    "phimoe": Architecture(stacked=_PHIMOE),
     "qwen2": Architecture(),
     "qwen2_moe": Architecture(stacked=_EXPERTS),
     "qwen3": Architecture(key_norm="head"),
     "qwen3_moe": Architecture(key_norm="head", stacked=_EXPERTS),
+    "seed_oss": Architecture(),
+    "smollm3": Architecture(),
+    "solar_open": Architecture(stacked=_EXPERTS),
     "stablelm": Architecture(partial_rotary=True, refused=("qk_layernorm",)),
     "starcoder2": Architecture(),
+    "vaultgemma": Architecture(),
 }
 _MLA = "its keys and values are already compressed together (multi-head latent attention)"
 UNSUPPORTED: dict[str, str] = {

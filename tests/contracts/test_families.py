@@ -25,12 +25,12 @@ from headfuse.models.streamed import StreamedModel
 from tests.support.commands import fuse, run
 from tests.support.model_outputs import assert_decoding_equals_forward, logits
 from tests.support.planted_heads import plant
-from tests.support.tiny_models import FAMILY_OPTIONS, VOCABULARY, tiny_model
+from tests.support.tiny_models import FAMILY_OPTIONS, VOCABULARY, tiny_config, tiny_model
 
 
 def exists(layout: str, family: str) -> bool:
     try:
-        LAYOUTS[layout].check(AutoConfig.for_model(family, **FAMILY_OPTIONS.get(family, {})))
+        LAYOUTS[layout].check(tiny_config(family))
     except UnsupportedModelError:
         return False
     return True
@@ -282,7 +282,7 @@ def test_training_mode_drops_out_what_the_source_drops_out(untouched: Fused, att
     """Under one seed: attention weights, residual stream, hidden states."""
     import headfuse.modeling  # noqa: F401  registers decoupled models
 
-    if attention == "sdpa" and untouched.family in ("bloom", "gptj"):
+    if attention == "sdpa" and untouched.family in ("bloom", "gemma2", "gptj", "vaultgemma"):
         pytest.skip("the source's class has eager attention alone")
     tokens, outputs = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2)), []
     for folder in (untouched.model, untouched.out):
@@ -290,7 +290,9 @@ def test_training_mode_drops_out_what_the_source_drops_out(untouched: Fused, att
         torch.manual_seed(0)
         outputs.append(model(tokens).logits)
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(outputs[0], logits(untouched.model), rtol=1e-2, atol=1e-2)
+    rates = [name for name in json.loads((untouched.model / "config.json").read_text()) if "drop" in name]
+    if rates:  # ernie4_5 has no dropout
+        assert not torch.allclose(outputs[0], logits(untouched.model), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("method", [name for name, method in FUSION_METHODS.items() if not method.trained])
