@@ -39,6 +39,8 @@ class Family:
     norm_names: tuple[str, str] = ("q_norm", "k_norm")
     norm_after_rotary: bool = False
     """The norms stand behind RoPE."""
+    norm_option: str | None = None
+    """The option of the source's config that has to be set for the norms to be there."""
     rotates_in_windows: bool = False
     """Layers that attend to all tokens are not rotated, where others have windows (exaone4, cohere2)."""
     softcap: bool = False
@@ -51,7 +53,7 @@ FAMILIES: dict[str, Family] = {
     "apertus": Family(norm="head"),
     "arcee": Family(),
     "bloom": Family("h", "self_attention", "query_key_value", "dense", "none", not_in_vllm="it leaves out ALiBi"),
-    "cohere": Family(rotary="interleaved"),
+    "cohere": Family(rotary="interleaved", norm="head", norm_option="use_qk_norm"),
     "cohere2": Family(rotary="interleaved", rotates_in_windows=True),
     "cwm": Family(),
     "dots1": Family(norm="head"),
@@ -64,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(norm="head"),
     "glm": Family(),
     "glm4": Family(),
+    "glm4_moe": Family(norm="head", norm_option="use_qk_norm"),
     "gpt2": Family("h", "attn", "c_attn", "c_proj", "none"),
     "gpt_neox": Family("layers", "attention", "query_key_value", "dense"),
     "gptj": Family("h", "attn", None, "out_proj", "once", not_in_vllm="transformers' GPT-J takes no other attention"),
@@ -87,7 +90,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": Family(norm="layer"),
     "olmoe": Family(norm="layer"),
     "opt": Family("decoder.layers", output="out_proj", rotary="none"),
-    "phi": Family(output="dense"),
+    "phi": Family(output="dense", norm="head", norm_names=("q_layernorm", "k_layernorm"), norm_option="qk_layernorm"),
     "phi3": Family(packed="qkv_proj"),
     "phimoe": Family(),
     "qwen2": Family(),
@@ -97,7 +100,7 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": Family(),
     "smollm3": Family(),
     "solar_open": Family(),
-    "stablelm": Family(),
+    "stablelm": Family(norm="head", norm_names=("q_layernorm", "k_layernorm"), norm_option="qk_layernorm"),
     "starcoder2": Family(),
     "vaultgemma": Family(softcap=True),
 }
@@ -270,6 +273,12 @@ def rotary_dim(config: Any) -> int:
         return int(config.rotary_dim)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(head_dim * ((getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0))
+
+
+def has_norm(config: Any) -> bool:
+    """Whether a source model of a family in the table has norms of queries and keys."""
+    family = FAMILIES[config.model_type]
+    return family.norm is not None and (family.norm_option is None or bool(getattr(config, family.norm_option, False)))
 
 
 def _is_table(value: object, length: int) -> bool:

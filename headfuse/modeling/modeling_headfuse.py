@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, Cache, Gene
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from .configuration_headfuse import Family, HeadfuseConfig
+from .configuration_headfuse import Family, HeadfuseConfig, has_norm
 from .modeling_one_head import as_one_head, check_attention, check_runtime, from_places, in_places
 
 
@@ -40,6 +40,7 @@ class HeadfuseAttention(nn.Module):
     k_norm: nn.Module
     family: Family
     residual_dropout: float
+    norm: str | None
     softcap: float | None
     rotates: bool
     embed_positions: torch.Tensor
@@ -66,14 +67,22 @@ class HeadfuseAttention(nn.Module):
         num_keys, num_values = config.num_key_heads[self.layer_idx], config.num_value_heads[self.layer_idx]
         self.adopt(config)
         self.replace_projections(num_keys * self.head_dim, num_values * self.head_dim)
-        if self.family.norm == "layer":
-            norm: Any = self.k_norm
-            self.k_norm = type(norm)(num_keys * self.head_dim, norm.variance_epsilon)
+        self._fit_norm(num_keys)
         self.num_heads = (config.num_attention_heads, num_keys)
         self.cache_heads = math.gcd(num_keys, num_values)
         self.num_key_value_groups, tables = self._tables()
         for name, table in tables.items():
             self.register_buffer(name, None if table is None else torch.tensor(table), persistent=False)
+
+    def _fit_norm(self, num_keys: int) -> None:
+        """Give the norm of keys as many weights as the layer has key heads, where each head has its own."""
+        norm: Any = getattr(self, self.family.norm_names[1], None)
+        if self.family.norm == "layer":
+            self.k_norm = type(norm)(num_keys * self.head_dim, norm.variance_epsilon)
+        elif hasattr(norm, "norms"):  # stablelm: a module for each head
+            norm.norms = norm.norms[:num_keys]
+        elif norm is not None and norm.weight.dim() == 2:  # cohere: a row for each head
+            norm.weight = nn.Parameter(norm.weight[:num_keys].detach().clone())
 
     def adopt(self, config: Any) -> None:
         """Take what does not depend on the heads from the config and from the stock module."""
@@ -86,6 +95,7 @@ class HeadfuseAttention(nn.Module):
         self.attention_dropout = rate
         self.residual_dropout = _dropout(self, "residual_dropout", "resid_dropout", "hidden_dropout")
         self.clip = getattr(config, "clip_qkv", None)
+        self.norm = self.family.norm if has_norm(config.source_config) else None
         self.softcap = getattr(self, "attn_logit_softcapping", None) if self.family.softcap else None
         self.rotates = _rotates(self)
         if not hasattr(self, "sliding_window"):
@@ -217,6 +227,8 @@ class HeadfuseAttention(nn.Module):
     def _normed(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both behind their norms."""
         of_queries, of_keys = (getattr(self, name) for name in self.family.norm_names)
+        if hasattr(of_keys, "norms"):  # which take [b, heads, s, d]
+            return of_queries(query.transpose(1, 2)).transpose(1, 2), of_keys(key.transpose(1, 2)).transpose(1, 2)
         return of_queries(query), of_keys(key)
 
     def _cache_shape(self, cache: Cache | None) -> tuple[int, int]:
@@ -261,13 +273,12 @@ class HeadfuseAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [b, s, heads, d] before the rotation."""
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        norm = self.family.norm
-        if norm == "layer":
+        if self.norm == "layer":
             query, key = self._normed(query, key)
         if self.clip is not None:
             query, key, value = (states.clamp(-self.clip, self.clip) for states in (query, key, value))
         query, key, value = query.view(heads), key.view(heads), value.view(heads)
-        if norm == "head" and not self.family.norm_after_rotary:
+        if self.norm == "head" and not self.family.norm_after_rotary:
             query, key = self._normed(query, key)
         return query, key, value
 

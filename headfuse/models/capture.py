@@ -116,6 +116,7 @@ def capturing_attention(
         order: Any = module.headfuse_order
         if order is not None:
             query, key = query[..., order], key[..., order]
+            before_norm = None if before_norm is None else before_norm[..., order]
         capture = AttentionCapture(query, key, value, output, attention_mask, scale, weight, before_norm, softcap)
         captures.append(keep(capture))
     return output, None

@@ -41,6 +41,12 @@ class Architecture:
     norm_names: tuple[str, str] = ("q_norm", "k_norm")
     norm_after_rotary: bool = False
     """The norms stand behind RoPE, and get heads `[batch, heads, tokens, channels]`."""
+    norm_option: str | None = None
+    """The option of the family's config that has to be set for the norms to be there."""
+    norm_form: Literal["row", "rows", "modules"] = "row"
+    """Weight of a norm in checkpoints: one row for all heads; a row for each head; or a module for each, `norms.0`."""
+    norm_centred: bool = False
+    """The norms are LayerNorms: they take the mean off first."""
     norm_offset: float = 0.0
     """What a norm adds to its stored weight before it multiplies with it."""
     stock_gqa: bool = True
@@ -53,8 +59,6 @@ class Architecture:
     counts from 0, its parts are stacked, and several names are concatenated within each expert."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of tensor names in checkpoints, and in the model."""
-    refused: tuple[str, ...] = ()
-    """Options of the family's config that change the attention in a way that is not supported."""
 
     def layer_prefix(self, layer_idx: int) -> str:
         """Name of one decoder layer."""
@@ -93,9 +97,10 @@ class Architecture:
     def owns(self, name: str) -> bool:
         """Whether AttentionWeights holds the tensor of this name, relative to the layer."""
         module, _, last = name.rpartition(".")
-        modules = (*self.projections, self.output, *self.norms)
+        modules = [f"{self.attention}.{own}" for own in (*self.projections, self.output)]
+        norms = tuple(f"{self.attention}.{norm}." for norm in self.norms)
         wide = module == self.attention and last in READ_MAPS
-        return wide or module in [f"{self.attention}.{own}" for own in modules]
+        return wide or module in modules or (name.startswith(norms) and last == "weight")
 
 
 _EXPERTS = {
@@ -132,7 +137,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         layer="transformer.h.{layer_idx}", attention="self_attention", packed="query_key_value", packing="heads",
         output="dense", rotary="none", stock_gqa=False, legacy=True,
     ),
-    "cohere": Architecture(rotary="interleaved", refused=("use_qk_norm",)),
+    "cohere": Architecture(
+        rotary="interleaved", key_norm="head", norm_option="use_qk_norm", norm_form="rows", norm_centred=True
+    ),
     "cohere2": Architecture(rotary="interleaved"),
     "cwm": Architecture(),
     "dots1": Architecture(key_norm="head", stacked=_EXPERTS),
@@ -145,6 +152,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": Architecture(key_norm="head", norm_offset=1.0),
     "glm": Architecture(rotary="interleaved", partial_rotary=True),
     "glm4": Architecture(rotary="interleaved", partial_rotary=True),
+    "glm4_moe": Architecture(
+        partial_rotary=True, key_norm="head", norm_option="use_qk_norm", stacked=_EXPERTS
+    ),
     "gpt2": Architecture(
         layer="transformer.h.{layer_idx}", attention="attn", packed="c_attn", transposed=True, output="c_proj",
         rotary="none", stock_gqa=False,
@@ -183,7 +193,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": Architecture(
         layer="model.decoder.layers.{layer_idx}", output="out_proj", rotary="none", stock_gqa=False
     ),
-    "phi": Architecture(output="dense", partial_rotary=True, refused=("qk_layernorm",)),
+    "phi": Architecture(
+        output="dense", partial_rotary=True, key_norm="head", norm_option="qk_layernorm",
+        norm_names=("q_layernorm", "k_layernorm"), norm_centred=True,
+    ),
     "phi3": Architecture(packed="qkv_proj", partial_rotary=True),
     "phimoe": Architecture(stacked=_PHIMOE),
     "qwen2": Architecture(),
@@ -193,7 +206,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "seed_oss": Architecture(),
     "smollm3": Architecture(),
     "solar_open": Architecture(stacked=_EXPERTS),
-    "stablelm": Architecture(partial_rotary=True, refused=("qk_layernorm",)),
+    "stablelm": Architecture(
+        partial_rotary=True, key_norm="head", norm_option="qk_layernorm", norm_form="modules",
+        norm_names=("q_layernorm", "k_layernorm"), norm_centred=True,
+    ),
     "starcoder2": Architecture(),
     "vaultgemma": Architecture(),
 }

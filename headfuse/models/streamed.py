@@ -175,7 +175,8 @@ class StreamedModel:
         if self.arch.norm_after_rotary:
             norm = attention.get_submodule(self.arch.norms[1])
             return norm.register_forward_pre_hook(lambda _, args: keep(args[0].transpose(1, 2).flatten(2)))
-        projection = attention.get_submodule(self.arch.key) if self.arch.norms else nn.Identity()
+        normed = bool(self.arch.norms) and hasattr(attention, self.arch.norms[1])
+        projection = attention.get_submodule(self.arch.key) if normed else nn.Identity()
         return projection.register_forward_hook(lambda _, args, keys: keep(keys))
 
     @torch.no_grad()

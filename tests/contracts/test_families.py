@@ -24,7 +24,7 @@ from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from tests.support.commands import fuse, run
 from tests.support.model_outputs import assert_decoding_equals_forward, logits
-from tests.support.planted_heads import plant
+from tests.support.planted_heads import edit_weights, plant
 from tests.support.tiny_models import FAMILY_OPTIONS, VOCABULARY, tiny_config, tiny_model
 
 
@@ -365,13 +365,43 @@ def test_other_families_are_refused_with_the_reason(tmp_path: Path, model_type: 
     assert all(family in document["error"]["fix"] for family in ARCHITECTURES)
 
 
+@pytest.mark.parametrize("layout", ["decoupled", "gqa"])
 @pytest.mark.parametrize(
-    ("family", "options"),
-    [("cohere", {"use_qk_norm": True}), ("phi", {"qk_layernorm": True}), ("stablelm", {"qk_layernorm": True})],
+    ("family", "option"),
+    [("cohere", "use_qk_norm"), ("glm4_moe", "use_qk_norm"), ("phi", "qk_layernorm"), ("stablelm", "qk_layernorm")],
 )
-def test_options_that_change_the_keys_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, options: dict[str, Any]
+def test_norms_that_an_option_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, option: str, layout: str
 ) -> None:
-    monkeypatch.setitem(FAMILY_OPTIONS, family, {**FAMILY_OPTIONS.get(family, {}), **options})
-    output = run("fuse", tiny_model(tmp_path / "model", family), code=1)
-    assert next(iter(options)) in output
+    """LayerNorms, with a weight for all heads or one for each, and channels behind a norm that are not rotated."""
+    monkeypatch.setitem(FAMILY_OPTIONS, family, {**FAMILY_OPTIONS.get(family, {}), option: True})
+    model = tiny_model(tmp_path / "model", family, query_heads=8)
+    whole = ("--budget", 1, "--samples", 2, "--allocator", "uniform", "--preset", "fast", "--layout", layout)
+    fuse(model, tmp_path / "whole", *whole)
+    torch.testing.assert_close(logits(tmp_path / "whole"), logits(model), rtol=1e-5, atol=1e-5)
+    plant(model, [[0, 3], [1, 2]])
+    fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", layout, "--preset", "fast")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=2e-5, atol=2e-5)
+    loaded, tokens = headfuse.load(tmp_path / "out"), torch.randint(1, 300, (1, 20))
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(*(loaded.generate(tokens, use_cache=cached, **greedy) for cached in (True, False)))
+    assert "norm behind its key" in " ".join(run("fuse", model, "--layout", "latent", code=1).split())
+
+
+def test_keys_behind_a_layer_norm_are_fitted_to_the_normed_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of other sizes than each other, which the norm takes off, are one head."""
+    monkeypatch.setitem(FAMILY_OPTIONS, "phi", {"qk_layernorm": True, "layer_norm_eps": 1e-12})
+    model = tiny_model(tmp_path / "model", "phi")
+
+    def change(weights: AttentionWeights, arch: Any, heads: Any) -> None:
+        for first, other in ((0, 3), (1, 2)):
+            weights.key[other], weights.value[other] = 2 * weights.key[first], weights.value[first]
+            assert weights.key_bias is not None
+            assert weights.value_bias is not None
+            weights.key_bias[other], weights.value_bias[other] = 2 * weights.key_bias[first], weights.value_bias[first]
+
+    edit_weights(model, change)
+    fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", "decoupled", "--preset", "fast")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=1e-4, atol=1e-4)

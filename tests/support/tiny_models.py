@@ -39,6 +39,7 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2": _CAPPED,
     "gemma3_text": {"sliding_window": 16, "layer_types": _MIXED, "query_pre_attn_scalar": 8},
     "glm": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "glm4_moe": _ROUTED,
     "gpt_neox": {"rotary_pct": 0.5},
     "gptj": {"rotary_dim": 4},
     "granite": _GRANITE,
