@@ -30,10 +30,10 @@ class Family:
     """The stock projection of queries, keys and values together, where there is one."""
     output: str = "o_proj"
     """The output projection, relative to the attention module; stays as it is."""
-    rotary: Literal["half", "interleaved", "once", "none"] = "half"
+    rotary: Literal["half", "interleaved", "once", "swapped", "none"] = "half"
     """How the model's cos and sin [b, s, 2 p] hold the p frequencies: as two halves, each one twice in a row, or there
-    are none; `once`: sin and cos [b, s, p], in this order. Where a layer gets none, they are its own table
-    `embed_positions`, at `position_ids`."""
+    are none; `once`: cos and sin [b, s, p]; `swapped`: sin and cos [b, s, p]. Where a layer gets none, they are its
+    own table `embed_positions`, at `position_ids`."""
     norm: Literal["head", "layer"] | None = None
     """Norms of queries and keys: over the channels of each head, or over those of all heads at once."""
     norm_names: tuple[str, str] = ("q_norm", "k_norm")
@@ -69,7 +69,10 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": Family(norm="head", norm_option="use_qk_norm"),
     "gpt2": Family("h", "attn", "c_attn", "c_proj", "none"),
     "gpt_neox": Family("layers", "attention", "query_key_value", "dense"),
-    "gptj": Family("h", "attn", None, "out_proj", "once", not_in_vllm="transformers' GPT-J takes no other attention"),
+    "gpt_oss": Family(rotary="once", not_in_vllm="its attention has sinks"),
+    "gptj": Family(
+        "h", "attn", None, "out_proj", "swapped", not_in_vllm="transformers' GPT-J takes no other attention"
+    ),
     "granite": Family(),
     "granitemoe": Family(),
     "granitemoeshared": Family(),

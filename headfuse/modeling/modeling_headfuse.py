@@ -16,6 +16,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as attention_with_sinks
 
 from .configuration_headfuse import Family, HeadfuseConfig, has_norm
 from .modeling_one_head import as_one_head, check_attention, check_runtime, from_places, in_places
@@ -42,6 +43,7 @@ class HeadfuseAttention(nn.Module):
     residual_dropout: float
     norm: str | None
     softcap: float | None
+    sinks: torch.Tensor | None
     rotates: bool
     embed_positions: torch.Tensor
     sliding_window: int | None
@@ -97,6 +99,7 @@ class HeadfuseAttention(nn.Module):
         self.clip = getattr(config, "clip_qkv", None)
         self.norm = self.family.norm if has_norm(config.source_config) else None
         self.softcap = getattr(self, "attn_logit_softcapping", None) if self.family.softcap else None
+        self.sinks = getattr(self, "sinks", None)
         self.rotates = _rotates(self)
         if not hasattr(self, "sliding_window"):
             self.sliding_window = getattr(config, "sliding_window", None)
@@ -192,8 +195,10 @@ class HeadfuseAttention(nn.Module):
             output, weights = self.attend_once(query, key, value, attention_mask)
         else:
             attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
+                self.config._attn_implementation,
+                eager_attention_forward if self.sinks is None else attention_with_sinks,
             )
+            options = {"softcap": self.softcap, "s_aux": self.sinks}
             output, weights = attention_interface(
                 self,
                 query,
@@ -202,7 +207,7 @@ class HeadfuseAttention(nn.Module):
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
                 sliding_window=self.sliding_window,
-                **({} if self.softcap is None else {"softcap": self.softcap}),
+                **{name: option for name, option in options.items() if option is not None},
                 **kwargs,
             )
             if one_head:
@@ -285,11 +290,11 @@ class HeadfuseAttention(nn.Module):
     def _cos_and_sin(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Both in this order, as `_angles` gives them."""
         cos, sin = (self._angles(angles) for angles in position_embeddings)
-        return (sin, cos) if self.family.rotary == "once" else (cos, sin)
+        return (sin, cos) if self.family.rotary == "swapped" else (cos, sin)
 
     def _angles(self, angles: torch.Tensor) -> torch.Tensor:
         """The cos or sin as [b, s, 1 or heads, p]: of each slot of all query heads, then of key heads."""
-        planes = angles.shape[-1] // (1 if self.family.rotary == "once" else 2)
+        planes = angles.shape[-1] // (1 if self.family.rotary in ("once", "swapped") else 2)
         if self.frequencies is not None:
             return angles.index_select(-1, self.frequencies).unflatten(-1, (-1, planes))
         return (angles[..., ::2] if self.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
@@ -319,22 +324,32 @@ class HeadfuseAttention(nn.Module):
             key_sizes, value_sizes = self.sizes
         query = _select(query * self.scaling, rows[0]).flatten(1, 2)
         scores = _select(_grouped_product(_score, query, key, key_sizes, self.head_dim), rows[1])
-        weights = probabilities(scores, attention_mask, self.softcap)
+        sinks = None if self.sinks is None else _select(_select(self.sinks[None], rows[0]), rows[1])[0]
+        weights = probabilities(scores, attention_mask, self.softcap, sinks)
         output = _select(_grouped_product(torch.bmm, weights, value, value_sizes, self.head_dim), rows[2])
         wanted = self.config._attn_implementation == "eager"
         return output, _select(weights, rows[2]).unsqueeze(2) if wanted else None
 
 
 def probabilities(
-    scores: torch.Tensor, attention_mask: torch.Tensor | None, softcap: float | None = None
+    scores: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention weights of one query per head from scores [b, n_q, s] and a mask [b, 1, 1, s]: bool, additive, None."""
+    """Attention weights of one query per head from scores [b, n_q, s] and a mask [b, 1, 1, s]: bool, additive, None.
+
+    Scores may have a cap, and heads sinks [n_q], whose part of the weights is left out.
+    """
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask[:, 0], torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask[:, 0]
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores)[:, None].expand(*scores.shape[:-1], 1)), dim=-1)
+        return scores.softmax(dim=-1, dtype=torch.float32)[..., :-1].to(scores.dtype)
     return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
 
 

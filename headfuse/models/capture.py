@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from headfuse.errors import UnsupportedModelError
 from headfuse.models.states import capped
 
 CAPTURE = "headfuse_capture"
@@ -23,7 +22,7 @@ class AttentionCapture:
     in the canonical order), `output [B, T, n_q, d]` (head outputs before the output projection). `mask` is boolean
     `[1, 1, T, T]`, additive `[1, n_q, T, T]` where heads have biases, or None for plain causal attention;
     `weight` is what one token counts in the layer's statistics; `key_before_norm [B, T, n_s, d]`, where keys have one;
-    `softcap` bounds the scores (gemma2).
+    `softcap` bounds the scores (gemma2); `sinks [n_q]` are the scores of one more place, whose value is zero (gpt_oss).
     """
 
     query: torch.Tensor
@@ -35,10 +34,11 @@ class AttentionCapture:
     weight: float = 1.0
     key_before_norm: torch.Tensor | None = None
     softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
     def attend(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Head outputs `[B, n_q, T, d]` with others in the place of the source's keys and values `[B, n_s, T, d]`."""
-        if self.softcap is not None:
+        if self.softcap is not None or self.sinks is not None:
             shares = self.probabilities(key).unflatten(1, (key.shape[1], -1))  # [B, n_s, q, T, T]
             return (shares @ value[:, :, None]).flatten(1, 2)
         return nn.functional.scaled_dot_product_attention(
@@ -58,12 +58,19 @@ class AttentionCapture:
         grouped = query.reshape(batch, key.shape[1], -1, d)
         scores = capped((grouped * self.scaling @ key.mT).view(batch, heads, queries, length), self.softcap)
         if self.mask is not None and self.mask.dtype != torch.bool:
-            return scores.add_(self.mask[:, :, ::step]).softmax(-1)
+            return self._shares(scores.add_(self.mask[:, :, ::step]))
         allowed = (
             torch.ones(length, length, dtype=torch.bool, device=key.device).tril() if self.mask is None else self.mask
         )[..., ::step, :]
         hidden = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill_(~allowed, float("-inf"))
-        return scores.add_(hidden).softmax(-1)  # ten times as fast as filling the scores of all heads
+        return self._shares(scores.add_(hidden))  # ten times as fast as filling the scores of all heads
+
+    def _shares(self, scores: torch.Tensor) -> torch.Tensor:
+        """The softmax of scores `[B, n_q, T', T]`, without what goes to the sinks."""
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks.to(scores)], dim=-1).softmax(-1)[..., :-1]
 
 
 class HostCapture(AttentionCapture):
@@ -73,7 +80,7 @@ class HostCapture(AttentionCapture):
         moved = {name: getattr(capture, name) for name in ("query", "key", "value", "output", "key_before_norm")}
         vars(self).update(
             device=capture.query.device, mask=capture.mask, scaling=capture.scaling, weight=capture.weight,
-            softcap=capture.softcap,
+            softcap=capture.softcap, sinks=capture.sinks,
             host={name: None if tensor is None else tensor.cpu() for name, tensor in moved.items()},
         )  # fmt: skip
 
@@ -96,20 +103,19 @@ def capturing_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA, with a cap of the scores where there is one, that records its inputs and outputs where it is asked to."""
+    """SDPA, with a cap of scores or sinks where there are any, that records its inputs and outputs when asked to."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None:
+    if softcap is None and s_aux is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     else:
-        output = AttentionCapture(query, key, value, query, attention_mask, scale, softcap=softcap).attend(key, value)
-        output = output.transpose(1, 2)
+        whole = AttentionCapture(query, key, value, query, attention_mask, scale, softcap=softcap, sinks=s_aux)
+        output = whole.attend(key, value).transpose(1, 2)
     wanted = getattr(module, "headfuse_captures", None)
     if wanted is not None:
         captures, weight, keep = wanted
-        if kwargs.get("s_aux") is not None:
-            raise UnsupportedModelError("attention sinks are not supported", fix="choose a model without them")
         before_norm = getattr(module, "headfuse_key", None)
         if before_norm is not None:
             before_norm = before_norm.view(*before_norm.shape[:2], -1, query.shape[-1])
@@ -117,6 +123,8 @@ def capturing_attention(
         if order is not None:
             query, key = query[..., order], key[..., order]
             before_norm = None if before_norm is None else before_norm[..., order]
-        capture = AttentionCapture(query, key, value, output, attention_mask, scale, weight, before_norm, softcap)
+        capture = AttentionCapture(
+            query, key, value, output, attention_mask, scale, weight, before_norm, softcap, s_aux
+        )
         captures.append(keep(capture))
     return output, None

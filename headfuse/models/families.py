@@ -8,6 +8,8 @@ from typing import Literal
 
 from headfuse.errors import UnsupportedModelError
 
+SINKS = "sinks"
+"""Tensor of an attention beside its projections: the score of a place that every query head may attend to instead."""
 READ_MAPS = ("key_read", "key_read_plain", "value_read")
 """Tensors of an attention with wide heads, beside its projections."""
 
@@ -99,8 +101,8 @@ class Architecture:
         module, _, last = name.rpartition(".")
         modules = [f"{self.attention}.{own}" for own in (*self.projections, self.output)]
         norms = tuple(f"{self.attention}.{norm}." for norm in self.norms)
-        wide = module == self.attention and last in READ_MAPS
-        return wide or module in modules or (name.startswith(norms) and last == "weight")
+        beside = module == self.attention and last in (SINKS, *READ_MAPS)
+        return beside or module in modules or (name.startswith(norms) and last == "weight")
 
 
 _EXPERTS = {
@@ -163,6 +165,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         layer="gpt_neox.layers.{layer_idx}", attention="attention", packed="query_key_value", packing="heads",
         output="dense", partial_rotary=True, stock_gqa=False, renamed={"embed_out.": "lm_head."},
     ),
+    "gpt_oss": Architecture(),
     "gptj": Architecture(
         layer="transformer.h.{layer_idx}", attention="attn", output="out_proj", rotary="interleaved",
         partial_rotary=True, stock_gqa=False, legacy=True,

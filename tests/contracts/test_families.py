@@ -282,7 +282,7 @@ def test_training_mode_drops_out_what_the_source_drops_out(untouched: Fused, att
     """Under one seed: attention weights, residual stream, hidden states."""
     import headfuse.modeling  # noqa: F401  registers decoupled models
 
-    if attention == "sdpa" and untouched.family in ("bloom", "gemma2", "gptj", "vaultgemma"):
+    if attention == "sdpa" and untouched.family in ("bloom", "gemma2", "gpt_oss", "gptj", "vaultgemma"):
         pytest.skip("the source's class has eager attention alone")
     tokens, outputs = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2)), []
     for folder in (untouched.model, untouched.out):

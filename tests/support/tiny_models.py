@@ -41,6 +41,7 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "glm": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "glm4_moe": _ROUTED,
     "gpt_neox": {"rotary_pct": 0.5},
+    "gpt_oss": {**_EXPERTS, "sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "gptj": {"rotary_dim": 4},
     "granite": _GRANITE,
     "granitemoe": {**_EXPERTS, **_GRANITE},
