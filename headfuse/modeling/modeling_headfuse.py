@@ -539,6 +539,8 @@ class HeadfusePreTrainedModel(PreTrainedModel):
                 wanted = cls.config_class.__name__
                 raise TypeError(f"{cls.__name__} needs a {wanted}, not {type(config).__name__}")
             model_class = _specialise(model_class, cls.stock_classes[type(config.source_config)])
+            if config.family.softcap:  # which sdpa leaves out
+                model_class._supports_sdpa = False
         return super().__new__(model_class)
 
     def __init__(self, config: HeadfuseConfig, *args: Any, **kwargs: Any) -> None:
