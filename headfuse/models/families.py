@@ -217,6 +217,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vaultgemma": Architecture(),
 }
 _MLA = "its keys and values are already compressed together (multi-head latent attention)"
+_HYBRID = "some of its layers have no attention but a state or a convolution, and a plan has heads in every layer"
+_SHARED = "some of its layers read the keys and values that another layer cached"
+_OLD = "its attention is outside the interface of transformers, in a form that is not known here"
 UNSUPPORTED: dict[str, str] = {
     "headfuse": "is already a model with heads of its own in every layer",
     "headfuse_latent": "is already a model with heads of its own in every layer",
@@ -227,6 +230,30 @@ UNSUPPORTED: dict[str, str] = {
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,
     "minicpm3": _MLA,
+    "glm4_moe_lite": _MLA,
+    "youtu": _MLA,
+    "gemma3n_text": _SHARED,
+    "gemma4_text": _SHARED,
+    "bamba": _HYBRID,
+    "falcon_h1": _HYBRID,
+    "granitemoehybrid": _HYBRID,
+    "jamba": _HYBRID,
+    "lfm2": _HYBRID,
+    "minimax": _HYBRID,
+    "nemotron_h": _HYBRID,
+    "qwen3_5_text": _HYBRID,
+    "qwen3_next": _HYBRID,
+    "recurrent_gemma": _HYBRID,
+    "bitnet": "its weights are trained to have three values, and fused ones have more",
+    "codegen": "its one projection of queries, keys and values is interleaved over four shards",
+    "diffllama": "it takes the difference of two attentions, whose values are two heads wide",
+    "gpt_neo": _OLD,
+    "gpt_neox_japanese": _OLD,
+    "llama4_text": "its keys have a norm without weights behind RoPE, and its queries a scale by position",
+    "ministral3": "its queries have a scale by position, which the model code does not know",
+    "nanochat": "its keys have a norm without weights behind RoPE",
+    "persimmon": "it has a norm of keys behind one projection of queries, keys and values",
+    "xglm": _OLD,
     "mamba": "it has no attention",
     "mamba2": "it has no attention",
     "rwkv": "it has no attention",

@@ -356,8 +356,10 @@ def test_stored_weights_survive_the_round_trip(tmp_path: Path, family: str) -> N
 def test_other_families_are_refused_with_the_reason(tmp_path: Path, model_type: str) -> None:
     if model_type in ("headfuse", "headfuse_latent", "nemotron-nas"):
         pytest.skip("tests/robustness/test_bad_models.py")
-    model = tiny_model(tmp_path / "model")
+    model = tmp_path / "model"
+    model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": model_type}))
+    save_file({"any": torch.zeros(1)}, model / "model.safetensors", {"format": "pt"})
     lines = run("fuse", model, "--json", code=1).splitlines()
     document = json.loads(next(line for line in lines if line.startswith('{"schema_version"')))
     assert model_type in document["error"]["what"]
