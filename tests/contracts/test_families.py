@@ -38,9 +38,11 @@ def exists(layout: str, family: str) -> bool:
 
 CASES = [(family, layout) for family in sorted(ARCHITECTURES) for layout in LAYOUTS if exists(layout, family)]
 families = pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-KINDS = ("qwen3", "olmo2", "phi", "cohere", "phi3", "gpt_neox", "gpt2", "gptj", "bloom")
-"""One family of each kind of key: behind a norm of a head, of a layer, rotated in part, interleaved, with a bias by
-distance; and packed."""
+KINDS = (
+    "qwen3", "olmo2", "minimax_m2", "hunyuan_v1_dense", "phi", "cohere", "phi3", "gpt_neox", "gpt2", "gptj", "bloom",
+)  # fmt: skip
+"""One family of each kind of key: behind a norm of a head, of a layer, of one with channels that are not rotated,
+rotated before a norm, rotated in part, interleaved, with a bias by distance; and packed."""
 
 
 @dataclass(frozen=True)
