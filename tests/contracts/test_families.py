@@ -369,7 +369,7 @@ def test_other_families_are_refused_with_the_reason(tmp_path: Path, model_type: 
     assert all(family in document["error"]["fix"] for family in ARCHITECTURES)
 
 
-@pytest.mark.parametrize("layout", ["decoupled", "gqa"])
+@pytest.mark.parametrize("layout", ["decoupled", pytest.param("gqa", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("family", "option"),
     [("cohere", "use_qk_norm"), ("glm4_moe", "use_qk_norm"), ("phi", "qk_layernorm"), ("stablelm", "qk_layernorm")],
