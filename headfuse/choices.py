@@ -40,6 +40,8 @@ FileType = Literal["f16", "f32", "q8_0"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Placement = Literal["auto", "resident", "streamed", "host"]
 """What of a model stays on a device between two uses; `models/placement.py` has the meanings."""
+ComputeDtype = Literal["float32", "bfloat16"]
+"""Of the products inside the layers of a conversion; sums and closed forms stay as they are."""
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Dtypes of written weights; names in DTYPE_NAMES."""
 Loss = Literal["kl", "ce"]

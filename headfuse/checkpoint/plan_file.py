@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from headfuse.checkpoint.background import together
 from headfuse.checkpoint.checksums import file_sha256
 from headfuse.checkpoint.interrupted import RESUME, STATE
 from headfuse.errors import CheckpointError, HeadfuseError
@@ -28,7 +29,9 @@ def write_plan(folder: Path, plan: FusionPlan, known: Mapping[str, str] | None =
     """Write plan.json with the checksums of the files that are in the folder now; `known` ones are not read again."""
     known = known or {}
     names = sorted(name for name in _visible_files(folder) if name != RESUME and not name.startswith(f"{STATE}/"))
-    plan = plan.model_copy(update={"files": {n: known.get(n) or file_sha256(folder / n) for n in names}}).sealed()
+    missing = [name for name in names if name not in known]
+    files = {**known, **dict(zip(missing, together(file_sha256, [folder / name for name in missing]), strict=True))}
+    plan = plan.model_copy(update={"files": {name: files[name] for name in names}}).sealed()
     (folder / "plan.json").write_text(plan.to_json())
     return plan
 

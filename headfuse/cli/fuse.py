@@ -57,6 +57,7 @@ def fuse(  # a parameter an option: Typer reads them
     ] = False,
     device: options.Device = "auto",
     placement: options.Placement = "auto",
+    compute_dtype: options.ComputeDtype = "float32",
     threads: options.Threads = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from headfuse.checkpoint.background import InTurn
 from headfuse.checkpoint.interrupted import read_resume, write_resume
 from headfuse.checkpoint.output import output_folder
-from headfuse.checkpoint.reader import Checkpoint
+from headfuse.checkpoint.reader import DTYPE_NAMES, Checkpoint
 from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.config.fuse import FuseConfig
 from headfuse.conversion.conversion import Conversion, FusedModel
@@ -60,9 +63,9 @@ def fuse(
         resume: go on with an interrupted conversion.
         on_progress: called with phase, done and total layers.
         **options: those of `headfuse fuse` by name, which win over `config`: `budget`, `method`, `allocator`,
-            `grouping`, `layout`, `preset`, `data`, `samples`, `sequence_length`, `seed`; `device`, `placement`, `dtype`
-            (of the written weights; by default the source's), `threads`, `trust_remote_code`; and the sections
-            `budget`, `calibration` and `dha` of YAML, as mappings.
+            `grouping`, `layout`, `preset`, `data`, `samples`, `sequence_length`, `seed`; `device`, `placement`,
+            `compute_dtype`, `dtype` (of the written weights; by default the source's), `threads`, `trust_remote_code`;
+            and the sections `budget`, `calibration` and `dha` of YAML, as mappings.
 
     Raises:
         HeadfuseError: for every kind of bad input; nothing appears under the output name.
@@ -74,7 +77,10 @@ def fuse(
     trained = FUSION_METHODS[config.method].trained
     if trained:
         common["source"] = source.identity().fingerprint
-    streamed = StreamedModel(source.checkpoint, source.config, prepared.device, prepared.machine.placement)
+    machine = prepared.machine
+    streamed = StreamedModel(
+        source.checkpoint, source.config, prepared.device, machine.placement, DTYPE_NAMES[machine.compute_dtype]
+    )
     with output_folder(output, overwrite=overwrite, resume=resume, reads=[source.folder]) as partial:
         conversion = Conversion(source, streamed, text, partial, on_progress)
         found = resumed_plan(partial, source, common)
@@ -162,22 +168,26 @@ def _convert(
     statistics = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
     before = after = streamed.embed(text.held_out)
     windows = statistics[0]
-    for layer in streamed.walk(statistics, [before]):
-        windows, _, before = layer.outputs
-        written = {} if layer.index in done.layers else _fuse_and_write(streamed.arch, layer, fused.plan, done)
-        fused.layers.keep(written)
-        if len(after):
-            after = fused.layers.run(layer.index, after, written)
-        del written  # not beside the next layer
-        conversion.on_progress("fuse", layer.index + 1, len(layers))
+    with InTurn(thread=streamed.device.type != "cpu") as write:
+        for layer in streamed.walk(statistics, [before]):
+            windows, _, before = layer.outputs
+            written = {}
+            if layer.index not in done.layers:
+                written = _fused(streamed.arch, layer, fused.plan, done.writer.dtypes)
+                write(functools.partial(done.write, layer.index, written))
+            fused.layers.keep(written)
+            if len(after):
+                after = fused.layers.run(layer.index, after, written)
+            del written  # not beside the next layer
+            conversion.on_progress("fuse", layer.index + 1, len(layers))
     stage = Stage("closed form", streamed.nll(after, text.held_out))
     return streamed.nll(before, text.held_out), stage, windows
 
 
-def _fuse_and_write(
-    arch: Architecture, source: SourceLayer, plan: FusionPlan, done: FinishedLayers
+def _fused(
+    arch: Architecture, source: SourceLayer, plan: FusionPlan, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
-    """Fuse and write one layer; what was written, by full name."""
+    """One layer, fused: its tensors as they are to be written, by full name."""
     layout, layer, weights = LAYOUTS[plan.layout], plan.layers[source.index], source.weights
     prefix = arch.layer_prefix(source.index) + "."
     with factories_on(weights.query.device):
@@ -188,8 +198,4 @@ def _fuse_and_write(
         tensors = layout.arrange(weights, layer, plan).in_layer(
             source.tensors, arch, plan.written_heads, layout.stored(arch)
         )
-    written = {prefix + name: tensors[name].to(done.writer.dtypes[prefix + name]) for name in sorted(tensors)}
-    for name, tensor in written.items():
-        done.writer.write(name, tensor)
-    done.add(source.index)
-    return written
+    return {prefix + name: tensors[name].to(dtypes[prefix + name]) for name in sorted(tensors)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ class FinishedLayers:
     path: Path
     writer: SafetensorsWriter
     layers: list[int]
+
+    def write(self, layer_idx: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write one more layer, and record it."""
+        for name, tensor in tensors.items():
+            self.writer.write(name, tensor)
+        self.add(layer_idx)
 
     def add(self, layer_idx: int) -> None:
         """Record one more layer, once its weights are on the disk."""

@@ -26,14 +26,15 @@ class HeadMaps:
 
     def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
         """Replace `heads [..., n, T, d]` by what the fused heads give back: R_j sum_i P_i x_i."""
-        write, read = self.write.to(heads), self.read.to(heads)
-        result = heads.clone()
-        for group in groups:
-            if len(group) > 1:
-                index = list(group)
-                fused = torch.einsum("...jtc,jdc->...td", heads[..., index, :, :], write[index])
-                result[..., index, :, :] = torch.einsum("...td,jcd->...jtc", fused, read[index])
-        return result
+        shared = [group for group in groups if len(group) > 1]
+        if not shared:
+            return heads
+        place = torch.tensor([[h, k] for k, group in enumerate(shared) for h in group], device=heads.device)
+        members, fused = place.unbind(1)
+        write, read = self.write.to(heads)[members], self.read.to(heads)[members]
+        written = heads.index_select(-3, members) @ write.mT  # [..., m, T, d]
+        cached = written.new_zeros(*heads.shape[:-3], len(shared), *heads.shape[-2:]).index_add(-3, fused, written)
+        return heads.index_copy(-3, members, cached.index_select(-3, fused) @ read.mT)
 
 
 def plane_matrix(c: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -52,11 +52,21 @@ class ValueMoments:
 
     covariance: torch.Tensor
     output_gram: torch.Tensor
+    known_root: torch.Tensor | None = None
+    """The `root`, where it was taken before."""
+
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """`[n, d, d]`: N^1/2 of every head's `output_gram` N."""
+        if self.known_root is not None:
+            return self.known_root
+        spectrum, basis = torch.linalg.eigh(self.output_gram)
+        return (basis * spectrum.clamp_min(0).sqrt()[:, None]) @ basis.mT
 
     def of(self, group: tuple[int, ...]) -> ValueMoments:
         """The moments of one group's heads."""
         index = list(group)
-        return ValueMoments(self.covariance[index][:, :, index], self.output_gram[index])
+        return ValueMoments(self.covariance[index][:, :, index], self.output_gram[index], self.root[index])
 
 
 def planes(x: torch.Tensor) -> torch.Tensor:

@@ -43,11 +43,12 @@ class CanonicalCheckpoint:
         """The tensor `name`, checked to be finite."""
         if name in self.parts:
             packed, side = self.parts[name]
-            if self._split[0] != packed:  # its three parts are read one after another
+            split = self._split  # read once: a thread may be at another layer
+            if split[0] != packed:  # its three parts are read one after another
                 kind = packed.rsplit(".", 1)[1]
                 whole = {f"{self.arch.packed}.{kind}": self.checkpoint.read(packed)}
-                self._split = packed, split_projections(whole, kind, self.arch, self.heads)
-            part = self._split[1][side]
+                split = self._split = packed, split_projections(whole, kind, self.arch, self.heads)
+            part = split[1][side]
             assert part is not None
             return part
         tensor = self.checkpoint.read(name)

@@ -123,8 +123,8 @@ def capturing_attention(
         if order is not None:
             query, key = query[..., order], key[..., order]
             before_norm = None if before_norm is None else before_norm[..., order]
-        capture = AttentionCapture(
-            query, key, value, output, attention_mask, scale, weight, before_norm, softcap, s_aux
-        )
+        before_norm = None if before_norm is None else before_norm.float()
+        states = query.float(), key.float(), value.float(), output.float()  # whatever layers compute in
+        capture = AttentionCapture(*states, attention_mask, scale, weight, before_norm, softcap, s_aux)
         captures.append(keep(capture))
     return output, None

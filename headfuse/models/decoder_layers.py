@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from headfuse.checkpoint.background import ReadAhead
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.modeling.modeling_headfuse import HeadfuseAttention
@@ -51,7 +52,7 @@ def compute_buffers(model: PreTrainedModel, modules: Iterable[nn.Module], device
         if buffers:
             for name, buffer in buffers:
                 module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
-            for parameter in module.parameters(recurse=False):
+            for parameter in module.parameters():  # those of its parts, too: gpt2 draws projections of the attention
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else it would be drawn anew
             model._init_weights(module)
 
@@ -65,6 +66,7 @@ class DecoderLayers:
         weights: the checkpoint that holds the layers, or that is being written.
         device: where layers are computed.
         batch_tokens: tokens that go through a layer at once; one window where it is longer.
+        compute_dtype: what layers multiply in, by torch.autocast where it is not float32.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class DecoderLayers:
         weights: Checkpoint | CanonicalCheckpoint | SafetensorsWriter,
         device: torch.device,
         batch_tokens: int = 1,
+        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.arch, self.weights, self.device, self.batch_tokens = arch, weights, device, batch_tokens
-        self.copies = Copies(device)
+        self.compute_dtype, self.copies = compute_dtype, Copies(device)
         self._computed: dict[int, list[dict[str, torch.Tensor | None]]] = {}
         self.kept: dict[str, torch.Tensor] | None = None
         """Copies of layers' tensors that stay on the device, by full name; None where none stays."""
@@ -85,6 +88,7 @@ class DecoderLayers:
         """What computes positions where they are not those that come with the hidden states: of heads of other widths.
         """
         layers = model.config.get_text_config().num_hidden_layers
+        self._read = ReadAhead(self._stored, layers, ahead=device.type != "cpu")
         self.modules: list[nn.Module] = [model.get_submodule(arch.layer_prefix(i)) for i in range(layers)]
 
     @classmethod
@@ -101,7 +105,8 @@ class DecoderLayers:
             attention = "eager" if arch.legacy else CAPTURE
             model = AutoModelForCausalLM.from_config(described, attn_implementation=attention, dtype=torch.float32)
         model.config._attn_implementation = CAPTURE
-        layers = cls(model, arch, weights, beside.device, 1 if beside.device.type == "cpu" else beside.batch_tokens)
+        together = 1 if beside.device.type == "cpu" else beside.batch_tokens
+        layers = cls(model, arch, weights, beside.device, together, beside.compute_dtype)
         layers.copies, layers.kept = beside.copies, None if beside.kept is None else {}
         return layers
 
@@ -139,13 +144,16 @@ class DecoderLayers:
 
     def stored(self, layer_idx: int) -> dict[str, torch.Tensor]:
         """A layer's tensors as they are stored, names relative to the layer: on the host, whatever stays elsewhere."""
-        prefix = self.arch.layer_prefix(layer_idx) + "."
-        tensors = {name: self.weights.read(name) for name in self.weights.shapes if name.startswith(prefix)}
-        kept = self.kept or {}
+        prefix, tensors, kept = self.arch.layer_prefix(layer_idx) + ".", self._read(layer_idx), self.kept or {}
         for name in tensors.keys() & kept.keys():
             self.copies.adopt(tensors[name], kept[name])
         self.keep(tensors)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def _stored(self, layer_idx: int) -> dict[str, torch.Tensor]:
+        """A layer's tensors as they are stored, by full name."""
+        prefix = self.arch.layer_prefix(layer_idx) + "."
+        return {name: self.weights.read(name) for name in self.weights.shapes if name.startswith(prefix)}
 
     def keep(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Let tensors, by full name, stay on the device where layers do."""
@@ -221,6 +229,8 @@ class DecoderLayers:
         if self.rotary is not None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
             kwargs = {**kwargs, "position_embeddings": self.rotary(hidden, positions)}
-        result = layer(hidden, *states.args[layer_idx], **kwargs)
+        narrower = self.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=narrower):
+            result = layer(hidden, *states.args[layer_idx], **kwargs)
         output: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        return output
+        return output.float()

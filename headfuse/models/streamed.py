@@ -39,6 +39,7 @@ class StreamedModel:
         config: the model's transformers config.
         device: where layers are computed.
         placement: what stays there between two uses.
+        compute_dtype: what layers multiply in; all that is measured is in float32.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class StreamedModel:
         config: PreTrainedConfig,
         device: torch.device,
         placement: Placement = "auto",
+        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         keep_freed_blocks()
         AttentionInterface.register(CAPTURE, capturing_attention)
@@ -62,7 +64,7 @@ class StreamedModel:
         self.model = model_without_weights(config, checkpoint.folder, "eager" if self.arch.legacy else CAPTURE)
         self.model.config._attn_implementation = CAPTURE
         tokens = batch_tokens(device, config.hidden_size)
-        self.layers = DecoderLayers(self.model, self.arch, self.checkpoint, device, tokens)
+        self.layers = DecoderLayers(self.model, self.arch, self.checkpoint, device, tokens, compute_dtype)
         shown = self.checkpoint
         batch = tokens * config.hidden_size
         memory = DeviceMemory.of(shown.shapes, shown.dtypes, self.arch, self.num_layers, batch)

@@ -179,7 +179,8 @@ class BudgetRules:
         """
         n, d = heads.num_key_value_heads, heads.head_dim
         totals = self.total if isinstance(self.total, tuple) else (self.total or Fraction(1, n),) * 2
-        channels, quantum = math.floor(min(totals) * n * d), width_quantum(heads)
+        # to the nearest channel: 0.3333 of 192 is meant to be 64
+        channels, quantum = round(min(totals) * n * d), width_quantum(heads)
         shapes = []
         for count in _divisors(n):
             room = min(channels // count, n // count * d)

@@ -96,40 +96,79 @@ def _greedy(cost: PairCost, count: int) -> list[list[int]]:
 
 
 def _agglomerate(cost: PairCost, count: int) -> list[list[int]]:
-    groups = [[i] for i in range(len(cost))]
+    groups = {i: [i] for i in range(len(cost))}
+    own = dict.fromkeys(groups, 0.0)
+
+    def rise(a: int, b: int) -> float:
+        return _group_cost(cost, groups[a] + groups[b]) - own[a] - own[b]
+
+    rises = {pair: rise(*pair) for pair in itertools.combinations(groups, 2)}
     while len(groups) > count:
-        own = [_group_cost(cost, group) for group in groups]
-        _, a, b = min(
-            (_group_cost(cost, groups[a] + groups[b]) - own[a] - own[b], a, b)
-            for a in range(len(groups))
-            for b in range(a + 1, len(groups))
-        )
+        a, b = min(rises, key=lambda pair: (rises[pair], pair))
         groups[a] += groups.pop(b)
-    return groups
+        own[a] = _group_cost(cost, groups[a])
+        rises = {pair: value for pair, value in rises.items() if b not in pair}
+        rises.update({pair: rise(*pair) for pair in rises if a in pair})
+    return list(groups.values())
 
 
 def _improve(cost: PairCost, groups: list[list[int]], equal: bool, sweeps: int = 20) -> list[list[int]]:
+    settled = dict[tuple[int, int], tuple[list[int], list[int]]]()  # what a pair was when nothing made it better
     for _ in range(sweeps):
         changed = False
-        for a in range(len(groups)):
-            for b in range(len(groups)):
-                changed |= a != b and _improve_pair(cost, groups, a, b, equal)
+        for a, b in itertools.permutations(range(len(groups)), 2):
+            pair = groups[a], groups[b]
+            known = settled.get((a, b))
+            if len(pair[0]) == len(pair[1]) == 1 or (known and known[0] is pair[0] and known[1] is pair[1]):
+                continue
+            if _improve_pair(cost, groups, a, b, equal):
+                changed = True
+            else:
+                settled[a, b] = pair
         if not changed:
             break
     return groups
 
 
 def _improve_pair(cost: PairCost, groups: list[list[int]], a: int, b: int, equal: bool) -> bool:
-    before = _group_cost(cost, groups[a]) + _group_cost(cost, groups[b])
-    candidates = [
-        ([*(h for h in groups[a] if h != i), j], [*(h for h in groups[b] if h != j), i])
-        for i in groups[a]
-        for j in groups[b]
-    ]
-    if not equal and len(groups[a]) > 1:
-        candidates += [([h for h in groups[a] if h != i], [*groups[b], i]) for i in groups[a]]
-    best, left, right = min((_group_cost(cost, x) + _group_cost(cost, y), x, y) for x, y in candidates)
+    left, right = groups[a], groups[b]
+    before = _group_cost(cost, left) + _group_cost(cost, right)
+    estimates = _exchanges(cost, left, right, equal)
+    near = min(estimates.values()) + ROUNDING * max(before, 1e-300)
+    best, *pair = min(
+        (_group_cost(cost, x) + _group_cost(cost, y), x, y)
+        for x, y in (_exchanged(left, right, *heads) for heads, value in estimates.items() if value <= near)
+    )
     if best < before - 1e-12 * abs(before):
-        groups[a], groups[b] = left, right
+        groups[a], groups[b] = pair
         return True
     return False
+
+
+ROUNDING = 1e-9
+"""How far estimated costs can lie from those that are added up, over the cost of both groups."""
+
+
+def _exchanges(cost: PairCost, left: list[int], right: list[int], equal: bool) -> dict[tuple[int, int | None], float]:
+    """Estimated cost of both groups after head i of the left one went and head j of the right one, or None, came."""
+
+    def within(head: int, group: list[int]) -> float:
+        return sum(cost[head][other] for other in group if other != head)
+
+    to_left, to_right = ({h: within(h, group) for h in (*left, *right)} for group in (left, right))
+    total, other = sum(to_left[h] for h in left) / 2, sum(to_right[h] for h in right) / 2
+    n, m = len(left), len(right)
+    found: dict[tuple[int, int | None], float] = {
+        (i, j): 2 * (total - to_left[i] + to_left[j] - cost[i][j]) / n
+        + 2 * (other - to_right[j] + to_right[i] - cost[i][j]) / m
+        for i in left
+        for j in right
+    }
+    if not equal and n > 1:
+        found |= {(i, None): 2 * (total - to_left[i]) / (n - 1) + 2 * (other + to_right[i]) / (m + 1) for i in left}
+    return found
+
+
+def _exchanged(left: list[int], right: list[int], i: int, j: int | None) -> tuple[list[int], list[int]]:
+    came = [] if j is None else [j]
+    return [*(h for h in left if h != i), *came], [*(h for h in right if h != j), i]

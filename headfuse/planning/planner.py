@@ -35,6 +35,9 @@ ProgressCallback = Callable[[str, int, int], None]
 """Called with a phase, the layers done and all layers."""
 SURVEYED = 1 / 3
 """Share of the statistics windows that the survey reads: a quarter of all windows by default."""
+WIDE_PROBE_TOKENS = 128
+"""Tokens below which end losses of widths are not measured: they would be noise beside the errors, at twice the price
+(docs/experiments/wide-heads.md)."""
 
 
 @dataclass(frozen=True)
@@ -214,12 +217,12 @@ def _probes(
         errors.worth = WIDE_ERRORS_WORTH
     if options.end_loss_probes is None:
         return (errors,)
-    if LAYOUTS[options.layout].wide:
-        counts = len(measured_widths(full))
-    else:
-        counts = len(measured_counts(full, options.end_loss_probes == "all"))
-    seen = probe_windows(unseen, probe_tokens(tokens, streamed.num_layers, counts))
-    return errors, EndLossProbes(streamed, seen, equal, refit, full)
+    wide = LAYOUTS[options.layout].wide
+    counts = len(measured_widths(full) if wide else measured_counts(full, options.end_loss_probes == "all"))
+    seen = probe_tokens(tokens, streamed.num_layers, counts)
+    if wide and seen < WIDE_PROBE_TOKENS:
+        return (errors,)
+    return errors, EndLossProbes(streamed, probe_windows(unseen, seen), equal, refit, full)
 
 
 def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan:

@@ -59,15 +59,15 @@ def value_pair_cost(moments: ValueMoments) -> torch.Tensor:
 
 def _pair_energy(moments: ValueMoments) -> tuple[torch.Tensor, torch.Tensor]:
     """Energy lost when two heads become one, `[n, n]`, and that of all heads."""
-    n, d = moments.output_gram.shape[:2]
-    eigenvalues, vectors = torch.linalg.eigh(moments.output_gram)
-    root = vectors * eigenvalues.clamp_min(0).sqrt()[:, None] @ vectors.mT  # [n, d, d]
+    (n, d), root = moments.output_gram.shape[:2], moments.root
     weighted = torch.einsum("iac,icjd,jdb->iajb", root, moments.covariance, root)
     cost = torch.zeros(n, n, dtype=torch.float64, device=weighted.device)
-    for i in range(n):
-        for j in range(i + 1, n):
-            pair = weighted[i : j + 1 : j - i, :, i : j + 1 : j - i].reshape(2 * d, 2 * d)  # heads i and j
-            cost[i, j] = cost[j, i] = torch.linalg.eigvalsh(pair)[:d].clamp_min(0).sum()
+    for i in range(n - 1):
+        others = torch.arange(i + 1, n, device=weighted.device)
+        pairs = torch.stack([torch.full_like(others, i), others], dim=1)  # [p, 2]
+        blocks = weighted[pairs[:, :, None], :, pairs[:, None, :]]  # [p, 2, 2, d, d]
+        lost = torch.linalg.eigvalsh(blocks.transpose(2, 3).reshape(len(pairs), 2 * d, 2 * d))[:, :d].clamp_min(0)
+        cost[i, i + 1 :] = cost[i + 1 :, i] = lost.sum(1)
     return cost, torch.einsum("iaia->", weighted)
 
 

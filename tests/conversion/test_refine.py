@@ -157,3 +157,16 @@ def test_an_interrupted_refinement_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert resumed["stages"] == whole["stages"]
     first, second = Checkpoint(tmp_path / "whole"), Checkpoint(tmp_path / "out")
     assert all(torch.equal(first.read(name), second.read(name)) for name in first.shapes)
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced"])
+def test_products_in_bfloat16_give_nearly_the_same_model(tmp_path: Path, preset: str) -> None:
+    model = tiny_model(tmp_path / "model")
+    found = [
+        fuse(model, tmp_path / dtype, "--budget", "0.5", "--preset", preset, "--compute-dtype", dtype)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert found[0]["nll"]["after"] == pytest.approx(found[1]["nll"]["after"], abs=2e-2)
+    weights = [load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16")]
+    assert {name: tensor.dtype for name, tensor in weights[0].items()} == {n: t.dtype for n, t in weights[1].items()}
+    assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

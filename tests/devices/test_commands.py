@@ -17,6 +17,7 @@ from headfuse.models.capture import AttentionCapture, HostCapture
 from headfuse.training.accelerator import make_accelerator
 from headfuse.training.uptrain import uptrain
 from tests.support.commands import fuse, run
+from tests.support.model_outputs import logits
 from tests.support.tiny_models import tiny_model
 
 KINDS = ("llama", "qwen3", "phi", "gpt2", "bloom")
@@ -24,10 +25,8 @@ KINDS = ("llama", "qwen3", "phi", "gpt2", "bloom")
 
 
 def assert_close(one: Path, other: Path) -> None:
-    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-3), name
+    """The same function: a fused channel and its negative are as good as each other, and devices choose differently."""
+    torch.testing.assert_close(logits(one), logits(other), rtol=1e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -42,3 +42,10 @@ def test_layerwise_has_one_total() -> None:
 @pytest.mark.parametrize(("total", "choice"), [("1/4", False), ("1", False), ("1/2", True)])
 def test_a_choice_is_left(total: str, choice: bool) -> None:
     assert BudgetRules(total=parse_budget(total)).leave_a_choice(LAYOUT) is choice
+
+
+@pytest.mark.parametrize(("budget", "width"), [("1/3", 64), ("0.3333", 64), ("0.32", 48)])
+def test_a_budget_in_digits_is_the_fraction_that_it_means(budget: str, width: int) -> None:
+    sizes = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 64}
+    rules = BudgetRules(total=parse_budget(budget), one_count=True, head_dim="auto")
+    assert rules.one_width(LAYOUT.model_copy(update=sizes)) == (1, width)

@@ -17,7 +17,7 @@ def logits(folder: Path) -> torch.Tensor:
     """Logits `[2, 20, vocabulary]` on fixed random tokens."""
     tokens = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        result: torch.Tensor = headfuse.load(folder)(tokens).logits
+        result: torch.Tensor = headfuse.load(folder, device="cpu")(tokens).logits
     return result
 
 

@@ -61,10 +61,8 @@ def _weighted(moments: KeyMoments) -> torch.Tensor:
 
 def values(moments: ValueMoments) -> tuple[torch.Tensor, torch.Tensor]:
     """Top-d subspace of the group's values as the output projection sees them; maps `[g, d, d]`."""
-    covariance, gram = moments.covariance, moments.output_gram
-    g, d = gram.shape[:2]
-    spectrum, basis = torch.linalg.eigh(gram)
-    root = (basis * spectrum.clamp_min(0).sqrt()[:, None]) @ basis.mT  # [g, d, d], N^1/2 of N = sum_h M_h^T M_h
+    covariance, root = moments.covariance, moments.root
+    g, d = root.shape[:2]
     weighted = (root @ covariance.reshape(g, d, g * d)).view(g * d, g * d)
     weighted = (root @ weighted.mT.view(g, d, g * d)).view(g * d, g * d)  # N^1/2 C N^1/2
     energies, vectors = leading(weighted, d)

@@ -14,7 +14,7 @@ process, CUDA graphs, inductor.
 """
 
 from tests.support.pretended_cuda.build import UnavailableError
-from tests.support.pretended_cuda.device import allocated, limit, peak, reset_peak, start
+from tests.support.pretended_cuda.device import allocated, limit, peak, reset_peak, start, started
 from tests.support.pretended_cuda.transfers import Transfers
 
-__all__ = ["Transfers", "UnavailableError", "allocated", "limit", "peak", "reset_peak", "start"]
+__all__ = ["Transfers", "UnavailableError", "allocated", "limit", "peak", "reset_peak", "start", "started"]
