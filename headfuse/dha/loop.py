@@ -20,7 +20,7 @@ from headfuse.dha.operator import MixedProjection
 from headfuse.errors import CheckpointError, HeadfuseError
 from headfuse.models.logits import nll_in_batches, window_nll
 from headfuse.models.source import Source
-from headfuse.models.states import model_states
+from headfuse.models.states import model_states, softcap
 from headfuse.plan import FusionPlan
 from headfuse.planning.planner import ProgressCallback
 from headfuse.text.stream import Batch, TrainingText
@@ -38,7 +38,8 @@ def nll(model: PreTrainedModel, windows: torch.Tensor) -> tuple[float, ...]:
     """NLL per token of each of the windows `[n, length]`."""
 
     def of_batch(batch: torch.Tensor) -> torch.Tensor:
-        return window_nll(model_states(model, batch).last, model.get_output_embeddings(), batch)
+        head, cap = model.get_output_embeddings(), softcap(model.config)
+        return window_nll(model_states(model, batch).last, head, batch, cap)
 
     return tuple(nll_in_batches(windows, model.device, of_batch).tolist())
 

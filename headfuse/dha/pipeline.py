@@ -162,7 +162,8 @@ def _fuse(
 def check_family(source: Source) -> None:
     """Raise UnsupportedModelError for a family whose keys and values are not two plain projections."""
     arch = architecture_of(source.heads.model_type)
-    plain = arch.packed is None and arch.key_norm is None and not arch.stacked and arch.rotary == "half"
+    normed = arch.key_norm is not None and (arch.norm_option is None or getattr(source.config, arch.norm_option, False))
+    plain = arch.packed is None and not normed and not arch.stacked and arch.rotary == "half"
     if not plain or arch.transposed or arch.legacy:
         raise UnsupportedModelError(
             f"method dha mixes plain key and value projections, which model_type {source.heads.model_type!r} has not",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.errors import DataError
 from headfuse.models.logits import chunk_tokens
-from headfuse.models.states import model_states
+from headfuse.models.states import capped, model_states, softcap
 from headfuse.text.bos import start_token
 from headfuse.text.windows import labelled_tokens, with_start
 
@@ -106,7 +106,7 @@ class Predictions:
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits `[tokens, vocabulary]`, float32, of some of the states."""
         logits: torch.Tensor = self.head(states.to(self.weight.device, self.weight.dtype)).float()
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return capped(logits, self.softcap)
 
 
 @torch.no_grad()
@@ -116,8 +116,7 @@ def predict(model: PreTrainedModel, windows: torch.Tensor) -> Predictions:
     model.eval()
     states = [model_states(model, window[None].to(model.device)).last[0, :-1].cpu() for window in windows]
     model.train(training)
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return Predictions(torch.stack(states), model.get_output_embeddings(), softcap)
+    return Predictions(torch.stack(states), model.get_output_embeddings(), softcap(model.config))
 
 
 def token_chunks(predictions: Predictions) -> Iterator[slice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,7 +66,13 @@ class FusionMethod:
                 select = slot_matrix(carried)
                 maps.write[index, rotated, rotated] = plane_matrix(write) @ select
                 maps.read[index, rotated, rotated] = select.T @ plane_matrix(read)
-            if own.tail is not None:
+            if own.tail is not None and own.normed:
+                every = replace(own, query_energy=own.tail_energy)
+                write, read = self.normed_keys(every, tuple(range(tail)))
+                maps.write[index, rest, rest], maps.read[index, rest, rest] = (
+                    torch.diag_embed(factors.real) for factors in (write, read)
+                )
+            elif own.tail is not None:
                 maps.write[index, rest, rest], maps.read[index, rest, rest] = self.values(own.tail)
         return maps
 

@@ -40,6 +40,7 @@ def fold(
         weights.output_bias,
         None if weights.query_norm is None else weights.query_norm.double(),
         None if weights.key_norm is None else _group_means(weights.key_norm.double(), layer.key_groups),
+        weights.sinks,
     )
 
 

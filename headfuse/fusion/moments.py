@@ -10,7 +10,6 @@ import torch
 
 from headfuse.fusion.maps import Reconstruction
 from headfuse.models.capture import AttentionCapture
-from headfuse.models.families import architecture_of
 from headfuse.models.placement import exact, widened
 from headfuse.plan import Groups, HeadLayout
 
@@ -30,6 +29,12 @@ class KeyMoments:
     query_energy: torch.Tensor
     tail: ValueMoments | None = None
     normed: bool = False
+
+    @property
+    def tail_energy(self) -> torch.Tensor:
+        """`[n, t]`: E|q|^2 of each channel that is not rotated, summed over the query heads of the source head."""
+        assert self.tail is not None
+        return self.tail.output_gram.diagonal(dim1=1, dim2=2)
 
     def of(self, group: tuple[int, ...]) -> KeyMoments:
         """The moments of one group's heads."""
@@ -87,7 +92,7 @@ def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyM
         q = widened(planes(capture.query[..., :rotated]).abs().square().sum((0, 2)))  # [n_q, F]
         energy += capture.weight * q.unflatten(0, (n, heads.queries_per_head)).sum(1)
         tokens += capture.weight * k.shape[2]
-    normed = architecture_of(heads.model_type).key_norm is not None
+    normed = captures[0].key_before_norm is not None
     return KeyMoments(gram / tokens, energy / tokens, _tail_moments(captures, heads), normed)
 
 

@@ -16,7 +16,7 @@ from headfuse.fusion.maps import HeadMaps
 from headfuse.fusion.moments import KeyMoments
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
-from headfuse.models.families import architecture_of
+from headfuse.models.families import Architecture, architecture_of
 from headfuse.models.placement import widened
 from headfuse.plan import Groups, HeadLayout, head_of_source
 
@@ -44,10 +44,12 @@ def fit_normed_keys(
         heads: the source's heads.
     """
     assert source.key_norm is not None
-    kind = architecture_of(heads.model_type).key_norm
+    arch = architecture_of(heads.model_type)
+    kind = arch.key_norm
     share = maps.write.diagonal(dim1=1, dim2=2)  # [n, d]
-    norm = source.key_norm.double().expand(len(share), -1)
-    gram = _before_norm(captures)  # [d, n, n]
+    norm = (source.key_norm.double() + arch.norm_offset).expand(len(share), -1)
+    shared = len(source.key_norm) == 1
+    gram = _before_norm(captures, arch.norm_centred)  # [d, n, n]
     energy = gram.diagonal(dim1=1, dim2=2).sum(0).clamp_min(1e-300)  # [n]
     mix, start = torch.empty_like(share), torch.empty(len(groups), share.shape[1], dtype=torch.float64)
     for s, group in enumerate(groups):
@@ -56,6 +58,7 @@ def fit_normed_keys(
         own = torch.where(own.abs() > 1e-12, own, torch.ones_like(own))
         if kind == "head":
             mix[index] = share[index] * (energy[index].sqrt().mean() / energy[index].sqrt())[:, None]
+            mix[index] *= 1.0 if shared else norm[index] / own
         else:  # a fused head has the weight in the common norm that its source heads had together
             mix[index] = share[index] * norm[index] / own
             mixed = torch.einsum("ic,cij,jc->", mix[index], gram[:, index][:, :, index], mix[index])
@@ -66,15 +69,17 @@ def fit_normed_keys(
         fused,
         key=_mixed(source.key.double(), mix[..., None], groups),
         key_bias=None if source.key_bias is None else _mixed(source.key_bias.double(), mix, groups),
-        key_norm=_fit_norm(norm, start, mix, groups, moments, captures, kind == "head"),
+        key_norm=_fit_norm(norm, start, mix, groups, moments, captures, arch, shared) - arch.norm_offset,
     )
 
 
-def _before_norm(captures: Sequence[AttentionCapture]) -> torch.Tensor:
-    """E[z_i z_j] of the keys before their norm, channel by channel, `[d, n, n]`."""
+def _before_norm(captures: Sequence[AttentionCapture], centred: bool) -> torch.Tensor:
+    """E[z_i z_j] of the keys before their norm, about the mean of a head where it takes that off; `[d, n, n]`."""
     total, tokens = torch.zeros(()), 0.0
     for capture in captures:
-        z = _keys(capture).permute(2, 1, 0)  # [d, n, B T]
+        z = _keys(capture)
+        z = z - z.mean(-1, keepdim=True) if centred else z
+        z = z.permute(2, 1, 0)  # [d, n, B T]
         total = total + capture.weight * (z @ z.mT)
         tokens += capture.weight * z.shape[2]
     return total / tokens
@@ -97,26 +102,30 @@ def _fit_norm(
     groups: Groups,
     moments: KeyMoments,
     captures: Sequence[AttentionCapture],
-    per_head: bool,
+    arch: Architecture,
+    shared: bool,
 ) -> torch.Tensor:
-    """The norm's weight: `[1, d]` where each head has its own norm, else `[len(groups), d]`."""
+    """The norm's weight: `[1, d]` where all heads share it, else `[len(groups), d]`."""
     owner = head_of_source(groups)
     weight = moments.query_energy.repeat(1, 2)  # [n, d]: both channels of a plane
+    if moments.tail is not None:
+        weight = torch.cat([weight, moments.tail_energy], dim=1)
     wanted, found = torch.zeros_like(start), torch.zeros_like(start)
     for capture in captures:
         z = _keys(capture)
         mixed = _mixed(z.transpose(0, 1), mix[:, None], groups).transpose(0, 1)  # [N, len(groups), d]
-        mixed, z = _normalised(mixed, per_head), _normalised(z, per_head)
+        mixed, z = _normalised(mixed, arch), _normalised(z, arch)
         cross = torch.einsum("tnc,tnc->nc", z, mixed[:, owner]) * norm
         square = mixed.square().sum(0)[owner]
         for j, s in enumerate(owner):
             wanted[s] += capture.weight * weight[j] * cross[j]
             found[s] += capture.weight * weight[j] * square[j]
-    if per_head:
+    if shared:
         wanted, found, start = wanted.sum(0, keepdim=True), found.sum(0, keepdim=True), norm[:1]
     return torch.where(found > 0, wanted / found.clamp_min(1e-300), start)
 
 
-def _normalised(keys: torch.Tensor, per_head: bool) -> torch.Tensor:
-    dims = (-1,) if per_head else (-2, -1)
+def _normalised(keys: torch.Tensor, arch: Architecture) -> torch.Tensor:
+    dims = (-1,) if arch.key_norm == "head" else (-2, -1)
+    keys = keys - keys.mean(dims, keepdim=True) if arch.norm_centred else keys
     return keys / keys.square().mean(dims, keepdim=True).sqrt().clamp_min(1e-12)

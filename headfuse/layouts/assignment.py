@@ -76,6 +76,8 @@ class StockHeads:
                 tensor = getattr(weights, name, None)
                 if tensor is not None and not (name.endswith("_norm") and one_norm):
                     moved[name] = tensor[heads]
+        if weights.sinks is not None:
+            moved["sinks"] = weights.sinks[sides["query"]]
         return replace(weights, **moved)
 
 

@@ -65,11 +65,12 @@ def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> At
     if layer.rotary_slots is not None:
         weights = folded(weights, layer.key_groups, layer.rotary_slots[0], plan.heads)
     order = query_order(layer.key_groups, plan.heads)
-    bias, norm = weights.query_bias, weights.query_norm
+    bias, norm, sinks = weights.query_bias, weights.query_norm, weights.sinks
     return replace(
         weights,
         query=weights.query[order],
         output=weights.output[:, order],
         query_bias=None if bias is None else bias[order],
         query_norm=norm if norm is None or len(norm) == 1 else norm[order],
+        sinks=None if sinks is None else sinks[order],
     )

@@ -38,12 +38,12 @@ def check(config: Any) -> None:
     Raises:
         UnsupportedModelError: naming the layout that works.
     """
-    from headfuse.modeling.configuration_headfuse import FAMILIES
+    from headfuse.modeling.configuration_headfuse import FAMILIES, has_norm
 
     family, reason = FAMILIES.get(config.model_type), None
     if family is None:
         reason = f"there is no model code for it of model_type {config.model_type!r}"
-    elif family.norm is not None:
+    elif has_norm(config):
         reason = f"model_type {config.model_type!r} has a norm behind its key projection"
     elif getattr(config, "clip_qkv", None) is not None:
         reason = f"model_type {config.model_type!r} clamps its keys and values (clip_qkv), and mixed ones are others"

@@ -28,10 +28,14 @@ def check(config: Any) -> None:
     Raises:
         UnsupportedModelError: naming the layout that can.
     """
+    from headfuse.modeling.configuration_headfuse import has_norm
+
     rope, reason = getattr(config, "rope_parameters", None) or {}, None
     kind = rope.get("rope_type") or "default"
     if config.model_type not in FAMILIES:
         reason = f"the stock class of model_type {config.model_type!r} has one width of heads"
+    elif has_norm(config):
+        reason = f"model_type {config.model_type!r} has a norm behind its key projection"
     elif getattr(config, "clip_qkv", None) is not None:
         reason = f"model_type {config.model_type!r} clamps its keys and values (clip_qkv), and mixed ones are others"
     elif kind not in STATIC:

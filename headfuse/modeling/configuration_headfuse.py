@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 FORMAT = 1
-CODE_VERSION = 4  # of the files beside the weights: a release that changes them raises it
+CODE_VERSION = 5  # of the files beside the weights: a release that changes them raises it
 
 
 @dataclass(frozen=True)
@@ -30,39 +30,82 @@ class Family:
     """The stock projection of queries, keys and values together, where there is one."""
     output: str = "o_proj"
     """The output projection, relative to the attention module; stays as it is."""
-    rotary: Literal["half", "interleaved", "once", "none"] = "half"
+    rotary: Literal["half", "interleaved", "once", "swapped", "none"] = "half"
     """How the model's cos and sin [b, s, 2 p] hold the p frequencies: as two halves, each one twice in a row, or there
-    are none; `once`: sin and cos [b, s, p], in this order. Where a layer gets none, they are its own table
-    `embed_positions`, at `position_ids`."""
+    are none; `once`: cos and sin [b, s, p]; `swapped`: sin and cos [b, s, p]. Where a layer gets none, they are its
+    own table `embed_positions`, at `position_ids`."""
     norm: Literal["head", "layer"] | None = None
-    """`q_norm` and `k_norm` before RoPE: over the channels of each head, or over those of all heads at once."""
+    """Norms of queries and keys: over the channels of each head, or over those of all heads at once."""
+    norm_names: tuple[str, str] = ("q_norm", "k_norm")
+    norm_after_rotary: bool = False
+    """The norms stand behind RoPE."""
+    norm_option: str | None = None
+    """The option of the source's config that has to be set for the norms to be there."""
+    rotates_in_windows: bool = False
+    """Layers that attend to all tokens are not rotated, where others have windows (exaone4, cohere2)."""
+    softcap: bool = False
+    """The stock attention caps its scores at `attn_logit_softcapping`."""
     not_in_vllm: str | None = None
     """What keeps vLLM's backend for transformers' models from running the family, if anything does."""
 
 
 FAMILIES: dict[str, Family] = {
+    "apertus": Family(norm="head"),
+    "arcee": Family(),
     "bloom": Family("h", "self_attention", "query_key_value", "dense", "none", not_in_vllm="it leaves out ALiBi"),
-    "cohere": Family(rotary="interleaved"),
+    "cohere": Family(rotary="interleaved", norm="head", norm_option="use_qk_norm"),
+    "cohere2": Family(rotary="interleaved", rotates_in_windows=True),
+    "cwm": Family(),
+    "dots1": Family(norm="head"),
+    "ernie4_5": Family(),
+    "ernie4_5_moe": Family(),
+    "exaone4": Family(norm="head", rotates_in_windows=True),
+    "flex_olmo": Family(norm="layer"),
     "gemma": Family(),
+    "gemma2": Family(softcap=True),
+    "gemma3_text": Family(norm="head"),
+    "glm": Family(),
+    "glm4": Family(),
+    "glm4_moe": Family(norm="head", norm_option="use_qk_norm"),
     "gpt2": Family("h", "attn", "c_attn", "c_proj", "none"),
     "gpt_neox": Family("layers", "attention", "query_key_value", "dense"),
-    "gptj": Family("h", "attn", None, "out_proj", "once", not_in_vllm="transformers' GPT-J takes no other attention"),
+    "gpt_oss": Family(rotary="once", not_in_vllm="its attention has sinks"),
+    "gptj": Family(
+        "h", "attn", None, "out_proj", "swapped", not_in_vllm="transformers' GPT-J takes no other attention"
+    ),
     "granite": Family(),
+    "granitemoe": Family(),
+    "granitemoeshared": Family(),
+    "helium": Family(),
+    "hunyuan_v1_dense": Family(norm="head", norm_names=("query_layernorm", "key_layernorm"), norm_after_rotary=True),
+    "hunyuan_v1_moe": Family(norm="head", norm_names=("query_layernorm", "key_layernorm"), norm_after_rotary=True),
+    "hyperclovax": Family(),
+    "jais2": Family(),
     "llama": Family(),
+    "mellum": Family(norm="head"),
+    "minimax_m2": Family(norm="layer"),
+    "ministral": Family(),
     "mistral": Family(),
     "mixtral": Family(),
+    "nemotron": Family(),
     "olmo": Family(),
     "olmo2": Family(norm="layer"),
+    "olmo3": Family(norm="layer"),
     "olmoe": Family(norm="layer"),
     "opt": Family("decoder.layers", output="out_proj", rotary="none"),
-    "phi": Family(output="dense"),
+    "phi": Family(output="dense", norm="head", norm_names=("q_layernorm", "k_layernorm"), norm_option="qk_layernorm"),
     "phi3": Family(packed="qkv_proj"),
+    "phimoe": Family(),
     "qwen2": Family(),
     "qwen2_moe": Family(),
     "qwen3": Family(norm="head"),
     "qwen3_moe": Family(norm="head"),
-    "stablelm": Family(),
+    "seed_oss": Family(),
+    "smollm3": Family(),
+    "solar_open": Family(),
+    "stablelm": Family(norm="head", norm_names=("q_layernorm", "k_layernorm"), norm_option="qk_layernorm"),
     "starcoder2": Family(),
+    "vaultgemma": Family(softcap=True),
 }
 """Model families whose attention can be decoupled."""
 AUTO_MAP = {
@@ -123,7 +166,8 @@ class FusedConfig(PreTrainedConfig):
             return
         self.num_key_value_heads = 1
         if getattr(self, "logits_scaling", None):  # granite's, which vLLM knows under the name and sense of cohere's
-            self.logit_scale = 1 / self.logits_scaling
+            multiplies = self.source_config.model_type == "hyperclovax"
+            self.logit_scale = self.logits_scaling if multiplies else 1 / self.logits_scaling
         self.allow_global_per_layer_attribute_access = True  # RoPE reads the channels of a source head
         self.per_layer_config = {layer: {"head_dim": width} for layer, width in enumerate(self.one_head_widths)}
 
@@ -232,6 +276,12 @@ def rotary_dim(config: Any) -> int:
         return int(config.rotary_dim)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(head_dim * ((getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0))
+
+
+def has_norm(config: Any) -> bool:
+    """Whether a source model of a family in the table has norms of queries and keys."""
+    family = FAMILIES[config.model_type]
+    return family.norm is not None and (family.norm_option is None or bool(getattr(config, family.norm_option, False)))
 
 
 def _is_table(value: object, length: int) -> bool:

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as attention_with_sinks
 
-from .configuration_headfuse import Family, HeadfuseConfig
+from .configuration_headfuse import Family, HeadfuseConfig, has_norm
 from .modeling_one_head import as_one_head, check_attention, check_runtime, from_places, in_places
 
 
@@ -37,10 +38,13 @@ class HeadfuseAttention(nn.Module):
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
-    q_norm: nn.Module
     k_norm: nn.Module
     family: Family
     residual_dropout: float
+    norm: str | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    rotates: bool
     embed_positions: torch.Tensor
     sliding_window: int | None
     num_key_value_groups: int
@@ -65,13 +69,22 @@ class HeadfuseAttention(nn.Module):
         num_keys, num_values = config.num_key_heads[self.layer_idx], config.num_value_heads[self.layer_idx]
         self.adopt(config)
         self.replace_projections(num_keys * self.head_dim, num_values * self.head_dim)
-        if self.family.norm == "layer":
-            self.k_norm = type(self.k_norm)(num_keys * self.head_dim, self.k_norm.variance_epsilon)
+        self._fit_norm(num_keys)
         self.num_heads = (config.num_attention_heads, num_keys)
         self.cache_heads = math.gcd(num_keys, num_values)
         self.num_key_value_groups, tables = self._tables()
         for name, table in tables.items():
             self.register_buffer(name, None if table is None else torch.tensor(table), persistent=False)
+
+    def _fit_norm(self, num_keys: int) -> None:
+        """Give the norm of keys as many weights as the layer has key heads, where each head has its own."""
+        norm: Any = getattr(self, self.family.norm_names[1], None)
+        if self.family.norm == "layer":
+            self.k_norm = type(norm)(num_keys * self.head_dim, norm.variance_epsilon)
+        elif hasattr(norm, "norms"):  # stablelm: a module for each head
+            norm.norms = norm.norms[:num_keys]
+        elif norm is not None and norm.weight.dim() == 2:  # cohere: a row for each head
+            norm.weight = nn.Parameter(norm.weight[:num_keys].detach().clone())
 
     def adopt(self, config: Any) -> None:
         """Take what does not depend on the heads from the config and from the stock module."""
@@ -84,8 +97,14 @@ class HeadfuseAttention(nn.Module):
         self.attention_dropout = rate
         self.residual_dropout = _dropout(self, "residual_dropout", "resid_dropout", "hidden_dropout")
         self.clip = getattr(config, "clip_qkv", None)
+        self.norm = self.family.norm if has_norm(config.source_config) else None
+        self.softcap = getattr(self, "attn_logit_softcapping", None) if self.family.softcap else None
+        self.sinks = getattr(self, "sinks", None)
+        self.rotates = _rotates(self)
         if not hasattr(self, "sliding_window"):
             self.sliding_window = getattr(config, "sliding_window", None)
+        if not getattr(self, "is_sliding", True):  # exaone4 keeps the width of other layers' windows
+            self.sliding_window = None
 
     def replace_projections(self, key_width: int, value_width: int) -> None:
         """Projections of the source's queries, and of so many channels of keys and of values."""
@@ -159,7 +178,9 @@ class HeadfuseAttention(nn.Module):
             residual, position_embeddings = position_embeddings, None
         cache = next((one for one in (cache, past_key_values, layer_past) if one is not None), None)
         batch, length, _ = hidden_states.shape
-        if position_embeddings is None and self.family.rotary != "none":
+        if not self.rotates:
+            position_embeddings = None
+        elif position_embeddings is None:
             sin, cos = self.embed_positions[position_ids].chunk(2, dim=-1)
             position_embeddings = sin, cos
         query, key, value = self._laid_out(*self._states(hidden_states, position_embeddings), cache)
@@ -174,8 +195,10 @@ class HeadfuseAttention(nn.Module):
             output, weights = self.attend_once(query, key, value, attention_mask)
         else:
             attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
+                self.config._attn_implementation,
+                eager_attention_forward if self.sinks is None else attention_with_sinks,
             )
+            options = {"softcap": self.softcap, "s_aux": self.sinks}
             output, weights = attention_interface(
                 self,
                 query,
@@ -184,6 +207,7 @@ class HeadfuseAttention(nn.Module):
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
                 sliding_window=self.sliding_window,
+                **{name: option for name, option in options.items() if option is not None},
                 **kwargs,
             )
             if one_head:
@@ -201,7 +225,16 @@ class HeadfuseAttention(nn.Module):
             cos, sin = self._cos_and_sin(position_embeddings)
             both = rotate(torch.cat((query, key), dim=2), cos, sin)  # in one go: a decode step is bound by calls
             query, key = both.split(self.num_heads, dim=2)
+        if self.family.norm_after_rotary:
+            query, key = self._normed(query, key)
         return query, key, value
+
+    def _normed(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both behind their norms."""
+        of_queries, of_keys = (getattr(self, name) for name in self.family.norm_names)
+        if hasattr(of_keys, "norms"):  # which take [b, heads, s, d]
+            return of_queries(query.transpose(1, 2)).transpose(1, 2), of_keys(key.transpose(1, 2)).transpose(1, 2)
+        return of_queries(query), of_keys(key)
 
     def _cache_shape(self, cache: Cache | None) -> tuple[int, int]:
         """Heads and channels of a row in the cache; -1 means the rest.
@@ -245,24 +278,23 @@ class HeadfuseAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [b, s, heads, d] before the rotation."""
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        norm = self.family.norm
-        if norm == "layer":
-            query, key = self.q_norm(query), self.k_norm(key)
+        if self.norm == "layer":
+            query, key = self._normed(query, key)
         if self.clip is not None:
             query, key, value = (states.clamp(-self.clip, self.clip) for states in (query, key, value))
         query, key, value = query.view(heads), key.view(heads), value.view(heads)
-        if norm == "head":
-            query, key = self.q_norm(query), self.k_norm(key)
+        if self.norm == "head" and not self.family.norm_after_rotary:
+            query, key = self._normed(query, key)
         return query, key, value
 
     def _cos_and_sin(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Both in this order, as `_angles` gives them."""
         cos, sin = (self._angles(angles) for angles in position_embeddings)
-        return (sin, cos) if self.family.rotary == "once" else (cos, sin)
+        return (sin, cos) if self.family.rotary == "swapped" else (cos, sin)
 
     def _angles(self, angles: torch.Tensor) -> torch.Tensor:
         """The cos or sin as [b, s, 1 or heads, p]: of each slot of all query heads, then of key heads."""
-        planes = angles.shape[-1] // (1 if self.family.rotary == "once" else 2)
+        planes = angles.shape[-1] // (1 if self.family.rotary in ("once", "swapped") else 2)
         if self.frequencies is not None:
             return angles.index_select(-1, self.frequencies).unflatten(-1, (-1, planes))
         return (angles[..., ::2] if self.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
@@ -292,18 +324,32 @@ class HeadfuseAttention(nn.Module):
             key_sizes, value_sizes = self.sizes
         query = _select(query * self.scaling, rows[0]).flatten(1, 2)
         scores = _select(_grouped_product(_score, query, key, key_sizes, self.head_dim), rows[1])
-        weights = probabilities(scores, attention_mask)
+        sinks = None if self.sinks is None else _select(_select(self.sinks[None], rows[0]), rows[1])[0]
+        weights = probabilities(scores, attention_mask, self.softcap, sinks)
         output = _select(_grouped_product(torch.bmm, weights, value, value_sizes, self.head_dim), rows[2])
         wanted = self.config._attn_implementation == "eager"
         return output, _select(weights, rows[2]).unsqueeze(2) if wanted else None
 
 
-def probabilities(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Attention weights of one query per head from scores [b, n_q, s] and a mask [b, 1, 1, s]: bool, additive, None."""
+def probabilities(
+    scores: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention weights of one query per head from scores [b, n_q, s] and a mask [b, 1, 1, s]: bool, additive, None.
+
+    Scores may have a cap, and heads sinks [n_q], whose part of the weights is left out.
+    """
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask[:, 0], torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask[:, 0]
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores)[:, None].expand(*scores.shape[:-1], 1)), dim=-1)
+        return scores.softmax(dim=-1, dtype=torch.float32)[..., :-1].to(scores.dtype)
     return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
 
 
@@ -341,6 +387,16 @@ def with_bias(bias: torch.Tensor, mask: torch.Tensor | None, length: int) -> tor
         positions = torch.arange(bias.shape[-1], device=bias.device)
         mask = (positions <= positions[-length:, None])[None, None]
     return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
+
+
+def _rotates(attention: Any) -> bool:
+    """Whether RoPE turns the queries and keys of a layer, which may depend on its window."""
+    family, window = attention.family, getattr(attention, "sliding_window", None)
+    if family.rotary == "none" or not getattr(attention, "use_rope", True):
+        return False
+    if not family.rotates_in_windows:
+        return True
+    return bool(window is None or attention.is_sliding) if hasattr(attention, "is_sliding") else window is not None
 
 
 def _dropout(attention: nn.Module, *names: str) -> float:
@@ -483,6 +539,8 @@ class HeadfusePreTrainedModel(PreTrainedModel):
                 wanted = cls.config_class.__name__
                 raise TypeError(f"{cls.__name__} needs a {wanted}, not {type(config).__name__}")
             model_class = _specialise(model_class, cls.stock_classes[type(config.source_config)])
+            if config.family.softcap:  # which sdpa leaves out
+                model_class._supports_sdpa = False
         return super().__new__(model_class)
 
     def __init__(self, config: HeadfuseConfig, *args: Any, **kwargs: Any) -> None:

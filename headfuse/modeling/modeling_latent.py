@@ -110,7 +110,7 @@ class LatentAttention(HeadfuseAttention):
 
     def _angles(self, angles: torch.Tensor) -> torch.Tensor:
         """The cos or sin [b, s, 2 p] of all frequencies as [b, s, 1, p]."""
-        planes = angles.shape[-1] // (1 if self.family.rotary == "once" else 2)
+        planes = angles.shape[-1] // (1 if self.family.rotary in ("once", "swapped") else 2)
         return (angles[..., ::2] if self.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
 
     def _cache_shape(self, cache: Cache | None) -> tuple[int, int]:
@@ -142,7 +142,7 @@ class LatentAttention(HeadfuseAttention):
             )
             scores.append(wide.flatten(1, 2) @ key[:, 0, :, group.key].mT)  # [b, queries of the group, s]
         in_order = self._in_order([_by_head(part, self.num_key_value_groups) for part in scores])
-        weights = probabilities(in_order.flatten(1, 2), attention_mask)
+        weights = probabilities(in_order.flatten(1, 2), attention_mask, self.softcap, self.sinks)
         by_head = weights.unflatten(1, (-1, self.num_key_value_groups))  # [b, n_s, q, s]
         outputs = []
         for group, (_, _, value_read) in zip(self.groups, maps, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from headfuse.models.families import READ_MAPS, Architecture
+from headfuse.models.families import READ_MAPS, SINKS, Architecture
 from headfuse.plan import HeadLayout
 
 
@@ -46,8 +46,9 @@ class AttentionWeights:
     """The projections of one layer, head by head; channels of queries and keys in the canonical order.
 
     Shapes: `query [n_q, d, D]`, `key [n_k, d, D]`, `value [n_v, d, D]`, `output [D, n_q, d]`; biases `[n, d]` for
-    query, key and value, `[D]` for the output, or None; weights of the norms of queries and keys `[1, d]` where each
-    head has one, `[n, d]` where the layer has one.
+    query, key and value, `[D]` for the output, or None; weights of the norms of queries and keys `[1, d]` where all
+    heads share one, `[n, d]` where each head has its own or the layer has one norm; None where there is none.
+    `sinks [n_q]`, where there are any.
 
     Wide heads: `key [1, w_k, D]` and `value [1, w_v, D]` of all groups side by side, and their read maps as the model
     code of layout latent has them.
@@ -63,6 +64,7 @@ class AttentionWeights:
     output_bias: torch.Tensor | None = None
     query_norm: torch.Tensor | None = None
     key_norm: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
     key_read: torch.Tensor | None = None
     key_read_plain: torch.Tensor | None = None
     value_read: torch.Tensor | None = None
@@ -75,7 +77,7 @@ class AttentionWeights:
         output = tensors[f"{arch.output}.weight"]
         output = output.T if arch.transposed else output
         found: dict[str, torch.Tensor | None] = {"output_bias": tensors.get(f"{arch.output}.bias")}
-        found |= {name: tensors.get(name) for name in READ_MAPS}
+        found |= {name: tensors.get(name) for name in (SINKS, *READ_MAPS)}
         wide = found["value_read"] is not None
         found["output"] = output.reshape(output.shape[0], -1, heads.head_dim)
         for kind, suffix in (("weight", ""), ("bias", "_bias")):
@@ -87,7 +89,9 @@ class AttentionWeights:
                     tensor = tensor.reshape(*head, *tensor.shape[1:])
                 found[side + suffix] = tensor
         for side, name in zip(("query", "key"), arch.norms, strict=False):
-            found[f"{side}_norm"] = tensors[f"{name}.weight"].view(-1, heads.head_dim)
+            parts = [tensors[part] for part in _numbered(tensors, f"{name}.norms.{{expert}}.weight")]
+            norm = torch.stack(parts) if parts else tensors.get(f"{name}.weight")
+            found[f"{side}_norm"] = None if norm is None else norm.view(-1, heads.head_dim)
         return cls(**found)._reordered(canonical_order(arch, heads))  # type: ignore[arg-type]
 
     @classmethod
@@ -125,8 +129,13 @@ class AttentionWeights:
             flat = [None if part is None else part.flatten(0, 1) for part in parts]
             tensors |= _join(flat, kind, arch, heads)
         for name, norm in zip(arch.norms, (own.query_norm, own.key_norm), strict=False):
-            tensors[f"{name}.weight"] = None if norm is None else norm.flatten()
-        tensors |= {name: getattr(own, name) for name in READ_MAPS}
+            if norm is not None and arch.norm_form == "modules":
+                tensors |= {f"{name}.norms.{head}.weight": weight for head, weight in enumerate(norm)}
+            else:
+                tensors[f"{name}.weight"] = (
+                    None if norm is None else norm if arch.norm_form == "rows" else norm.flatten()
+                )
+        tensors |= {name: getattr(own, name) for name in (SINKS, *READ_MAPS)}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def double(self) -> AttentionWeights:

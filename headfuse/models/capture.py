@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from headfuse.errors import UnsupportedModelError
+from headfuse.models.states import capped
 
 CAPTURE = "headfuse_capture"
 
@@ -21,7 +21,8 @@ class AttentionCapture:
     Shapes: `query [B, n_q, T, d]`, `key` and `value [B, n_s, T, d]` (after RoPE and norms; channels of queries and keys
     in the canonical order), `output [B, T, n_q, d]` (head outputs before the output projection). `mask` is boolean
     `[1, 1, T, T]`, additive `[1, n_q, T, T]` where heads have biases, or None for plain causal attention;
-    `weight` is what one token counts in the layer's statistics; `key_before_norm [B, T, n_s, d]`, where keys have one.
+    `weight` is what one token counts in the layer's statistics; `key_before_norm [B, T, n_s, d]`, where keys have one;
+    `softcap` bounds the scores (gemma2); `sinks [n_q]` are the scores of one more place, whose value is zero (gpt_oss).
     """
 
     query: torch.Tensor
@@ -32,9 +33,14 @@ class AttentionCapture:
     scaling: float
     weight: float = 1.0
     key_before_norm: torch.Tensor | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
     def attend(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Head outputs `[B, n_q, T, d]` with others in the place of the source's keys and values `[B, n_s, T, d]`."""
+        if self.softcap is not None or self.sinks is not None:
+            shares = self.probabilities(key).unflatten(1, (key.shape[1], -1))  # [B, n_s, q, T, T]
+            return (shares @ value[:, :, None]).flatten(1, 2)
         return nn.functional.scaled_dot_product_attention(
             self.query,
             key,
@@ -50,14 +56,21 @@ class AttentionCapture:
         query, length = self.query[:, :, ::step], key.shape[2]
         batch, heads, queries, d = query.shape
         grouped = query.reshape(batch, key.shape[1], -1, d)
-        scores = (grouped * self.scaling @ key.mT).view(batch, heads, queries, length)
+        scores = capped((grouped * self.scaling @ key.mT).view(batch, heads, queries, length), self.softcap)
         if self.mask is not None and self.mask.dtype != torch.bool:
-            return scores.add_(self.mask[:, :, ::step]).softmax(-1)
+            return self._shares(scores.add_(self.mask[:, :, ::step]))
         allowed = (
             torch.ones(length, length, dtype=torch.bool, device=key.device).tril() if self.mask is None else self.mask
         )[..., ::step, :]
         hidden = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill_(~allowed, float("-inf"))
-        return scores.add_(hidden).softmax(-1)  # ten times as fast as filling the scores of all heads
+        return self._shares(scores.add_(hidden))  # ten times as fast as filling the scores of all heads
+
+    def _shares(self, scores: torch.Tensor) -> torch.Tensor:
+        """The softmax of scores `[B, n_q, T', T]`, without what goes to the sinks."""
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks.to(scores)], dim=-1).softmax(-1)[..., :-1]
 
 
 class HostCapture(AttentionCapture):
@@ -67,6 +80,7 @@ class HostCapture(AttentionCapture):
         moved = {name: getattr(capture, name) for name in ("query", "key", "value", "output", "key_before_norm")}
         vars(self).update(
             device=capture.query.device, mask=capture.mask, scaling=capture.scaling, weight=capture.weight,
+            softcap=capture.softcap, sinks=capture.sinks,
             host={name: None if tensor is None else tensor.cpu() for name, tensor in moved.items()},
         )  # fmt: skip
 
@@ -88,23 +102,29 @@ def capturing_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA that records its inputs and outputs where the layer's attention asks for it."""
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    """SDPA, with a cap of scores or sinks where there are any, that records its inputs and outputs when asked to."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is None and s_aux is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    else:
+        whole = AttentionCapture(query, key, value, query, attention_mask, scale, softcap=softcap, sinks=s_aux)
+        output = whole.attend(key, value).transpose(1, 2)
     wanted = getattr(module, "headfuse_captures", None)
     if wanted is not None:
         captures, weight, keep = wanted
-        if kwargs.get("s_aux") is not None:
-            raise UnsupportedModelError("attention sinks are not supported", fix="choose a model without them")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         before_norm = getattr(module, "headfuse_key", None)
         if before_norm is not None:
             before_norm = before_norm.view(*before_norm.shape[:2], -1, query.shape[-1])
         order: Any = module.headfuse_order
         if order is not None:
             query, key = query[..., order], key[..., order]
+            before_norm = None if before_norm is None else before_norm[..., order]
         before_norm = None if before_norm is None else before_norm.float()
         states = query.float(), key.float(), value.float(), output.float()  # whatever layers compute in
-        captures.append(keep(AttentionCapture(*states, attention_mask, scale, weight, before_norm)))
+        capture = AttentionCapture(*states, attention_mask, scale, weight, before_norm, softcap, s_aux)
+        captures.append(keep(capture))
     return output, None

@@ -70,6 +70,13 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 def _check_class(raw: Mapping[str, Any], path: Path) -> None:
     """Refuse a model with another head than that of a language model; a base model has none, and may do without."""
     names = raw.get("architectures")
+    if "vision_config" in raw:
+        raise UnsupportedModelError(
+            f"{names[0] if isinstance(names, list) and names else raw['model_type']} sees images, and headfuse fuses a"
+            " language model alone",
+            where=path,
+            fix="take its text decoder out, fuse that, and put it back, as docs/guides/vision.md says",
+        )
     for name in names if isinstance(names, list) else ():
         if isinstance(name, str) and re.search(r"For(?!CausalLM)[A-Z]\w*$|RewardModel$", name):
             raise UnsupportedModelError(

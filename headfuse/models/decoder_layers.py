@@ -17,6 +17,7 @@ from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.modeling.modeling_headfuse import HeadfuseAttention
 from headfuse.models.attention import module_tensors
 from headfuse.models.canonical import CanonicalCheckpoint
+from headfuse.models.capture import CAPTURE
 from headfuse.models.config import config_of
 from headfuse.models.families import Architecture
 from headfuse.models.placement import Copies, batch_windows
@@ -101,9 +102,9 @@ class DecoderLayers:
         """The layers of the model that a config.json describes, placed as those `beside` them, with shared copies."""
         described = config_of(config)
         with torch.device("meta"):
-            attention = "eager" if arch.legacy else "sdpa"
+            attention = "eager" if arch.legacy else CAPTURE
             model = AutoModelForCausalLM.from_config(described, attn_implementation=attention, dtype=torch.float32)
-        model.config._attn_implementation = "sdpa"
+        model.config._attn_implementation = CAPTURE
         together = 1 if beside.device.type == "cpu" else beside.batch_tokens
         layers = cls(model, arch, weights, beside.device, together, beside.compute_dtype)
         layers.copies, layers.kept = beside.copies, None if beside.kept is None else {}

@@ -8,6 +8,8 @@ from typing import Literal
 
 from headfuse.errors import UnsupportedModelError
 
+SINKS = "sinks"
+"""Tensor of an attention beside its projections: the score of a place that every query head may attend to instead."""
 READ_MAPS = ("key_read", "key_read_plain", "value_read")
 """Tensors of an attention with wide heads, beside its projections."""
 
@@ -37,7 +39,18 @@ class Architecture:
     partial_rotary: bool = False
     """The family reads `partial_rotary_factor`: only that share of a head's channels, the first ones, is rotated."""
     key_norm: Literal["head", "layer"] | None = None
-    """`q_norm` and `k_norm` before RoPE: over the channels of each head, or over those of all heads at once."""
+    """Norms of queries and keys: over the channels of each head, or over those of all heads at once."""
+    norm_names: tuple[str, str] = ("q_norm", "k_norm")
+    norm_after_rotary: bool = False
+    """The norms stand behind RoPE, and get heads `[batch, heads, tokens, channels]`."""
+    norm_option: str | None = None
+    """The option of the family's config that has to be set for the norms to be there."""
+    norm_form: Literal["row", "rows", "modules"] = "row"
+    """Weight of a norm in checkpoints: one row for all heads; a row for each head; or a module for each, `norms.0`."""
+    norm_centred: bool = False
+    """The norms are LayerNorms: they take the mean off first."""
+    norm_offset: float = 0.0
+    """What a norm adds to its stored weight before it multiplies with it."""
     stock_gqa: bool = True
     """The family's own class has `num_key_value_heads`."""
     legacy: bool = False
@@ -48,8 +61,6 @@ class Architecture:
     counts from 0, its parts are stacked, and several names are concatenated within each expert."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of tensor names in checkpoints, and in the model."""
-    refused: tuple[str, ...] = ()
-    """Options of the family's config that change the attention in a way that is not supported."""
 
     def layer_prefix(self, layer_idx: int) -> str:
         """Name of one decoder layer."""
@@ -83,14 +94,15 @@ class Architecture:
     @property
     def norms(self) -> tuple[str, ...]:
         """Names of the norms of queries and keys."""
-        return () if self.key_norm is None else ("q_norm", "k_norm")
+        return () if self.key_norm is None else self.norm_names
 
     def owns(self, name: str) -> bool:
         """Whether AttentionWeights holds the tensor of this name, relative to the layer."""
         module, _, last = name.rpartition(".")
-        modules = (*self.projections, self.output, *self.norms)
-        wide = module == self.attention and last in READ_MAPS
-        return wide or module in [f"{self.attention}.{own}" for own in modules]
+        modules = [f"{self.attention}.{own}" for own in (*self.projections, self.output)]
+        norms = tuple(f"{self.attention}.{norm}." for norm in self.norms)
+        beside = module == self.attention and last in (SINKS, *READ_MAPS)
+        return beside or module in modules or (name.startswith(norms) and last == "weight")
 
 
 _EXPERTS = {
@@ -105,14 +117,46 @@ _MIXTRAL = {
     ),
     "mlp.experts.down_proj": ("block_sparse_moe.experts.{expert}.w2.weight",),
 }
+_MINIMAX = {
+    **_MIXTRAL,
+    "mlp.e_score_correction_bias": ("block_sparse_moe.e_score_correction_bias",),
+}
+_PHIMOE = {name.replace("mlp.gate", "mlp.router"): sources for name, sources in _MIXTRAL.items()}
+_ERNIE = {
+    **_EXPERTS,
+    "mlp.gate.moe_statics.e_score_correction_bias": ("mlp.moe_statics.e_score_correction_bias",),
+}
+_GRANITE = {
+    "block_sparse_moe.experts.gate_up_proj": ("block_sparse_moe.input_linear.weight",),
+    "block_sparse_moe.experts.down_proj": ("block_sparse_moe.output_linear.weight",),
+    "block_sparse_moe.router.weight": ("block_sparse_moe.router.layer.weight",),
+}
 # fmt: off
 ARCHITECTURES: dict[str, Architecture] = {
+    "apertus": Architecture(key_norm="head"),
+    "arcee": Architecture(),
     "bloom": Architecture(
         layer="transformer.h.{layer_idx}", attention="self_attention", packed="query_key_value", packing="heads",
         output="dense", rotary="none", stock_gqa=False, legacy=True,
     ),
-    "cohere": Architecture(rotary="interleaved", refused=("use_qk_norm",)),
+    "cohere": Architecture(
+        rotary="interleaved", key_norm="head", norm_option="use_qk_norm", norm_form="rows", norm_centred=True
+    ),
+    "cohere2": Architecture(rotary="interleaved"),
+    "cwm": Architecture(),
+    "dots1": Architecture(key_norm="head", stacked=_EXPERTS),
+    "ernie4_5": Architecture(rotary="interleaved"),
+    "ernie4_5_moe": Architecture(rotary="interleaved", stacked=_ERNIE),
+    "exaone4": Architecture(key_norm="head"),
+    "flex_olmo": Architecture(key_norm="layer", stacked=_EXPERTS),
     "gemma": Architecture(),
+    "gemma2": Architecture(),
+    "gemma3_text": Architecture(key_norm="head", norm_offset=1.0),
+    "glm": Architecture(rotary="interleaved", partial_rotary=True),
+    "glm4": Architecture(rotary="interleaved", partial_rotary=True),
+    "glm4_moe": Architecture(
+        partial_rotary=True, key_norm="head", norm_option="use_qk_norm", stacked=_EXPERTS
+    ),
     "gpt2": Architecture(
         layer="transformer.h.{layer_idx}", attention="attn", packed="c_attn", transposed=True, output="c_proj",
         rotary="none", stock_gqa=False,
@@ -121,30 +165,61 @@ ARCHITECTURES: dict[str, Architecture] = {
         layer="gpt_neox.layers.{layer_idx}", attention="attention", packed="query_key_value", packing="heads",
         output="dense", partial_rotary=True, stock_gqa=False, renamed={"embed_out.": "lm_head."},
     ),
+    "gpt_oss": Architecture(),
     "gptj": Architecture(
         layer="transformer.h.{layer_idx}", attention="attn", output="out_proj", rotary="interleaved",
         partial_rotary=True, stock_gqa=False, legacy=True,
     ),
     "granite": Architecture(),
+    "granitemoe": Architecture(stacked=_GRANITE),
+    "granitemoeshared": Architecture(stacked=_GRANITE),
+    "helium": Architecture(rotary="interleaved"),
+    "hunyuan_v1_dense": Architecture(
+        key_norm="head", norm_names=("query_layernorm", "key_layernorm"), norm_after_rotary=True
+    ),
+    "hunyuan_v1_moe": Architecture(
+        key_norm="head", norm_names=("query_layernorm", "key_layernorm"), norm_after_rotary=True, stacked=_EXPERTS
+    ),
+    "hyperclovax": Architecture(),
+    "jais2": Architecture(),
     "llama": Architecture(),
+    "mellum": Architecture(key_norm="head", stacked=_EXPERTS),
+    "minimax_m2": Architecture(key_norm="layer", partial_rotary=True, stacked=_MINIMAX),
+    "ministral": Architecture(),
     "mistral": Architecture(),
     "mixtral": Architecture(stacked=_MIXTRAL),
+    "nemotron": Architecture(partial_rotary=True),
     "olmo": Architecture(),
     "olmo2": Architecture(key_norm="layer"),
+    "olmo3": Architecture(key_norm="layer"),
     "olmoe": Architecture(key_norm="layer", stacked=_EXPERTS),
     "opt": Architecture(
         layer="model.decoder.layers.{layer_idx}", output="out_proj", rotary="none", stock_gqa=False
     ),
-    "phi": Architecture(output="dense", partial_rotary=True, refused=("qk_layernorm",)),
+    "phi": Architecture(
+        output="dense", partial_rotary=True, key_norm="head", norm_option="qk_layernorm",
+        norm_names=("q_layernorm", "k_layernorm"), norm_centred=True,
+    ),
     "phi3": Architecture(packed="qkv_proj", partial_rotary=True),
+    "phimoe": Architecture(stacked=_PHIMOE),
     "qwen2": Architecture(),
     "qwen2_moe": Architecture(stacked=_EXPERTS),
     "qwen3": Architecture(key_norm="head"),
     "qwen3_moe": Architecture(key_norm="head", stacked=_EXPERTS),
-    "stablelm": Architecture(partial_rotary=True, refused=("qk_layernorm",)),
+    "seed_oss": Architecture(),
+    "smollm3": Architecture(),
+    "solar_open": Architecture(stacked=_EXPERTS),
+    "stablelm": Architecture(
+        partial_rotary=True, key_norm="head", norm_option="qk_layernorm", norm_form="modules",
+        norm_names=("q_layernorm", "k_layernorm"), norm_centred=True,
+    ),
     "starcoder2": Architecture(),
+    "vaultgemma": Architecture(),
 }
 _MLA = "its keys and values are already compressed together (multi-head latent attention)"
+_HYBRID = "some of its layers have no attention but a state or a convolution, and a plan has heads in every layer"
+_SHARED = "some of its layers read the keys and values that another layer cached"
+_OLD = "its attention is outside the interface of transformers, in a form that is not known here"
 UNSUPPORTED: dict[str, str] = {
     "headfuse": "is already a model with heads of its own in every layer",
     "headfuse_latent": "is already a model with heads of its own in every layer",
@@ -155,6 +230,30 @@ UNSUPPORTED: dict[str, str] = {
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,
     "minicpm3": _MLA,
+    "glm4_moe_lite": _MLA,
+    "youtu": _MLA,
+    "gemma3n_text": _SHARED,
+    "gemma4_text": _SHARED,
+    "bamba": _HYBRID,
+    "falcon_h1": _HYBRID,
+    "granitemoehybrid": _HYBRID,
+    "jamba": _HYBRID,
+    "lfm2": _HYBRID,
+    "minimax": _HYBRID,
+    "nemotron_h": _HYBRID,
+    "qwen3_5_text": _HYBRID,
+    "qwen3_next": _HYBRID,
+    "recurrent_gemma": _HYBRID,
+    "bitnet": "its weights are trained to have three values, and fused ones have more",
+    "codegen": "its one projection of queries, keys and values is interleaved over four shards",
+    "diffllama": "it takes the difference of two attentions, whose values are two heads wide",
+    "gpt_neo": _OLD,
+    "gpt_neox_japanese": _OLD,
+    "llama4_text": "its keys have a norm without weights behind RoPE, and its queries a scale by position",
+    "ministral3": "its queries have a scale by position, which the model code does not know",
+    "nanochat": "its keys have a norm without weights behind RoPE",
+    "persimmon": "it has a norm of keys behind one projection of queries, keys and values",
+    "xglm": _OLD,
     "mamba": "it has no attention",
     "mamba2": "it has no attention",
     "rwkv": "it has no attention",

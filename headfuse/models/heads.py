@@ -35,14 +35,6 @@ def head_layout(config: Any, where: object = None) -> HeadLayout:
             where=where,
             fix="restore the model's own config.json",
         )
-    for option in arch.refused:
-        if getattr(config, option, None):
-            raise UnsupportedModelError(
-                f"model_type {config.model_type!r} is not supported with {option}: a LayerNorm over each head of "
-                "queries and keys (docs/reference/families.md)",
-                where=where,
-                fix=f"choose a model without {option}",
-            )
     return HeadLayout(
         model_type=config.model_type,
         num_hidden_layers=config.num_hidden_layers,

@@ -80,11 +80,13 @@ def load_model(
     config = read_config(path, trust_remote_code)
     warn_of_other_code(path)
     Checkpoint(path)  # an error of ours for what is damaged
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     target = pick_device(device)
     wanted: Any = DTYPE_NAMES[dtype] if dtype else torch.float32 if target.type == "cpu" else "auto"
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=wanted, output_loading_info=True,
+            attn_implementation="eager" if capped else None,  # sdpa, which transformers 5.16 takes, leaves the cap out
             trust_remote_code=needs_code(config.model_type, trust_remote_code),
         )  # fmt: skip
     except (MemoryError, torch.OutOfMemoryError):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from headfuse.models.states import capped
+
 _CHUNK_LOGITS, _CHUNK_TOKENS = 2**22, 256
 """Logits are computed in chunks of at most so many, or of so few tokens: small blocks of memory are used again."""
 _WINDOWS_AT_ONCE = 8
@@ -28,16 +30,19 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 @torch.no_grad()
-def window_nll(hidden: torch.Tensor, head: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+def window_nll(
+    hidden: torch.Tensor, head: nn.Module, batch: torch.Tensor, softcap: float | None = None
+) -> torch.Tensor:
     """Mean NLL of the predictions inside each window, `[windows]`, float64.
 
-    `hidden [windows, length, D]` is what the head reads, `batch [windows, length]` the tokens.
+    `hidden [windows, length, D]` is what the head reads, `batch [windows, length]` the tokens; `softcap` as in
+    `states.softcap`.
     """
     states, targets = hidden[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
     weight: Any = head.weight
     size = chunk_tokens(weight.shape[0])
     chunks = zip(states.split(size), targets.split(size), strict=True)
-    losses = [F.cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in chunks]
+    losses = [F.cross_entropy(capped(head(part), softcap).float(), wanted, reduction="none") for part, wanted in chunks]
     # float32 first: mps has no float64
     return torch.cat(losses).view(len(batch), -1).cpu().double().mean(dim=1)
 

@@ -81,7 +81,20 @@ def _recorded(model: PreTrainedModel, inputs: tuple[torch.Tensor, ...] | None) -
 def logit_scale(config: PreTrainedConfig) -> float:
     """What a family multiplies its logits by (cohere, granite); the same on the states that the head reads."""
     scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    if getattr(config, "source_config", config).model_type == "hyperclovax":  # granite's name for the inverse
+        scale, divisor = divisor, None
     return (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor)
+
+
+def softcap(config: PreTrainedConfig) -> float | None:
+    """What a family bounds its logits by (gemma2): `softcap * tanh(logits / softcap)`."""
+    cap: float | None = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    return cap
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Logits within `softcap`, where there is one."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -26,7 +26,7 @@ from headfuse.models.heap import keep_freed_blocks, release_freed_blocks
 from headfuse.models.loading import model_without_weights
 from headfuse.models.placement import DeviceMemory, batch_tokens
 from headfuse.models.source_layer import LoadedLayer, SourceLayer
-from headfuse.models.states import logit_scale
+from headfuse.models.states import capped, logit_scale, softcap
 
 logger = logging.getLogger(__name__)
 
@@ -161,13 +161,25 @@ class StreamedModel:
         with self.layers.loaded(layer_idx, tensors) as module:
             attention: Any = module.get_submodule(self.arch.attention)
             attention.headfuse_order = self.order
-            norm = attention.get_submodule(self.arch.norms[1]) if self.arch.norms else nn.Identity()
-            hook = norm.register_forward_pre_hook(lambda _, args: setattr(attention, "headfuse_key", args[0]))
+            hook = self._watch_keys(attention)
             try:
                 yield LoadedLayer(self.layers, layer_idx, module, self.checkpoint.folder)
             finally:
                 attention.headfuse_key = None
                 hook.remove()
+
+    def _watch_keys(self, attention: Any) -> Any:
+        """Let an attention keep what its norm of keys gets, `[B, T, n d]`, as `headfuse_key`."""
+
+        def keep(keys: torch.Tensor) -> None:
+            attention.headfuse_key = keys
+
+        if self.arch.norm_after_rotary:
+            norm = attention.get_submodule(self.arch.norms[1])
+            return norm.register_forward_pre_hook(lambda _, args: keep(args[0].transpose(1, 2).flatten(2)))
+        normed = bool(self.arch.norms) and hasattr(attention, self.arch.norms[1])
+        projection = attention.get_submodule(self.arch.key) if normed else nn.Identity()
+        return projection.register_forward_hook(lambda _, args, keys: keep(keys))
 
     @torch.no_grad()
     def nll(self, states: HiddenStates, windows: torch.Tensor) -> tuple[float, ...]:
@@ -179,9 +191,9 @@ class StreamedModel:
         return tuple(torch.stack(losses).tolist()) if losses else ()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the model's head, with its scale, makes of last hidden states `[..., D]`."""
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden * logit_scale(self.model.config))
-        return logits
+        """What the model's head, with its scale and cap, makes of last hidden states `[..., D]`."""
+        logits = self.model.get_output_embeddings()(hidden * logit_scale(self.model.config))
+        return capped(logits, softcap(self.model.config))
 
     def last_hidden_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the output embeddings read `[n, T, D]`, given what the last layer made of the windows `[n, T, D]`."""

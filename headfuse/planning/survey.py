@@ -42,6 +42,11 @@ def _normed_pair_energy(moments: KeyMoments) -> torch.Tensor:
     energy = moments.query_energy.T  # [F, n]
     own = moments.gram.diagonal(dim1=1, dim2=2).real
     apart = own[:, :, None] + own[:, None, :] - 2 * moments.gram.real
+    if moments.tail is not None:
+        tail = moments.tail.covariance.diagonal(dim1=1, dim2=3).permute(2, 0, 1)  # [t, n, n]
+        own = tail.diagonal(dim1=1, dim2=2)
+        apart = torch.cat([apart, own[:, :, None] + own[:, None, :] - 2 * tail])
+        energy = torch.cat([energy, moments.tail_energy.T])
     share = energy[:, :, None] * energy[:, None, :] / (energy[:, :, None] + energy[:, None, :]).clamp_min(1e-300)
     return (apart.clamp_min(0) * share).sum(0).fill_diagonal_(0)
 

@@ -133,10 +133,11 @@ class TrainingLoop:
         if not run.figures:
             run.figures = {"nll_before": student_nll(self.accelerator, self.wrapped, windows), "nll_teacher": None}
             if teacher is not None:
+                cap = self.accelerator.unwrap_model(self.wrapped, keep_torch_compile=False).softcap
                 run.figures["nll_teacher"] = _nll(
                     self.accelerator,
                     windows,
-                    lambda b: window_nll(teacher.states(b, None, False).last, teacher.head, b),
+                    lambda b: window_nll(teacher.states(b, None, False).last, teacher.head, b, cap),
                 )
         if not self.start:
             run.log("start", recipe=run.recipe.named(), **run.inputs, steps=self.steps.number, **run.figures)

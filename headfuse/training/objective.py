@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headfuse.models.logits import chunk_tokens, window_nll
-from headfuse.models.states import States, model_states
+from headfuse.models.states import States, capped, model_states, softcap
 
 ChunkLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """(logits of a chunk `[tokens, vocabulary]`, float32, its place) -> (sum of the loss, gradient
@@ -120,6 +120,7 @@ class Objective(nn.Module):
         self.model, self.weights = model, weights or LossWeights(*((1.0, 0.0) if teacher_head else (0.0, 1.0)))
         self._teacher_head = (teacher_head,)  # in a tuple: not a part of this module's state
         self.chunk = chunk or chunk_tokens(model.get_output_embeddings().weight.shape[0])
+        self.softcap = softcap(model.config)
         self._no_split_modules = model._no_split_modules  # what FSDP shards one by one
 
     def forward(
@@ -145,7 +146,7 @@ class Objective(nn.Module):
         mine = model_states(self.model, batch, positions, layers=self.weights.hidden > 0 and mode == "loss")
         head = self.model.get_output_embeddings()
         if mode == "nll":
-            return window_nll(mine.last, head, batch)
+            return window_nll(mine.last, head, batch, self.softcap)
         loss = self._of_logits(mine.last, head, batch, teacher)
         if self.weights.hidden:
             assert teacher is not None
@@ -169,16 +170,18 @@ class Objective(nn.Module):
         wanted = None if teacher is None else teacher.last.flatten(0, 1)
 
         def loss(logits: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = capped(logits, self.softcap)
             total, gradient = logits.new_zeros(()), None
             if weights.kl:
                 assert wanted is not None
                 assert teacher_head is not None
-                kl, gradient = _kl_chunk(logits, teacher_head(wanted[part]))
+                kl, gradient = _kl_chunk(logits, capped(teacher_head(wanted[part]), self.softcap))
                 scale = weights.kl / (windows * length)
                 total, gradient = total + scale * kl, gradient.mul_(scale)
             if weights.cross_entropy:
                 ce, more = _ce_chunk(logits, targets[part], counts[part])
                 total, gradient = total + ce, more if gradient is None else gradient.add_(more)
-            return total, gradient if gradient is not None else torch.zeros_like(logits)
+            gradient = torch.zeros_like(logits) if gradient is None else gradient
+            return total, gradient if self.softcap is None else gradient * (1 - (logits / self.softcap).square())
 
         return _HeadLoss.apply(hidden.flatten(0, 1), head.weight, getattr(head, "bias", None), loss, self.chunk)

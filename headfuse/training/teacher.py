@@ -16,7 +16,7 @@ from headfuse.checkpoint.reader import DTYPE_NAMES, Checkpoint, fingerprint
 from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headfuse.models.config import read_config
 from headfuse.models.loading import load_tokenizer, model_name
-from headfuse.models.states import States, document_positions, model_states
+from headfuse.models.states import States, capped, document_positions, model_states, softcap
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,9 @@ def check_teacher(
     rows = student.get_output_embeddings().weight.shape[0]
     if text.vocab_size != rows:
         raise ConfigError(f"the teacher predicts {text.vocab_size} tokens, the model {rows}", where=folder, fix=fix)
+    if softcap(text) != softcap(mine):
+        what = f"the teacher caps its logits at {softcap(text)}, the model at {softcap(mine)}"
+        raise ConfigError(what, where=folder, fix=fix)
     shapes = [(c.num_hidden_layers, c.hidden_size) for c in (text, mine)]
     if layers and shapes[0] != shapes[1]:
         what = f"the teacher has (layers, hidden size) {shapes[0]}, the model {shapes[1]}"
@@ -114,11 +117,10 @@ def computing_dtype(folder: Path, device: str) -> str:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, folder: Path) -> None:
-    """The loss reads logits as `output embeddings (scaled last hidden state)`: refuse a model that caps them."""
+    """Refuse a model whose logits are not the capped output embeddings of its scaled last hidden state."""
     batch = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    if not torch.allclose(
-        model(batch).logits, model.get_output_embeddings()(model_states(model, batch).last), rtol=1e-3
-    ):
+    logits = capped(model.get_output_embeddings()(model_states(model, batch).last), softcap(model.config))
+    if not torch.allclose(model(batch).logits, logits, rtol=1e-3):
         raise UnsupportedModelError(
-            "caps its logits, which uptrain does not support", where=folder, fix="choose another model"
+            "makes logits in a way that uptrain does not know", where=folder, fix="choose another model"
         )

@@ -44,7 +44,7 @@ def test_the_card_says_it_where_it_differs(model: Path, tmp_path: Path) -> None:
     assert "in vLLM" not in (tmp_path / "out/README.md").read_text()
 
 
-@pytest.mark.parametrize("family", ["bloom", "gptj"])
+@pytest.mark.parametrize("family", ["bloom", "gpt_oss", "gptj"])
 def test_a_family_that_vllm_does_not_run_is_refused_before_the_work(tmp_path: Path, family: str) -> None:
     source = tiny_model(tmp_path / "model", family)
     for command in ("fuse", "analyze"):

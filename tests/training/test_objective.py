@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from headfuse.models.loading import load_model
 from headfuse.models.logits import kl_divergence
 from headfuse.models.states import document_positions, model_states
 from headfuse.training.objective import LossWeights, Objective
+from tests.support.tiny_models import tiny_config
 
 
 def test_kl_of_identical_models_and_its_gradient_are_zero(source: Path) -> None:
@@ -61,6 +63,26 @@ def test_chunks_have_loss_and_gradient_of_the_whole_logits(
     for loss in (reference_loss(student, teacher, batch, weights, positions), objective(batch, states, positions)):
         student.zero_grad()
         (3 * loss).backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in student.parameters())])
+    for whole, chunked in zip(*results, strict=True):
+        assert torch.allclose(whole, chunked, rtol=1e-4, atol=1e-6)
+
+
+def test_capped_logits_have_the_loss_and_gradient_that_autograd_gives() -> None:
+    config = tiny_config("gemma2")
+    config.final_logit_softcapping = 0.5
+    torch.manual_seed(0)
+    student, teacher = (AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval() for _ in range(2))
+    for model in (student, teacher):
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
+    batch, weights = torch.randint(0, 300, (2, 16)), LossWeights(0.7, 0.3)
+    objective, results = Objective(student, teacher.get_output_embeddings(), weights, 5), []
+    with torch.no_grad():
+        states = model_states(teacher, batch)
+        assert teacher(batch).logits.abs().max() > 0.4
+    for loss in (reference_loss(student, teacher, batch, weights), objective(batch, states)):
+        student.zero_grad()
+        loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in student.parameters())])
     for whole, chunked in zip(*results, strict=True):
         assert torch.allclose(whole, chunked, rtol=1e-4, atol=1e-6)
