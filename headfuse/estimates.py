@@ -29,6 +29,13 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(centre, error, count)
 
 
+def mean_of(parts: Sequence[Estimate]) -> Estimate:
+    """The mean of independent means, each weighing the same; over as many items as they have together."""
+    errors = [part.stderr for part in parts if part.stderr is not None]
+    error = math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
+    return Estimate(math.fsum(part.value for part in parts) / len(parts), error, sum(part.samples for part in parts))
+
+
 def average(values: Sequence[float]) -> float | None:
     """The mean alone; None of nothing."""
     return math.fsum(values) / len(values) if values else None

@@ -191,6 +191,7 @@ def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Docu
     """Make every check of a run; what it would write, and cost."""
     from headfuse.checkpoint.reader import DTYPE_NAMES
     from headfuse.conversion.cost import estimate, on_device
+    from headfuse.conversion.long_runs import advice
     from headfuse.conversion.preflight import prepare
 
     prepared = prepare(model, settings, **place)
@@ -210,6 +211,7 @@ def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Docu
         "heads": {"source": heads.total_heads, "kept": kept // heads.head_dim},
         "source_bytes": source.checkpoint.nbytes,
         "estimate": {"memory_bytes": cost.memory_bytes, "seconds": cost.seconds, "device": device},
+        "advice": advice(source, settings, prepared.machine.device),
     }
 
 
@@ -218,12 +220,16 @@ def render(document: Mapping[str, Any], console: Console) -> None:
     from headfuse.evaluation.gates import GateResult
 
     if document.get("dry_run"):
+        from headfuse.conversion.long_runs import duration
+
         kv, cost = document["kv_bytes_per_token"], document["estimate"]
         console.print(f"would write {document['output']}, layout {document['layout']}", soft_wrap=True)
         console.print(f"KV cache kept: {document['kv_ratio']:.4f}, {kv['before']} -> {kv['after']} bytes per token")
         console.print(
-            f"about {cost['memory_bytes'] / 1e9:.1f} GB of memory and {cost['seconds']:.0f} s on this machine"
+            f"about {cost['memory_bytes'] / 1e9:.1f} GB of memory and {duration(cost['seconds'])} on this machine"
         )
+        if document["advice"]:
+            console.print(f"long: {document['advice']}", highlight=False, soft_wrap=True)
         if cost["device"]:
             on = cost["device"]
             console.print(f"about {on['memory_bytes'] / 1e9:.1f} GB on {on['name']}, placement {on['placement']}")

@@ -54,8 +54,12 @@ def estimate(source: Source, config: FuseConfig, device: str = "auto") -> Cost:
         config: the options of the conversion.
         device: as for `fuse`.
     """
-    memory, work = count(source, config)
-    return Cost(memory, work / (EFFICIENCY * _speed(device)) + 3 * source.checkpoint.nbytes / 1e9 + 5)
+    return Cost(count(source, config)[0], seconds_at(measured_speed(device), source, config))
+
+
+def seconds_at(speed: float, source: Source, config: FuseConfig) -> float:
+    """Time of a conversion where a matrix product makes `speed` floating-point operations a second."""
+    return count(source, config)[1] / (EFFICIENCY * speed) + 3 * source.checkpoint.nbytes / 1e9 + 5
 
 
 def count(source: Source, config: FuseConfig) -> tuple[int, float]:
@@ -204,7 +208,7 @@ def _training_work(sizes: _Sizes, config: FuseConfig) -> float:
     return tokens * (3 + (config.dha.loss == "kl")) * (sizes.once + 2 * sizes.head)
 
 
-def _speed(device: str) -> float:
+def measured_speed(device: str) -> float:
     """Floating-point operations per second of a float32 matrix product of a layer's size."""
     a = torch.ones(512, 1024, device=pick_device(device))
     b = torch.ones(1024, 1024, device=a.device)

@@ -32,7 +32,7 @@ from headfuse.evaluation.perplexity import (
 )
 from headfuse.evaluation.result import Comparison, EvaluationResult, ModelFigures, PasskeyResult
 from headfuse.evaluation.speed import DecodeSpeed, decode_speed
-from headfuse.evaluation.tasks import Harness, Scores
+from headfuse.evaluation.tasks import Harness, Scores, mean_accuracy
 from headfuse.layouts.folder import ModelFolder, open_folder
 from headfuse.models.loading import (
     check_context,
@@ -117,12 +117,14 @@ def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callab
     mine, theirs = measured[0], measured[1] if config.baseline is not None else None
     if config.speed:
         on_stage("measuring decode speed")
+    tasks = harness.compare(mine.scores, theirs.scores if theirs else None) if harness else []
     return EvaluationResult(
         model=mine.figures,
         baseline=theirs.figures if theirs else None,
         comparison=_compare(mine, theirs, text) if theirs else None,
         agreement=agreement(mine.predictions, theirs.predictions, text, mine.nll, theirs.nll) if theirs else None,
-        tasks=harness.compare(mine.scores, theirs.scores if theirs else None) if harness else [],
+        tasks=tasks,
+        tasks_mean=mean_accuracy(tasks),
         passkey=[_retrieved(length, mine, theirs) for length in config.passkey],
         speed=_decode_speed(models, text, machine) if config.speed else None,
         data=data_name(config.data),

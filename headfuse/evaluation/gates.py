@@ -25,6 +25,7 @@ MODEL_METRICS = ("nll", "perplexity", "kv_bytes_per_token", "parameters")
 COMPARISON_METRICS = ("ppl_ratio", "nll_gap", "kv_ratio", "kl", "top1_agreement", "decode_ratio")
 EXACT_METRICS = ("kv_bytes_per_token", "parameters", "kv_ratio")
 AGREEMENT_METRICS = ("kl", "top1_agreement", "nll_gap")
+TASK_METRICS = ("passkey", "tasks_mean")
 FUSE_METRICS = ("nll", "perplexity", "kv_bytes_per_token", "ppl_ratio", "nll_gap", "kv_ratio")
 _GATE = re.compile(
     r"\s*([A-Za-z][\w.-]*)(?:@([\w.+/-]+))?\s*(<=|>=)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*(\*\s*baseline)?\s*"
@@ -119,7 +120,7 @@ def read_gates(text: str, known: Sequence[str] | None = None) -> list[Gate]:
 
 
 def _parse(lines: Sequence[str], where: str, only: Sequence[str] | None) -> list[Gate]:
-    own, gates, problems = only or (*MODEL_METRICS, *COMPARISON_METRICS, "passkey"), list[Gate](), list[str]()
+    own, gates, problems = only or (*MODEL_METRICS, *COMPARISON_METRICS, *TASK_METRICS), list[Gate](), list[str]()
     for line in lines:
         match = _GATE.fullmatch(line)
         try:
@@ -183,6 +184,8 @@ def _figure(gate: Gate, document: Mapping[str, Any]) -> _Figure | None:
         entries = [entry for entry in document.get("passkey", []) if gate.part in (None, str(entry["length"]))]
         entry = min(entries, key=lambda entry: entry["model"]["value"], default=None)  # the worst length
         unit = "prompts"
+    elif name == "tasks_mean":
+        entry, unit = document.get("tasks_mean"), "questions"
     else:
         wanted = [entry for entry in document.get("tasks", []) if entry["task"] == name]
         entry = next((e for e in wanted if (e["metric"] == gate.part if gate.part else e["main"])), None)

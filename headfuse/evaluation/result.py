@@ -9,7 +9,7 @@ from headfuse.estimates import Estimate
 from headfuse.evaluation.agreement import Agreement
 from headfuse.evaluation.capacity import Fit
 from headfuse.evaluation.speed import DecodeSpeed
-from headfuse.evaluation.tasks import TaskResult
+from headfuse.evaluation.tasks import TaskResult, TasksMean
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class EvaluationResult:
     comparison: Comparison | None
     agreement: Agreement | None
     tasks: list[TaskResult]
+    tasks_mean: TasksMean | None
     passkey: list[PasskeyResult]
     speed: DecodeSpeed | None
     data: str

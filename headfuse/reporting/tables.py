@@ -50,9 +50,11 @@ def figure_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], str]]
         speed = document["speed"]
         name = f"decoded tokens/s after {speed['context']}, median of {speed['rounds']}"
         rows.append((name, [f"{speed['model']:.4g}", f"{speed['baseline']:.4g}"], f"x {speed['ratio']:.4g}"))
+    mean = document.get("tasks_mean")
+    means = [(f"mean accuracy, {mean['tasks']} tasks", mean)] if mean else []
     tasks = [(f"{e['task']} {e['metric']}, {e['model']['samples']} questions", e) for e in document["tasks"]]
     passkeys = [(f"passkey at {e['length']}, {e['model']['samples']} prompts", e) for e in document["passkey"]]
-    for name, entry in tasks + passkeys:
+    for name, entry in means + tasks + passkeys:
         cells = [shown_estimate(entry["model"])] + ([shown_estimate(entry["baseline"])] if against else [])
         rows.append((name, cells, shown_estimate(entry["difference"], "+") if against else ""))
     for entry in document["passkey"]:
