@@ -23,7 +23,13 @@ from headfuse.plan import HeadLayout
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.budget import width_quantum
 from headfuse.planning.costs import measured_counts
-from headfuse.planning.fused_variants import PROBE_COST, ROWS_PER_UNKNOWN, probe_tokens, weighing_tokens
+from headfuse.planning.fused_variants import (
+    FAST_PROBE_COST,
+    PROBE_COST,
+    ROWS_PER_UNKNOWN,
+    probe_tokens,
+    weighing_tokens,
+)
 from headfuse.planning.planner import SURVEYED, WIDE_PROBE_TOKENS
 from headfuse.planning.wide_survey import measured_widths
 from headfuse.text.calibration import START_LENGTH, STARTS_PER_WINDOW
@@ -195,10 +201,11 @@ def _measuring_work(sizes: _Sizes, config: FuseConfig) -> float:
     refit = rows * (2 * queries * (smaller + width) + 4 * queries * length) + 6 * smaller**2 * queries
     error = sizes.surveyed / 4 * (4 * queries * width + 4 * queries * length)
     work = layers * 2 * few * (refit * refits + error) + 3 * weighing_tokens(seen) * (sizes.once + 2 * sizes.head)
-    enough = probe_tokens(seen, layers, counts) >= WIDE_PROBE_TOKENS
+    price = PROBE_COST if preset.end_loss_probes else FAST_PROBE_COST
+    enough = probe_tokens(seen, layers, counts, price) >= WIDE_PROBE_TOKENS
     if enough if sizes.wide else preset.end_loss_probes:
-        work += PROBE_COST * seen * sizes.once + layers * (2 * counts + 1) * refit * refits
-        work += layers * 2 * counts * probe_tokens(seen, layers, counts) * 2 * sizes.head
+        work += price * seen * sizes.once + layers * (2 * counts + 1) * refit * refits
+        work += layers * 2 * counts * probe_tokens(seen, layers, counts, price) * 2 * sizes.head
     return work
 
 

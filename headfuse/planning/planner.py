@@ -24,7 +24,14 @@ from headfuse.planning.budget import BudgetRules, CostTable, budget_rules
 from headfuse.planning.costs import cost_row, measured_counts
 from headfuse.planning.end_loss_probes import EndLossProbes
 from headfuse.planning.error_probes import WIDE_ERRORS_WORTH, ErrorProbes
-from headfuse.planning.fused_variants import Costs, probe_tokens, probe_windows, weighing_tokens
+from headfuse.planning.fused_variants import (
+    FAST_PROBE_COST,
+    PROBE_COST,
+    Costs,
+    probe_tokens,
+    probe_windows,
+    weighing_tokens,
+)
 from headfuse.planning.importance import HEAD_IMPORTANCE, cost_table
 from headfuse.planning.survey import LayerSurvey, SurveyOptions, survey_layer
 from headfuse.planning.wide_survey import measured_widths, one_width_plans, survey_wide_layer, wide_layer_plan
@@ -35,7 +42,7 @@ ProgressCallback = Callable[[str, int, int], None]
 """Called with a phase, the layers done and all layers."""
 SURVEYED = 1 / 3
 """Share of the statistics windows that the survey reads: a quarter of all windows by default."""
-WIDE_PROBE_TOKENS = 128
+WIDE_PROBE_TOKENS = 96
 """Tokens below which end losses of widths are not measured: they would be noise beside the errors, at twice the price
 (docs/experiments/wide-heads.md)."""
 
@@ -55,6 +62,8 @@ class PlanOptions:
     grouping: str
     """Name in GROUPERS."""
     end_loss_probes: Literal["few", "all"] | None
+    probe_cost: float
+    """Price of the end losses in forward passes."""
     """Of the preset: the counts whose cost is measured by the end loss, too; of wide heads, always some."""
     seed: int
 
@@ -70,20 +79,28 @@ def plan_options(config: FuseConfig) -> PlanOptions:
         layout=config.layout,
         grouping=config.grouping,
         end_loss_probes=PRESETS[config.preset].end_loss_probes or ("few" if layout.wide else None),
+        probe_cost=PROBE_COST if PRESETS[config.preset].end_loss_probes else FAST_PROBE_COST,
         seed=config.seed,
     )
 
 
 def with_possible_width(config: FuseConfig, source: Source) -> FuseConfig:
-    """`--head-dim auto` becomes the source's width where the model's class has no other; other options stay."""
+    """`--head-dim auto` becomes the source's width where the model's class has no other, or the budget buys just that.
+
+    Heads of that width in one table of every frequency are the stock layout's, which has its own rate of refinement.
+    """
     if config.budget.head_dim != "auto" or not LAYOUTS[config.layout].one_width:
         return config
     try:
         slot_table.check(source.config)
     except UnsupportedModelError as reason:
         logger.info("--head-dim auto is the source's %d channels: %s", source.heads.head_dim, reason.what)
-        return config.model_copy(update={"budget": config.budget.model_copy(update={"head_dim": None})})
-    return config
+        own = source.heads.head_dim
+    else:
+        own = plan_options(config).rules.one_width(source.heads)[1]
+    if own != source.heads.head_dim:
+        return config
+    return config.model_copy(update={"budget": config.budget.model_copy(update={"head_dim": None})})
 
 
 def check_budget(config: FuseConfig, source: Source) -> int:
@@ -219,7 +236,7 @@ def _probes(
         return (errors,)
     wide = LAYOUTS[options.layout].wide
     counts = len(measured_widths(full) if wide else measured_counts(full, options.end_loss_probes == "all"))
-    seen = probe_tokens(tokens, streamed.num_layers, counts)
+    seen = probe_tokens(tokens, streamed.num_layers, counts, options.probe_cost)
     if wide and seen < WIDE_PROBE_TOKENS:
         return (errors,)
     return errors, EndLossProbes(streamed, probe_windows(unseen, seen), equal, refit, full)

@@ -17,8 +17,8 @@ from headfuse.planning.fused_variants import Fused
 from headfuse.planning.slot_choice import slot_table
 from headfuse.planning.survey import LayerSurvey, key_energy, key_pair_cost, value_energy, value_pair_cost
 
-LADDER = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
-"""Widths whose cost is measured, over all channels of a side."""
+LADDER = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+"""Widths whose cost is measured, over all channels of a side; the lost energy tells those between them."""
 
 
 def measured_widths(quanta: int) -> list[int]:

@@ -69,7 +69,14 @@ def test_auto_is_the_sources_width_where_the_class_has_no_other(tmp_path: Path) 
     assert (config["head_dim"], config["num_key_value_heads"]) == (8, 2)
 
 
-@pytest.mark.parametrize(("budget", "width"), [("1/2", "16"), ("3/8", "auto"), ("1/4", "8"), ("1/4", "auto")])
+def test_auto_of_the_sources_width_is_the_stock_layout(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
+    fuse(model, tmp_path / "auto", "--budget", "1/4", "--head-dim", "auto", *WIDE)
+    fuse(model, tmp_path / "stock", "--budget", "1/4", *WIDE)
+    assert (tmp_path / "auto/model.safetensors").read_bytes() == (tmp_path / "stock/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("budget", "width"), [("1/2", "16"), ("3/4", "auto"), ("1/4", "8")])
 def test_the_stock_class_computes_what_latent_does(tmp_path: Path, budget: str, width: str) -> None:
     model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
     fuse(model, tmp_path / "out", "--budget", budget, "--head-dim", width, *WIDE)
