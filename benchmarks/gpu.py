@@ -130,10 +130,10 @@ def main() -> None:
     parser.add_argument("--products", nargs="+", default=["float32", "bfloat16"], help="what layers multiply in")
     parser.add_argument("--layers", type=int, help="with a GPU: a model of so many")
     parser.add_argument("--divide", type=int, default=1, help="without a GPU: count a layer this much narrower")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gpu.md")
+    parser.add_argument("--output", type=Path, help="by default docs/gpu.md; without a GPU none")
     options = parser.parse_args()
-    lines = ["# On a GPU"]
-    if torch.cuda.is_available():
+    lines, measured = ["# On a GPU"], torch.cuda.is_available()
+    if measured:
         for line in measure(options.part, options.shape, options.preset, options.products, options.layers):
             print(line, flush=True)
             lines.append(line)
@@ -141,8 +141,10 @@ def main() -> None:
         pretended_cuda.start()
         lines += predict(options.shape, options.preset, options.divide)
         print("\n".join(lines))
-    options.output.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    print(json.dumps({"written": str(options.output)}))
+    output = options.output or (ROOT / "docs" / "gpu.md" if measured else None)
+    if output is not None:
+        output.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        print(json.dumps({"written": str(output)}))
 
 
 if __name__ == "__main__":

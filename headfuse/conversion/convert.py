@@ -174,14 +174,15 @@ def _convert(
     with InTurn(thread=streamed.device.type != "cpu") as write:
         for layer in streamed.walk(statistics, [before]):
             windows, _, before = layer.outputs
-            written = {}
+            written = on_host = {}
             if layer.index not in done.layers:
                 written = _fused(streamed.arch, layer, fused.plan, done.writer.dtypes)
-                write(functools.partial(done.write, layer.index, written))
+                on_host = {name: tensor.cpu() for name, tensor in written.items()}
+                write(functools.partial(done.write, layer.index, on_host))
             fused.layers.keep(written)
             if len(after):
                 after = fused.layers.run(layer.index, after, written)
-            del written  # not beside the next layer
+            del written, on_host  # not beside the next layer
             conversion.on_progress("fuse", layer.index + 1, len(layers))
     stage = Stage("closed form", streamed.nll(after, text.held_out))
     return streamed.nll(before, text.held_out), stage, windows
