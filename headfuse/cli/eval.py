@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.choices import Dtype
+from headfuse.choices import CacheDtype, Dtype
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
 from headfuse.cli.options import CI, HOW, MACHINE, TEXT
@@ -49,6 +49,10 @@ Memory = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+CacheNumbers = Annotated[
+    CacheDtype | None,
+    typer.Option(help="Simulate a KV cache of these numbers; the baseline keeps its own.", rich_help_panel=HOW),
+]
 Stride = Annotated[
     int | None,
     typer.Option(
@@ -74,6 +78,7 @@ def evaluate(  # a parameter an option: Typer reads them
     limit: Limit = None,
     passkey: Passkey = None,
     passkey_trials: Trials = 10,
+    cache_dtype: CacheNumbers = None,
     memory: Memory = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure decoding speed against the baseline.", rich_help_panel=HOW)
@@ -174,6 +179,8 @@ def render(document: dict[str, Any], console: Console) -> None:
         table.add_row(name, *cells, *([ratio] if comparison is not None else []))
     console.print(table)
     console.print(f"{document['data']}: {document['protocol']}.", highlight=False, soft_wrap=True)
+    if document["cache_protocol"]:
+        console.print(f"{document['cache_protocol']}.", highlight=False, soft_wrap=True)
     if document["memory_formula"]:
         console.print(f"Memory: {document['memory_formula']}.", highlight=False, soft_wrap=True)
     if document["verified"]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from headfuse.choices import CacheDtype
 from headfuse.config.loading import Options
 from headfuse.config.values import Count, parse_memory
 from headfuse.errors import ConfigError
@@ -63,6 +64,8 @@ class EvalConfig(Options):
     """Context lengths of the retrieval test, in tokens."""
     passkey_trials: Count = 10
     """Prompts of each length."""
+    cache_dtype: CacheDtype | None = None
+    """Simulate a KV cache of these numbers: fp8, int8, int4, int3 or int2; the baseline keeps its own."""
     memory: Annotated[int | None, BeforeValidator(_memory)] = Field(default=None, ge=0)
     """Memory, such as 24GB: reports the longest context and the largest batch that fit beside the weights."""
     speed: bool = False

@@ -14,13 +14,17 @@ from headfuse.evaluation.tasks import TaskResult, TasksMean
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """The figures of one model; `nll_stderr` is the standard error over windows, None for a single window."""
+    """The figures of one model; `nll_stderr` is the standard error over windows, None for a single window.
+
+    `kv_scale_bytes_per_token` are those of `kv_bytes_per_token` that hold the scales of a quantised cache.
+    """
 
     name: str
     nll: float
     nll_stderr: float | None
     perplexity: float | None
     kv_bytes_per_token: int
+    kv_scale_bytes_per_token: int
     kv_dtype: str
     parameters: int
     weight_bytes: int
@@ -71,6 +75,8 @@ class EvaluationResult:
     stride: int
     predictions: int
     protocol: str
+    cache_dtype: str | None
+    cache_protocol: str | None
     memory_formula: str | None
     limit: int | None
     seed: int | None
