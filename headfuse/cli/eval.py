@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.choices import CacheDtype, Dtype
+from headfuse.choices import CacheDtype, Dtype, RulerTask, names
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
 from headfuse.cli.options import CI, HOW, MACHINE, TEXT
@@ -38,6 +38,17 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task; 
 Passkey = Annotated[
     str | None,
     typer.Option(metavar="N,N", help="Passkey retrieval test at these context lengths.", rich_help_panel=HOW),
+]
+Ruler = Annotated[
+    str | None,
+    typer.Option(metavar="N,N", help="Tasks after RULER at these context lengths.", rich_help_panel=HOW),
+]
+RulerTasks = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help=f"Which of {', '.join(names(RulerTask))}; by default all.", rich_help_panel=HOW),
+]
+RulerTrials = Annotated[
+    int, typer.Option(min=1, help="Prompts of each of these tasks and lengths.", rich_help_panel=HOW)
 ]
 Trials = Annotated[int, typer.Option(min=1, help="Prompts of each passkey length.", rich_help_panel=HOW)]
 Memory = Annotated[
@@ -78,6 +89,9 @@ def evaluate(  # a parameter an option: Typer reads them
     limit: Limit = None,
     passkey: Passkey = None,
     passkey_trials: Trials = 10,
+    ruler: Ruler = None,
+    ruler_tasks: RulerTasks = None,
+    ruler_trials: RulerTrials = 10,
     cache_dtype: CacheNumbers = None,
     memory: Memory = None,
     speed: Annotated[

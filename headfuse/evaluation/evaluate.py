@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from headfuse.evaluation.perplexity import (
 )
 from headfuse.evaluation.quantised_cache import QuantisedCaches, described
 from headfuse.evaluation.result import Comparison, EvaluationResult, ModelFigures
+from headfuse.evaluation.ruler import Answer, Question, answer, ruler_questions, ruler_results
 from headfuse.evaluation.speed import DecodeSpeed, decode_speed
 from headfuse.evaluation.tasks import Harness, Scores, mean_accuracy
 from headfuse.layouts.folder import ModelFolder, open_folder
@@ -75,6 +76,7 @@ class _Measured:
     nll: torch.Tensor
     scores: Scores
     retrievals: list[Retrieval]
+    answers: list[Answer]
 
 
 def evaluate(
@@ -109,12 +111,20 @@ def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callab
     text = _read_text(models, config)
     for length in config.passkey:
         passkey_prompts(models[0].tokenizer, length, 1)
+    questions = [
+        question
+        for length in config.ruler
+        for task in config.ruler_tasks
+        for question in ruler_questions(models[0].tokenizer, task, length, config.ruler_trials, config.seed or 0)
+    ]
     harness = Harness(config.tasks, config.tasks_path, config.limit) if config.tasks else None
 
     measured: list[_Measured] = []
     for one in models:
         on_stage(f"evaluating {one.name}")
-        measured.append(_measure(one, text, harness, config, machine, None if measured else config.cache_dtype))
+        measured.append(
+            _measure(one, text, harness, questions, config, machine, None if measured else config.cache_dtype)
+        )
         gc.collect()
     mine, theirs = measured[0], measured[1] if config.baseline is not None else None
     if config.speed:
@@ -130,6 +140,7 @@ def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callab
         passkey=[
             retrieved(length, mine.retrievals, theirs.retrievals if theirs else None) for length in config.passkey
         ],
+        ruler=ruler_results(mine.answers, theirs.answers if theirs else None),
         speed=_decode_speed(models, text, machine) if config.speed else None,
         data=data_name(config.data),
         windows=len(text.windows),
@@ -179,6 +190,8 @@ def _open(names: list[str], config: EvalConfig, machine: Machine) -> list[_Model
         check_context(folder.config, config.sequence_length)
         for length in config.passkey:
             check_context(folder.config, length, "--passkey")
+        for length in config.ruler:
+            check_context(folder.config, length, "--ruler")
     models = []
     for name, folder in zip(names, folders, strict=True):
         folder.weights.report()
@@ -228,6 +241,7 @@ def _measure(
     model: _Model,
     text: EvaluationText,
     harness: Harness | None,
+    questions: Sequence[Question],
     config: EvalConfig,
     machine: Machine,
     cache_dtype: CacheDtype | None,
@@ -248,6 +262,7 @@ def _measure(
         nll=losses,
         scores=harness.run(loaded, model.tokenizer) if harness else {},
         retrievals=retrieve(loaded, model.tokenizer, config.passkey, config.passkey_trials),
+        answers=answer(loaded, model.tokenizer, questions),
     )
 
 

@@ -7,7 +7,6 @@ states of its first call back as they are, so that one pass over a text would me
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from headfuse.choices import CacheDtype
 from headfuse.errors import UnsupportedModelError
+from headfuse.models.states import cache_argument
 
 GROUP = 64
 """Channels that share a scale: a head, or of a wider head so many at once."""
@@ -110,8 +110,7 @@ class QuantisedCaches:
     """The newest cache that was made."""
 
     def __post_init__(self) -> None:
-        parameters = inspect.signature(type(self.model.base_model).forward).parameters
-        self._name = "cache" if "cache" in parameters else "past_key_values"  # of transformers 5.24, and before
+        self._name = cache_argument(self.model.base_model)
         self.model.base_model.register_forward_pre_hook(self._give, with_kwargs=True)
 
     def _give(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -58,6 +58,17 @@ class PasskeyResult:
 
 
 @dataclass(frozen=True)
+class RulerResult:
+    """A task of long contexts at one length: the share of right answers, and the paired differences."""
+
+    task: str
+    length: int
+    model: Estimate
+    baseline: Estimate | None
+    difference: Estimate | None
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """What `evaluate` measured, and how."""
 
@@ -68,6 +79,7 @@ class EvaluationResult:
     tasks: list[TaskResult]
     tasks_mean: TasksMean | None
     passkey: list[PasskeyResult]
+    ruler: list[RulerResult]
     speed: DecodeSpeed | None
     data: str
     windows: int
