@@ -121,11 +121,12 @@ def fuse_wide_layer(
 
 
 def _largest(states: Sequence[torch.Tensor], basis: KeyBasis | PlainBasis) -> torch.Tensor:
-    """The largest number in each channel that source states `[B, g, T, d]` cache, `[w]`, float64."""
+    """The largest number in each channel that source states `[B, g, T, d]` cache, `[w]`; numbers as in the basis."""
     found = [
         (cached_keys(part, basis) if isinstance(basis, KeyBasis) else cached_values(part, basis)) for part in states
     ]
-    return torch.stack([part.abs().amax(dim=(0, 1)) for part in found]).amax(dim=0).double()
+    largest = torch.stack([part.abs().amax(dim=(0, 1)) for part in found]).amax(dim=0)
+    return largest.to(basis.energy.device).to(basis.energy.dtype)  # the device first: not all have float64
 
 
 def _written(
