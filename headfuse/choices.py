@@ -44,6 +44,10 @@ ComputeDtype = Literal["float32", "bfloat16"]
 """Of the products inside the layers of a conversion; sums and closed forms stay as they are."""
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Dtypes of written weights; names in DTYPE_NAMES."""
+CacheDtype = Literal["fp8", "int8", "int4", "int3", "int2"]
+"""Numbers of a simulated KV cache."""
+RulerTask = Literal["niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "vt", "cwe"]
+"""Names in PUZZLES of evaluation/ruler_prompts."""
 Loss = Literal["kl", "ce"]
 Trained = Literal["all", "attention", "lora"]
 """What `uptrain` trains."""

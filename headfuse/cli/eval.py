@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.choices import Dtype
+from headfuse.choices import CacheDtype, Dtype, RulerTask, names
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
 from headfuse.cli.options import CI, HOW, MACHINE, TEXT
@@ -39,6 +39,17 @@ Passkey = Annotated[
     str | None,
     typer.Option(metavar="N,N", help="Passkey retrieval test at these context lengths.", rich_help_panel=HOW),
 ]
+Ruler = Annotated[
+    str | None,
+    typer.Option(metavar="N,N", help="Tasks after RULER at these context lengths.", rich_help_panel=HOW),
+]
+RulerTasks = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help=f"Which of {', '.join(names(RulerTask))}; by default all.", rich_help_panel=HOW),
+]
+RulerTrials = Annotated[
+    int, typer.Option(min=1, help="Prompts of each of these tasks and lengths.", rich_help_panel=HOW)
+]
 Trials = Annotated[int, typer.Option(min=1, help="Prompts of each passkey length.", rich_help_panel=HOW)]
 Memory = Annotated[
     int | None,
@@ -48,6 +59,10 @@ Memory = Annotated[
         help="Report the longest context and the largest batch that fit into this memory, such as 24GB.",
         rich_help_panel=HOW,
     ),
+]
+CacheNumbers = Annotated[
+    CacheDtype | None,
+    typer.Option(help="Simulate a KV cache of these numbers; the baseline keeps its own.", rich_help_panel=HOW),
 ]
 Stride = Annotated[
     int | None,
@@ -74,6 +89,10 @@ def evaluate(  # a parameter an option: Typer reads them
     limit: Limit = None,
     passkey: Passkey = None,
     passkey_trials: Trials = 10,
+    ruler: Ruler = None,
+    ruler_tasks: RulerTasks = None,
+    ruler_trials: RulerTrials = 10,
+    cache_dtype: CacheNumbers = None,
     memory: Memory = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure decoding speed against the baseline.", rich_help_panel=HOW)
@@ -174,6 +193,8 @@ def render(document: dict[str, Any], console: Console) -> None:
         table.add_row(name, *cells, *([ratio] if comparison is not None else []))
     console.print(table)
     console.print(f"{document['data']}: {document['protocol']}.", highlight=False, soft_wrap=True)
+    if document["cache_protocol"]:
+        console.print(f"{document['cache_protocol']}.", highlight=False, soft_wrap=True)
     if document["memory_formula"]:
         console.print(f"Memory: {document['memory_formula']}.", highlight=False, soft_wrap=True)
     if document["verified"]:

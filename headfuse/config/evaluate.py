@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo
 
+from headfuse.choices import CacheDtype, RulerTask
 from headfuse.config.loading import Options
 from headfuse.config.values import Count, parse_memory
 from headfuse.errors import ConfigError
@@ -21,16 +22,21 @@ def _listed(value: Any, option: str) -> Any:
     return names
 
 
-def _tasks(value: Any) -> Any:
-    return _listed(value, "--tasks")
+def _names(value: Any, info: ValidationInfo) -> Any:
+    return _listed(value, _option(info))
 
 
-def _lengths(value: Any) -> Any:
-    parts = _listed(value, "--passkey")
+def _option(info: ValidationInfo) -> str:
+    return f"--{info.field_name}".replace("_", "-")
+
+
+def _lengths(value: Any, info: ValidationInfo) -> Any:
+    option = _option(info)
+    parts = _listed(value, option)
     if isinstance(value, str):
         if not all(part.isdigit() for part in parts):
             raise ConfigError(
-                f"{value!r} is not a list of token counts", where="--passkey", fix="give counts such as 512,2048"
+                f"{value!r} is not a list of token counts", where=option, fix="give counts such as 512,2048"
             )
         return [int(part) for part in parts]
     return parts
@@ -53,7 +59,7 @@ class EvalConfig(Options):
     """Tokens in a window."""
     stride: int | None = None
     """Tokens between the beginnings of two windows; null: windows do not overlap."""
-    tasks: Annotated[tuple[str, ...], BeforeValidator(_tasks)] = ()
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
     """Task names of lm-evaluation-harness."""
     tasks_path: tuple[str, ...] = ()
     """Folders of local task files."""
@@ -63,6 +69,14 @@ class EvalConfig(Options):
     """Context lengths of the retrieval test, in tokens."""
     passkey_trials: Count = 10
     """Prompts of each length."""
+    ruler: Annotated[tuple[int, ...], BeforeValidator(_lengths)] = ()
+    """Context lengths of the tasks after RULER, in tokens, with room for the answer."""
+    ruler_tasks: Annotated[tuple[RulerTask, ...], BeforeValidator(_names)] = get_args(RulerTask)
+    """Which of them: needle retrieval (niah_..), variable tracking (vt), common words (cwe)."""
+    ruler_trials: Count = 10
+    """Prompts of each of these tasks and lengths."""
+    cache_dtype: CacheDtype | None = None
+    """Simulate a KV cache of these numbers: fp8, int8, int4, int3 or int2; the baseline keeps its own."""
     memory: Annotated[int | None, BeforeValidator(_memory)] = Field(default=None, ge=0)
     """Memory, such as 24GB: reports the longest context and the largest batch that fit beside the weights."""
     speed: bool = False

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headfuse.choices import CacheDtype
 from headfuse.config.command import EVALUATE
 from headfuse.config.evaluate import EvalConfig
 from headfuse.config.machine import Machine
 from headfuse.config.values import data_name
 from headfuse.errors import CheckpointError, ConfigError
-from headfuse.estimates import clustered_mean, mean
+from headfuse.estimates import clustered_mean
 from headfuse.evaluation.agreement import agreement
-from headfuse.evaluation.capacity import FORMULA, Fit, fit, stored_dtype
+from headfuse.evaluation.capacity import FORMULA
+from headfuse.evaluation.figures import compared, model_figures, retrieved, with_fit
 from headfuse.evaluation.passkey import Retrieval, passkey_prompts, retrieve
 from headfuse.evaluation.perplexity import (
     EvaluationText,
@@ -30,7 +31,9 @@ from headfuse.evaluation.perplexity import (
     predict,
     token_nll,
 )
-from headfuse.evaluation.result import Comparison, EvaluationResult, ModelFigures, PasskeyResult
+from headfuse.evaluation.quantised_cache import QuantisedCaches, described
+from headfuse.evaluation.result import Comparison, EvaluationResult, ModelFigures
+from headfuse.evaluation.ruler import Answer, Question, answer, ruler_questions, ruler_results
 from headfuse.evaluation.speed import DecodeSpeed, decode_speed
 from headfuse.evaluation.tasks import Harness, Scores, mean_accuracy
 from headfuse.layouts.folder import ModelFolder, open_folder
@@ -73,6 +76,7 @@ class _Measured:
     nll: torch.Tensor
     scores: Scores
     retrievals: list[Retrieval]
+    answers: list[Answer]
 
 
 def evaluate(
@@ -107,12 +111,20 @@ def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callab
     text = _read_text(models, config)
     for length in config.passkey:
         passkey_prompts(models[0].tokenizer, length, 1)
+    questions = [
+        question
+        for length in config.ruler
+        for task in config.ruler_tasks
+        for question in ruler_questions(models[0].tokenizer, task, length, config.ruler_trials, config.seed or 0)
+    ]
     harness = Harness(config.tasks, config.tasks_path, config.limit) if config.tasks else None
 
-    measured = []
+    measured: list[_Measured] = []
     for one in models:
         on_stage(f"evaluating {one.name}")
-        measured.append(_measure(one, text, harness, config, machine))
+        measured.append(
+            _measure(one, text, harness, questions, config, machine, None if measured else config.cache_dtype)
+        )
         gc.collect()
     mine, theirs = measured[0], measured[1] if config.baseline is not None else None
     if config.speed:
@@ -125,7 +137,10 @@ def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callab
         agreement=agreement(mine.predictions, theirs.predictions, text, mine.nll, theirs.nll) if theirs else None,
         tasks=tasks,
         tasks_mean=mean_accuracy(tasks),
-        passkey=[_retrieved(length, mine, theirs) for length in config.passkey],
+        passkey=[
+            retrieved(length, mine.retrievals, theirs.retrievals if theirs else None) for length in config.passkey
+        ],
+        ruler=ruler_results(mine.answers, theirs.answers if theirs else None),
         speed=_decode_speed(models, text, machine) if config.speed else None,
         data=data_name(config.data),
         windows=len(text.windows),
@@ -133,6 +148,8 @@ def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callab
         stride=config.step,
         predictions=int(text.scored.sum()),
         protocol=nll_protocol(text, config.step, shuffled=config.seed is not None),
+        cache_dtype=config.cache_dtype,
+        cache_protocol=None if config.cache_dtype is None else described(config.cache_dtype),
         memory_formula=FORMULA if config.memory is not None else None,
         limit=config.limit,
         seed=config.seed,
@@ -154,6 +171,12 @@ def _check(config: EvalConfig) -> None:
         )
     if config.speed and config.baseline is None:
         raise ConfigError("there is nothing to compare the speed with", where="--speed", fix="give --baseline")
+    if config.speed and config.cache_dtype is not None:
+        raise ConfigError(
+            "a simulated cache says nothing about speed",
+            where="--cache-dtype",
+            fix="measure --speed in a run of its own, without --cache-dtype",
+        )
     if config.data == DEFAULT_DATA:
         logger.warning(
             "Evaluating on the bundled prose sample. Pass --data with text like your inputs for figures that count."
@@ -167,6 +190,8 @@ def _open(names: list[str], config: EvalConfig, machine: Machine) -> list[_Model
         check_context(folder.config, config.sequence_length)
         for length in config.passkey:
             check_context(folder.config, length, "--passkey")
+        for length in config.ruler:
+            check_context(folder.config, length, "--ruler")
     models = []
     for name, folder in zip(names, folders, strict=True):
         folder.weights.report()
@@ -213,10 +238,17 @@ def _load(model: _Model, machine: Machine) -> PreTrainedModel:
 
 
 def _measure(
-    model: _Model, text: EvaluationText, harness: Harness | None, config: EvalConfig, machine: Machine
+    model: _Model,
+    text: EvaluationText,
+    harness: Harness | None,
+    questions: Sequence[Question],
+    config: EvalConfig,
+    machine: Machine,
+    cache_dtype: CacheDtype | None,
 ) -> _Measured:
     """Load a model and measure it; it leaves the memory with this function."""
     loaded = _load(model, machine)
+    caches = None if cache_dtype is None else QuantisedCaches(loaded, cache_dtype)
     guard_embeddings(loaded, model.beyond, model.folder)
     predictions = predict(loaded, text.windows)
     losses = token_nll(predictions, text.windows)
@@ -225,37 +257,27 @@ def _measure(
             "the model's predictions are not finite", where=model.folder, fix="its weights are damaged"
         )
     return _Measured(
-        figures=_figures(model, loaded, losses, text, config),
+        figures=_figures(model, loaded, losses, text, config, caches),
         predictions=predictions,
         nll=losses,
         scores=harness.run(loaded, model.tokenizer) if harness else {},
         retrievals=retrieve(loaded, model.tokenizer, config.passkey, config.passkey_trials),
+        answers=answer(loaded, model.tokenizer, questions),
     )
 
 
 def _figures(
-    model: _Model, loaded: PreTrainedModel, losses: torch.Tensor, text: EvaluationText, config: EvalConfig
-) -> ModelFigures:
-    checkpoint = model.opened.checkpoint
-    kv_dtype = stored_dtype(checkpoint)
-    kv_bytes = model.opened.kv_bytes_per_token(kv_dtype.itemsize)
-    fits: Fit | None = None
-    if config.memory is not None:
-        context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-        fits = fit(config.memory, checkpoint.nbytes, kv_bytes, config.sequence_length, context)
+    model: _Model, loaded: PreTrainedModel, losses: torch.Tensor, text: EvaluationText, config: EvalConfig,
+    caches: QuantisedCaches | None,
+) -> ModelFigures:  # fmt: skip
     nll = clustered_mean(losses, text.scored)
     assert nll is not None
-    return ModelFigures(
-        name=model.name,
-        nll=nll.value,
-        nll_stderr=nll.stderr,
-        perplexity=_exp(nll.value),
-        kv_bytes_per_token=kv_bytes,
-        kv_dtype=str(kv_dtype).removeprefix("torch."),
-        parameters=sum(parameter.numel() for parameter in loaded.parameters()),
-        weight_bytes=checkpoint.nbytes,
-        fit=fits,
-    )
+    quantised = None if caches is None else (caches.dtype, caches.bytes_per_token())
+    figures = model_figures(model.name, model.opened, loaded, nll, quantised)
+    if config.memory is None:
+        return figures
+    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    return with_fit(figures, config.memory, config.sequence_length, context)
 
 
 def _decode_speed(models: list[_Model], text: EvaluationText, machine: Machine) -> DecodeSpeed:
@@ -266,30 +288,4 @@ def _decode_speed(models: list[_Model], text: EvaluationText, machine: Machine) 
 def _compare(model: _Measured, baseline: _Measured, text: EvaluationText) -> Comparison:
     gap = clustered_mean(model.nll - baseline.nll, text.scored)
     assert gap is not None
-    ratio = _exp(gap.value)
-    return Comparison(
-        kv_ratio=model.figures.kv_bytes_per_token / baseline.figures.kv_bytes_per_token,
-        ppl_ratio=ratio,
-        ppl_ratio_stderr=None if ratio is None or gap.stderr is None else ratio * gap.stderr,  # delta method
-        nll_gap=gap.value,
-        nll_gap_stderr=gap.stderr,
-    )
-
-
-def _retrieved(length: int, model: _Measured, baseline: _Measured | None) -> PasskeyResult:
-    mine = [r for r in model.retrievals if r.length == length]
-    theirs = [] if baseline is None else [r for r in baseline.retrievals if r.length == length]
-    pairs = list(zip(mine, theirs, strict=True)) if theirs else []
-    return PasskeyResult(
-        length=length,
-        model=mean([float(r.found) for r in mine]),
-        model_nll=mean([r.nll for r in mine]),
-        baseline=mean([float(r.found) for r in theirs]) if theirs else None,
-        baseline_nll=mean([r.nll for r in theirs]) if theirs else None,
-        difference=mean([float(a.found) - float(b.found) for a, b in pairs]) if pairs else None,
-    )
-
-
-def _exp(value: float) -> float | None:
-    """The exponential, None where it is beyond a float."""
-    return math.exp(value) if value < 700 else None
+    return compared(model.figures, baseline.figures, gap)

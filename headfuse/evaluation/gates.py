@@ -1,8 +1,8 @@
 """Quality gates: limits on the figures of `headfuse eval` and `fuse`, for CI. Pure but for reading the YAML file.
 
 Grammar: `FIGURE<=NUMBER` or `FIGURE>=NUMBER`, several joined by commas; `NUMBER*baseline` stands for that multiple of
-the baseline's figure. `FIGURE@PART` is the figure of a domain, a position, a passkey length or a task's metric. A YAML
-file holds gates as a list under `gates`. docs/reference/gates.md.
+the baseline's figure. `FIGURE@PART` is the figure of a domain, a position, a length or task of prompts, or a
+task's metric. A YAML file holds gates as a list under `gates`. docs/reference/gates.md.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from headfuse.estimates import paired_stderr
 MODEL_METRICS = ("nll", "perplexity", "kv_bytes_per_token", "parameters")
 COMPARISON_METRICS = ("ppl_ratio", "nll_gap", "kv_ratio", "kl", "top1_agreement", "decode_ratio")
 EXACT_METRICS = ("kv_bytes_per_token", "parameters", "kv_ratio")
+PROMPT_METRICS = ("passkey", "ruler")
 AGREEMENT_METRICS = ("kl", "top1_agreement", "nll_gap")
-TASK_METRICS = ("passkey", "tasks_mean")
+TASK_METRICS = (*PROMPT_METRICS, "tasks_mean")
 FUSE_METRICS = ("nll", "perplexity", "kv_bytes_per_token", "ppl_ratio", "nll_gap", "kv_ratio")
 _GATE = re.compile(
     r"\s*([A-Za-z][\w.-]*)(?:@([\w.+/-]+))?\s*(<=|>=)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*(\*\s*baseline)?\s*"
@@ -135,7 +136,7 @@ def _parse(lines: Sequence[str], where: str, only: Sequence[str] | None) -> list
             problems.append(f"{match[1]!r} is not a figure of {'fuse' if only else 'eval'}{hint}")
         elif match[5] and match[1] in COMPARISON_METRICS:
             problems.append(f"{match[1]!r} is already a comparison with the baseline")
-        elif match[2] and match[1] in (set(own) - {"passkey", *AGREEMENT_METRICS} if not only else own):
+        elif match[2] and match[1] in (set(own) - {*PROMPT_METRICS, *AGREEMENT_METRICS} if not only else own):
             problems.append(f"{match[1]!r} has no parts")
         else:
             gates.append(Gate(match[1], match[3] == "<=", limit, bool(match[5]), match[2]))
@@ -180,9 +181,9 @@ def _figure(gate: Gate, document: Mapping[str, Any]) -> _Figure | None:
         )  # fmt: skip
     if name in COMPARISON_METRICS:
         return _Figure(comparison.get(name), comparison.get(f"{name}_stderr"), windows, "windows")
-    if name == "passkey":
-        entries = [entry for entry in document.get("passkey", []) if gate.part in (None, str(entry["length"]))]
-        entry = min(entries, key=lambda entry: entry["model"]["value"], default=None)  # the worst length
+    if name in PROMPT_METRICS:
+        entries = [entry for entry in document.get(name, []) if gate.part in (None, *_parts(entry))]
+        entry = min(entries, key=lambda entry: entry["model"]["value"], default=None)  # the worst of them
         unit = "prompts"
     elif name == "tasks_mean":
         entry, unit = document.get("tasks_mean"), "questions"
@@ -197,3 +198,9 @@ def _figure(gate: Gate, document: Mapping[str, Any]) -> _Figure | None:
         mine["value"], mine["stderr"], mine["samples"], unit,
         theirs.get("value"), theirs.get("stderr"), difference.get("stderr"),
     )  # fmt: skip
+
+
+def _parts(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """How a gate may name an entry of passkey or ruler: its length, its task, or `task/length`."""
+    length, task = str(entry["length"]), entry.get("task")
+    return (length,) if task is None else (length, task, f"{task}/{length}")

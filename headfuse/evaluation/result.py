@@ -14,13 +14,17 @@ from headfuse.evaluation.tasks import TaskResult, TasksMean
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """The figures of one model; `nll_stderr` is the standard error over windows, None for a single window."""
+    """The figures of one model; `nll_stderr` is the standard error over windows, None for a single window.
+
+    `kv_scale_bytes_per_token` are those of `kv_bytes_per_token` that hold the scales of a quantised cache.
+    """
 
     name: str
     nll: float
     nll_stderr: float | None
     perplexity: float | None
     kv_bytes_per_token: int
+    kv_scale_bytes_per_token: int
     kv_dtype: str
     parameters: int
     weight_bytes: int
@@ -54,6 +58,17 @@ class PasskeyResult:
 
 
 @dataclass(frozen=True)
+class RulerResult:
+    """A task of long contexts at one length: the share of right answers, and the paired differences."""
+
+    task: str
+    length: int
+    model: Estimate
+    baseline: Estimate | None
+    difference: Estimate | None
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """What `evaluate` measured, and how."""
 
@@ -64,6 +79,7 @@ class EvaluationResult:
     tasks: list[TaskResult]
     tasks_mean: TasksMean | None
     passkey: list[PasskeyResult]
+    ruler: list[RulerResult]
     speed: DecodeSpeed | None
     data: str
     windows: int
@@ -71,6 +87,8 @@ class EvaluationResult:
     stride: int
     predictions: int
     protocol: str
+    cache_dtype: str | None
+    cache_protocol: str | None
     memory_formula: str | None
     limit: int | None
     seed: int | None

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from headfuse.models.states import cache_argument
+
 WARM_UP = 2
 
 
@@ -64,7 +66,7 @@ def _tokens_per_second(model: PreTrainedModel, prompt: torch.Tensor, new_tokens:
             _wait(model.device)
             began = time.perf_counter()
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, **{cache_argument(model): output.past_key_values}, use_cache=True)
     _wait(model.device)
     return new_tokens / (time.perf_counter() - began)
 

@@ -8,7 +8,7 @@ of the group's moments gives the maps of every width, and what every width loses
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,6 +36,10 @@ class PlainBasis:
     def narrowed(self, width: int) -> PlainBasis:
         """The first `width` components."""
         return PlainBasis(self.write[:width], self.read[..., :width], self.energy[:width])
+
+    def over(self, sizes: torch.Tensor) -> PlainBasis:
+        """The same maps with what is cached divided by `sizes [c]`."""
+        return PlainBasis(self.write / sizes[:, None, None], self.read * sizes, self.energy)
 
     def lost(self) -> torch.Tensor:
         """Energy that each width from 0 on loses, `[c + 1]`."""
@@ -82,6 +86,12 @@ class KeyBasis:
         index = torch.tensor([next(ranked[f]) for f in slots], dtype=torch.long)
         plain = None if self.plain is None else self.plain.narrowed(width - 2 * len(index))
         return KeyBasis(self.frequency[index], self.write[index], self.read[index], self.energy[index], plain)
+
+    def over(self, sizes: torch.Tensor) -> KeyBasis:
+        """The same maps with what is cached divided by sizes: `[S]` of the slots, then of the plain channels."""
+        slots, rest = sizes[: len(self.energy), None], sizes[len(self.energy) :]
+        plain = None if self.plain is None else self.plain.over(rest)
+        return replace(self, write=self.write / slots, read=self.read * slots, plain=plain)
 
     def lost(self) -> torch.Tensor:
         """Energy that each width from 0 on loses, `[width + 1]`; odd widths without plain channels waste one."""
@@ -146,6 +156,20 @@ def plain_basis(moments: ValueMoments) -> PlainBasis:
     scale = torch.where((rms > 0) & (size > 0), rms / size, torch.ones_like(size))
     write, read = root @ vectors * scale, inverse @ vectors / scale
     return PlainBasis(write.permute(2, 0, 1).contiguous(), read.contiguous(), energy)
+
+
+def even_sizes(largest: torch.Tensor) -> torch.Tensor:
+    """By what to divide cached channels so that all are as large: their largest numbers `[c]` over the geometric mean.
+
+    A cache of few bits rounds the channels of a token in steps of one size. Let channel c be as large as k_c, and let
+    its error cost q_c^2 in the output: divided by s_c, all lose max_c (k_c / s_c)^2 sum_c (s_c q_c)^2, which is least
+    where s_c is k_c (the argument of SmoothQuant, arXiv 2211.10438). Without rounding the maps are the same.
+    """
+    floor = QUIET**0.5 * float(largest.max()) if largest.numel() else 0.0
+    if not floor:
+        return torch.ones_like(largest)
+    sizes = largest.clamp_min(floor)
+    return sizes / sizes.log().mean().exp()
 
 
 def _floored(weights: torch.Tensor) -> torch.Tensor:

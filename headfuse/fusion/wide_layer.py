@@ -9,7 +9,7 @@ import torch
 
 from headfuse.fusion.moments import key_moments, planes, value_moments
 from headfuse.fusion.refit import refit_output
-from headfuse.fusion.wide import KeyBasis, PlainBasis, key_basis, plain_basis
+from headfuse.fusion.wide import KeyBasis, PlainBasis, even_sizes, key_basis, plain_basis
 from headfuse.fusion.wide_attention import cached_keys, cached_values, expanded_values
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
@@ -28,6 +28,15 @@ class WideKeys:
         """What all groups cache of source keys `[n, T, d]`, side by side: `[T, w_k]`."""
         own = zip(self.bases, groups, strict=True)
         return torch.cat([cached_keys(heads[list(group)], basis) for basis, group in own], dim=-1)
+
+    def even(self, captures: Sequence[AttentionCapture], groups: Groups) -> WideKeys:
+        """The same keys with slots and plain channels of one size in what the captures cache."""
+        bases = []
+        for basis, group in zip(self.bases, groups, strict=True):
+            largest, count = _largest([c.key[:, list(group)] for c in captures], basis), len(basis.energy)
+            pairs = torch.maximum(largest[:count], largest[count : 2 * count])  # a slot turns: one size for both
+            bases.append(basis.over(even_sizes(torch.cat([pairs, largest[2 * count :]]))))
+        return WideKeys(tuple(bases), self.rotated)
 
     def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
         """Replace keys `[..., n, T, d]` by what the wide ones give back."""
@@ -59,6 +68,12 @@ class WideValues:
         """What all groups cache of source values `[n, T, d]`, side by side: `[T, w_v]`."""
         own = zip(self.bases, groups, strict=True)
         return torch.cat([cached_values(heads[list(group)], basis) for basis, group in own], dim=-1)
+
+    def even(self, captures: Sequence[AttentionCapture], groups: Groups) -> WideValues:
+        """The same values with channels of one size in what the captures cache."""
+        own = zip(self.bases, groups, strict=True)
+        largest = ((basis, _largest([c.value[:, list(group)] for c in captures], basis)) for basis, group in own)
+        return WideValues(tuple(basis.over(even_sizes(sizes)) for basis, sizes in largest))
 
     def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
         """Replace values `[..., n, T, d]` by what the wide ones give back."""
@@ -95,6 +110,7 @@ def fuse_wide_layer(
     averaged = value_moments(captures, weights.output, heads, (keys, groups))
     widths = zip(groups, layer.value_widths, strict=True)
     values = WideValues(tuple(plain_basis(averaged.of(group)).narrowed(width) for group, width in widths))
+    keys, values = keys.even(captures, groups), values.even(captures, groups)
     output = refit_output(weights.output, captures, {"key": (keys, groups), "value": (values, groups)})
     key, key_bias = _written(weights.key, weights.key_bias, keys, groups)
     value, value_bias = _written(weights.value, weights.value_bias, values, groups)
@@ -102,6 +118,15 @@ def fuse_wide_layer(
         weights, key=key, key_bias=key_bias, value=value, value_bias=value_bias, output=output,
         **_reads(keys, values),  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+def _largest(states: Sequence[torch.Tensor], basis: KeyBasis | PlainBasis) -> torch.Tensor:
+    """The largest number in each channel that source states `[B, g, T, d]` cache, `[w]`; numbers as in the basis."""
+    found = [
+        (cached_keys(part, basis) if isinstance(basis, KeyBasis) else cached_values(part, basis)) for part in states
+    ]
+    largest = torch.stack([part.abs().amax(dim=(0, 1)) for part in found]).amax(dim=0)
+    return largest.to(basis.energy.device).to(basis.energy.dtype)  # the device first: not all have float64
 
 
 def _written(

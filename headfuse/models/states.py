@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,11 @@ def _recorded(model: PreTrainedModel, inputs: tuple[torch.Tensor, ...] | None) -
     finally:
         for handle in handles:
             handle.remove()
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model calls the KV cache among its arguments: transformers 5.24 gave it another name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def logit_scale(config: PreTrainedConfig) -> float:

@@ -145,6 +145,11 @@ def eval_command(document: Mapping[str, Any]) -> str:
     if document["passkey"]:
         words += ["--passkey-trials", document["passkey"][0]["model"]["samples"]]
         words += ["--passkey", ",".join(str(entry["length"]) for entry in document["passkey"])]
+    if document.get("ruler"):
+        words += ["--ruler-trials", document["ruler"][0]["model"]["samples"]]
+        for option, key in (("--ruler", "length"), ("--ruler-tasks", "task")):
+            words += [option, ",".join(dict.fromkeys(str(entry[key]) for entry in document["ruler"]))]
+    words += ["--cache-dtype", document["cache_dtype"]] if document.get("cache_dtype") else []
     if document["model"]["fit"]:
         words += ["--memory", document["model"]["fit"]["memory_bytes"]]
     words += ["--speed"] if document["speed"] else []

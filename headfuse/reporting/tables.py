@@ -54,7 +54,8 @@ def figure_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], str]]
     means = [(f"mean accuracy, {mean['tasks']} tasks", mean)] if mean else []
     tasks = [(f"{e['task']} {e['metric']}, {e['model']['samples']} questions", e) for e in document["tasks"]]
     passkeys = [(f"passkey at {e['length']}, {e['model']['samples']} prompts", e) for e in document["passkey"]]
-    for name, entry in means + tasks + passkeys:
+    ruler = [(f"{e['task']} at {e['length']}, {e['model']['samples']} prompts", e) for e in document.get("ruler", [])]
+    for name, entry in means + tasks + passkeys + ruler:
         cells = [shown_estimate(entry["model"])] + ([shown_estimate(entry["baseline"])] if against else [])
         rows.append((name, cells, shown_estimate(entry["difference"], "+") if against else ""))
     for entry in document["passkey"]:

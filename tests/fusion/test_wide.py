@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headfuse.fusion.moments import KeyMoments, ValueMoments, key_moments, planes, value_moments
-from headfuse.fusion.wide import KeyBasis, key_basis, plain_basis
+from headfuse.fusion.wide import KeyBasis, even_sizes, key_basis, plain_basis
 from headfuse.fusion.wide_attention import (
     cached_keys,
     cached_values,
@@ -16,6 +16,7 @@ from headfuse.fusion.wide_attention import (
     expanded_values,
     wide_attention,
 )
+from headfuse.fusion.wide_layer import WideKeys, WideValues
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
@@ -165,3 +166,31 @@ def test_slots_rotate_with_their_frequencies(tmp_path: Path) -> None:
     wanted = rotate(cached_keys(key, basis), 2 * len(basis.frequency), angle[:, basis.frequency])
     torch.testing.assert_close(cached_keys(rotate(key, rotated, angle), basis), wanted)
     assert basis.frequency.tolist() == sorted(basis.frequency.tolist())
+
+
+@families
+def test_channels_of_one_size_change_nothing_else(tmp_path: Path, model_type: str) -> None:
+    layer = Layer(tiny_model(tmp_path / "model", model_type))
+    groups, width = (ALL,), layer.full // 2
+    keys = WideKeys((key_basis(layer.keys).narrowed(width),), layer.heads.rotary_dim)
+    values = WideValues((plain_basis(layer.values).narrowed(width),))
+    for maps, even, states in (
+        (keys, keys.even(layer.captures, groups), [capture.key for capture in layer.captures]),
+        (values, values.even(layer.captures, groups), [capture.value for capture in layer.captures]),
+    ):
+        torch.testing.assert_close(even.reconstruct(states[0], groups), maps.reconstruct(states[0], groups))
+        before, after = (torch.cat([one.cached(part, groups) for s in states for part in s]) for one in (maps, even))
+        largest = after.abs().amax(0)
+        slots = len(keys.bases[0].energy) if maps is keys else 0
+        pairs = torch.maximum(largest[:slots], largest[slots : 2 * slots])
+        sizes = torch.cat([pairs, largest[2 * slots :]])
+        torch.testing.assert_close(sizes, sizes[:1].expand_as(sizes), rtol=1e-4, atol=0)
+        assert before.abs().amax(0).std() > 1e-3
+
+
+def test_sizes_of_channels_that_hold_nothing() -> None:
+    assert even_sizes(torch.zeros(3)).tolist() == [1, 1, 1]
+    sizes = even_sizes(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
+    assert sizes[0] / sizes[1] == 4
+    assert sizes.log().sum() == pytest.approx(0, abs=1e-12)
+    assert sizes[2] > 0
