@@ -18,11 +18,11 @@ Maps = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class FusionMethod:
-    """A method as functions of one group's moments.
+    """A fusion method: functions of one group's moments.
 
-    `keys` gives complex factors `[g, slots]`, `values` maps `[g, d, d]`, each for writing and for reading; the latter
-    serve the channels of keys that are not rotated, too. `slots`, where the method has it, chooses the frequency of
-    each slot of a fused key head.
+    `keys` returns complex write and read factors `[g, slots]`. `values` returns write and read maps `[g, d, d]`, and
+    also serves the unrotated channels of keys. `slots`, where the method has it, chooses the frequency of each slot of
+    a fused key head.
     """
 
     keys: Callable[[KeyMoments, tuple[int, ...]], Maps]
@@ -33,16 +33,16 @@ class FusionMethod:
     order_dependent: bool = False
     """The result depends on the order of the source heads."""
     normed_keys: Callable[[KeyMoments, tuple[int, ...]], Maps] = mean.keys
-    """In the place of `keys` behind a norm: real factors for writing, 1 for reading."""
+    """Replaces `keys` where keys have a norm: real write factors, and read factors of 1."""
     lossless: bool = False
-    """Exact on heads that are equal up to a function-preserving map."""
+    """Loses nothing on heads that are equal up to a function-preserving map."""
     wide: bool = False
-    """Fuses a group into one head of any width, too (wide_layer.py)."""
+    """Can also fuse a group into one head of any width (wide_layer.py)."""
     trained: bool = False
-    """The maps are where a training of the whole model starts from (dha.py)."""
+    """Trains the whole model, starting from these maps (headfuse/dha)."""
 
     def rotary_slots(self, groups: Groups, moments: KeyMoments) -> Groups | None:
-        """The frequency of each slot of each fused key head; None where all are in the stock order."""
+        """The frequency of each slot of each fused key head; None if all heads keep the stock order."""
         stock = tuple(range(moments.query_energy.shape[1]))
         choose = self.slots
         if choose is None or moments.normed:
@@ -81,7 +81,7 @@ class FusionMethod:
     ) -> HeadMaps:
         """Write and read maps of all value heads of a layer; single heads keep the identity.
 
-        `known` keeps those of every group from one call with the same moments to the next.
+        `known` caches the maps of every group between calls with the same moments.
         """
         maps, known = _identity(*moments.output_gram.shape[:2]), {} if known is None else known
         for group in groups:

@@ -45,7 +45,7 @@ def fold(
 
 
 def _group_means(norm: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """The weight of a norm over all heads `[n, d]` -> `[len(groups), d]`; one that all heads share, as it is."""
+    """Mean norm weight of each group, `[n, d]` -> `[len(groups), d]`; a weight that all heads share is unchanged."""
     return norm if len(norm) == 1 else torch.stack([norm[list(group)].mean(0) for group in groups])
 
 

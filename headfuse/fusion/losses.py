@@ -10,7 +10,7 @@ from headfuse.plan import Groups
 
 
 def lost_key_energy(maps: HeadMaps, groups: Groups, moments: KeyMoments) -> float:
-    """Energy of what the fused keys do not give back, weighted by that of the queries (mathematics.md section 8.2)."""
+    """Energy that the fused keys lose, weighted by the energy of the queries (mathematics.md section 8.2)."""
     frequencies, lost = moments.gram.shape[0], 0.0
     for group in groups:
         if len(group) > 1:
@@ -30,7 +30,7 @@ def lost_key_energy(maps: HeadMaps, groups: Groups, moments: KeyMoments) -> floa
 
 
 def lost_value_energy(maps: HeadMaps, groups: Groups, moments: ValueMoments) -> float:
-    """Energy of the attention output that the fused values do not give back (mathematics.md section 8.2)."""
+    """Energy of the attention output that the fused values lose (mathematics.md section 8.2)."""
     d, lost = moments.output_gram.shape[1], 0.0
     for group in groups:
         if len(group) > 1:

@@ -11,10 +11,10 @@ from headfuse.plan import Groups
 
 
 class Reconstruction(Protocol):
-    """What fused heads give back of the source's."""
+    """Reconstructs the source's heads from the fused ones."""
 
     def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """Replace `heads [..., n, T, d]` by what the fused heads of these groups give back."""
+        """Replace `heads [..., n, T, d]` by their reconstruction from the fused heads of these groups."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class HeadMaps:
     read: torch.Tensor
 
     def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """Replace `heads [..., n, T, d]` by what the fused heads give back: R_j sum_i P_i x_i."""
+        """Replace `heads [..., n, T, d]` by their reconstruction from the fused heads: R_j sum_i P_i x_i."""
         shared = [group for group in groups if len(group) > 1]
         if not shared:
             return heads
@@ -44,6 +44,6 @@ def plane_matrix(c: torch.Tensor) -> torch.Tensor:
 
 
 def slot_matrix(slots: tuple[int, ...]) -> torch.Tensor:
-    """`[2 F, 2 F]`: puts the plane of frequency slots[s] into slot s; the identity for the stock order."""
+    """Matrix `[2 F, 2 F]` that moves the plane of frequency slots[s] into slot s; the identity for the stock order."""
     select = torch.nn.functional.one_hot(torch.tensor(slots), len(slots)).double()
     return torch.block_diag(select, select)

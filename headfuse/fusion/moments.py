@@ -19,10 +19,11 @@ class KeyMoments:
     """Second moments of the keys of n source heads over the calibration text.
 
     `gram [F, n, n]` complex: E[k_i conj k_j] per frequency; `query_energy [n, F]`: E|q|^2 summed over the query heads
-    that read the source head. Both are the same before and after RoPE, which turns all heads of a plane alike.
-    `tail`, of the channels that are not rotated: any linear map may read them, so they are like values, with
-    `covariance` of keys about their mean (the same score on every key changes no attention) and `output_gram` the sum
-    of E[q q^T]. `normed`: a norm stands between projection and RoPE, so read maps are not folded into the queries.
+    that read the source head. Both are the same before and after RoPE, which turns all heads of a plane alike. `tail`:
+    moments of the channels that are not rotated. Any linear map may read them, so they are treated like values. Their
+    `covariance` is that of keys about their mean, as adding one score to every key changes no attention; their
+    `output_gram` is the sum of E[q q^T]. `normed`: a norm stands between projection and RoPE, so read maps are not
+    folded into the queries.
     """
 
     gram: torch.Tensor
@@ -53,7 +54,7 @@ class ValueMoments:
     covariance: torch.Tensor
     output_gram: torch.Tensor
     known_root: torch.Tensor | None = None
-    """The `root`, where it was taken before."""
+    """The `root`, if it has been computed already."""
 
     @cached_property
     def root(self) -> torch.Tensor:
@@ -76,11 +77,11 @@ def planes(x: torch.Tensor) -> torch.Tensor:
 
 
 MAX_ROWS = 16384
-"""Rows of averaged values that enter a covariance; more do not change it, and cost most on MHA models."""
+"""Rows of averaged values that enter a covariance. More rows do not change it, and cost most on MHA models."""
 
 
 def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyMoments:
-    """Moments of one layer's keys: rotary planes, and what is not rotated (mathematics.md section 3.2)."""
+    """Moments of one layer's keys: rotary planes, and unrotated channels (mathematics.md section 3.2)."""
     n, rotated, tokens = heads.num_key_value_heads, heads.rotary_dim, 0.0
     place = exact(captures[0].key.device)
     gram = torch.zeros(rotated // 2, n, n, dtype=torch.complex128, device=place)
@@ -97,7 +98,7 @@ def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyM
 
 
 def _tail_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> ValueMoments | None:
-    """Moments of the channels of keys and queries that are not rotated, in the place of values and output weights."""
+    """Moments of the unrotated channels: keys are treated as values, and queries as output weights."""
     n, rotated, rest, tokens = heads.num_key_value_heads, heads.rotary_dim, heads.head_dim - heads.rotary_dim, 0.0
     if not rest:
         return None
@@ -122,7 +123,7 @@ def value_moments(
     heads: HeadLayout,
     key_maps: tuple[Reconstruction, Groups] | None,
 ) -> ValueMoments:
-    """Moments of values averaged by attention, the fused keys' where maps are given (mathematics.md section 3.3).
+    """Moments of values averaged by attention: by that of the fused keys, if given (mathematics.md section 3.3).
 
     Args:
         captures: the layer on the calibration windows.

@@ -1,7 +1,7 @@
 """Keys behind a norm (`q_norm`, `k_norm`): fused before it, with the weight of the norm fitted again.
 
-A norm divides every token by its own figure, so a read map cannot be folded into the queries and only heads that are
-plain copies of each other, up to a scale where each head has its own norm, fuse without loss
+A norm divides each token's key by a number of that token. A read map therefore cannot be folded into the queries. Only
+heads that are plain copies of each other fuse without loss; they may differ by a scale if each head has its own norm
 (docs/reference/families.md).
 """
 
@@ -30,7 +30,7 @@ def fit_normed_keys(
     captures: Sequence[AttentionCapture],
     heads: HeadLayout,
 ) -> AttentionWeights:
-    """`fused` with the keys and the norm that come closest to the means of the normed keys.
+    """Fit the keys and the norm of `fused` to the means of the normed keys.
 
     The norm's weight minimises sum_j a_j^2 E|k_j - k~|^2 per channel, `a_j^2` the energy of the queries.
 
@@ -74,7 +74,7 @@ def fit_normed_keys(
 
 
 def _before_norm(captures: Sequence[AttentionCapture], centred: bool) -> torch.Tensor:
-    """E[z_i z_j] of the keys before their norm, about the mean of a head where it takes that off; `[d, n, n]`."""
+    """E[z_i z_j] `[d, n, n]` of the keys before their norm, less a head's mean if the norm subtracts it."""
     total, tokens = torch.zeros(()), 0.0
     for capture in captures:
         z = _keys(capture)

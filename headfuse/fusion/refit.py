@@ -13,13 +13,13 @@ from headfuse.models.placement import exact, widened
 from headfuse.plan import Groups
 
 REFIT_RIDGE = 1.0
-"""Ridge of the refit, in units of the mean diagonal times unknowns per row: what as many rows say of noise alone."""
+"""Ridge strength relative to mean(diag(Gram)) * unknowns / rows, the size of the noise that least squares would fit."""
 FusedHeads = Mapping[Side, tuple[Reconstruction, Groups]]
-"""Maps and groups of `key`, `value` or both: the sides that are fused."""
+"""Maps and groups of each fused side: `key`, `value` or both."""
 
 
 def reconstructed_outputs(capture: AttentionCapture, fused: FusedHeads) -> torch.Tensor:
-    """Head outputs `[B, n_q, T, d]` with what fused heads give back in place of keys, values or both."""
+    """Head outputs `[B, n_q, T, d]`, computed with reconstructed keys, values or both."""
 
     def left(side: Side, source: torch.Tensor) -> torch.Tensor:
         return fused[side][0].reconstruct(source, fused[side][1]) if side in fused else source
@@ -28,10 +28,10 @@ def reconstructed_outputs(capture: AttentionCapture, fused: FusedHeads) -> torch
 
 
 def refit_output(output: torch.Tensor, captures: Sequence[AttentionCapture], fused: FusedHeads) -> torch.Tensor:
-    """The source's output projection refitted to what fused heads give back of keys, values or both.
+    """Refit the source's output projection to the reconstructed keys, values or both.
 
-    The least squares are those of the source's head outputs on the reconstructed ones, shrunk towards the identity:
-    the map `I + M` that they give is the best one under any output projection `W`, so `W (I + M)` is the best of those
+    The source's head outputs are regressed on the reconstructed ones by least squares, shrunk towards the identity. The
+    resulting map `I + M` is the best one under any output projection `W`. So `W (I + M)` is the best projection
     (mathematics.md section 4.5).
 
     Args:

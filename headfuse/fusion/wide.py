@@ -1,8 +1,9 @@
 """Wide heads: one cached key and one cached value serve a whole group of source heads.
 
-A group of g source heads of d channels caches a key of S rotary slots (and, where a part of the keys is not rotated, of
-so many plain channels) and a value of r channels; every query head of the group reads all of both. One decomposition
-of the group's moments gives the maps of every width, and what every width loses.
+A group of g source heads, of d channels each, caches one key and one value. The key has S rotary slots, and plain
+channels as well if part of the source's keys is not rotated. The value has r channels. Every query head of the group
+reads all of both. One decomposition of the group's moments gives the maps for every width, and the energy lost at every
+width.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import torch
 from headfuse.fusion.moments import KeyMoments, ValueMoments
 
 FLOOR = 1e-12
-"""Weights of heads and channels below this share of the largest count as this share, so that full width is the source
-whatever the calibration text left out."""
+"""Smallest weight of a head or channel, as a share of the largest. With this floor, full width equals the source even
+for channels that the calibration text does not use.
+"""
 QUIET = 1e-6
 """Components with less than this share of the largest one's energy are cached at its scale, not amplified to 1."""
 
 
 @dataclass(frozen=True)
 class PlainBasis:
-    """Components of values, or of the channels of keys that are not rotated, in falling order of their energy.
+    """Components of values, or of the unrotated channels of keys, in falling order of energy.
 
     `write [c, g, d]` and `read [g, d, c]`: source_j ~ read_j sum_i write_i source_i; `energy [c]`: what the output (or
     the scores) lose without the component.
@@ -42,7 +44,7 @@ class PlainBasis:
         return PlainBasis(self.write / sizes[:, None, None], self.read * sizes, self.energy)
 
     def lost(self) -> torch.Tensor:
-        """Energy that each width from 0 on loses, `[c + 1]`."""
+        """Energy lost at each width from 0 up, `[c + 1]`."""
         return tail_sums(self.energy)
 
 
@@ -76,7 +78,7 @@ class KeyBasis:
         return tuple(sorted(self.frequency[:count].tolist()))
 
     def carrying(self, slots: Sequence[int], width: int) -> KeyBasis:
-        """The best components for slots of these frequencies, in their order, and for what `width` leaves beside them.
+        """The best components for slots of these frequencies, in their order, and for the rest of `width`.
 
         Args:
             slots: a frequency each, at most g times the same.
@@ -94,7 +96,7 @@ class KeyBasis:
         return replace(self, write=self.write / slots, read=self.read * slots, plain=plain)
 
     def lost(self) -> torch.Tensor:
-        """Energy that each width from 0 on loses, `[width + 1]`; odd widths without plain channels waste one."""
+        """Energy lost at each width from 0 up, `[width + 1]`; without plain channels, odd widths waste one."""
         rotated, plain = tail_sums(self.energy), self._plain_lost()
         slots = [self._best_slots(rotated, plain, width) for width in range(self.width + 1)]
         return torch.stack([rotated[s] + plain[max(0, w - 2 * s)] for w, s in enumerate(slots)])
@@ -103,13 +105,13 @@ class KeyBasis:
         return torch.zeros(2, dtype=torch.float64) if self.plain is None else self.plain.lost()
 
     def _best_slots(self, rotated: torch.Tensor, plain: torch.Tensor, width: int) -> int:
-        """On how many slots a width is best spent, given what every number of slots and of plain channels loses."""
+        """Number of slots that loses least at this width, given the loss at each number of either kind."""
         slots = torch.arange(max(0, (width - len(plain) + 2) // 2), min(width // 2, len(self.energy)) + 1)
         return int(slots[(rotated[slots] + plain[width - 2 * slots]).argmin()])
 
 
 def tail_sums(energy: torch.Tensor) -> torch.Tensor:
-    """What is left of `energy [c]` after the first 0, 1, ... c numbers, `[c + 1]`."""
+    """Sums of `energy [c]` without its first 0, 1, ... c numbers, `[c + 1]`."""
     return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
 
 
@@ -117,7 +119,7 @@ def key_basis(moments: KeyMoments) -> KeyBasis:
     """Decompose the keys of one group.
 
     The score error of a rotary plane, averaged over positions, is half of |q|^2 |k - k~|^2: the plane's two channels
-    share it. So energies are halved, and a slot is worth its place beside channels that are not rotated.
+    share it. So energies are halved, which makes slots comparable with unrotated channels.
     """
     weight = _floored(moments.query_energy.T).sqrt()  # [F, g]
     frequencies, g = weight.shape
@@ -138,8 +140,8 @@ def key_basis(moments: KeyMoments) -> KeyBasis:
 def plain_basis(moments: ValueMoments) -> PlainBasis:
     """Decompose the values of one group, or the channels of its keys that are not rotated.
 
-    With N the weight of errors and C the covariance, the components are the eigenvectors of N^1/2 C N^1/2. Maps are
-    made of N^1/2 and its inverse, never of that of C, so that all components together are the identity.
+    With N the weight of errors and C the covariance, the components are the eigenvectors of N^1/2 C N^1/2. Maps use
+    N^1/2 and its inverse, never the inverse of C, so that all components together are the identity.
     """
     covariance, gram = moments.covariance, moments.output_gram
     g, d = gram.shape[:2]

@@ -1,4 +1,4 @@
-"""What a wide head caches, what its query heads read of it, and what it gives back of the source's heads.
+"""What a wide head caches, how its query heads read it, and how the source's heads are reconstructed from it.
 
 Pure functions of tensors: the reference of the model code. A cached key holds the first channels of all slots, the
 second ones, then the channels that are not rotated; source heads have their channels in the canonical order.
@@ -13,7 +13,7 @@ from headfuse.fusion.wide import KeyBasis, PlainBasis
 
 
 def cached_keys(keys: torch.Tensor, basis: KeyBasis) -> torch.Tensor:
-    """What a group caches of its source keys `[..., g, T, d]`: `[..., T, w_k]`.
+    """The keys `[..., T, w_k]` that a group caches, from its source keys `[..., g, T, d]`.
 
     The map commutes with RoPE: of keys before it, this is the cached key before each slot is rotated by its frequency.
     """
@@ -27,7 +27,7 @@ def cached_keys(keys: torch.Tensor, basis: KeyBasis) -> torch.Tensor:
 
 
 def expanded_keys(cached: torch.Tensor, basis: KeyBasis, rotated: int) -> torch.Tensor:
-    """The source keys `[..., g, T, d]` that cached ones `[..., T, w_k]` give back; `rotated` channels of d are."""
+    """Source keys `[..., g, T, d]`, `rotated` of their channels rotary, reconstructed from cached `[..., T, w_k]`."""
     count = 2 * len(basis.frequency)
     slots, read = planes(cached[..., :count]), basis.read.T
     weighted = slots[..., None, :, :] * read[:, None, :].to(slots)  # [..., g, T, S]
@@ -39,7 +39,7 @@ def expanded_keys(cached: torch.Tensor, basis: KeyBasis, rotated: int) -> torch.
 
 
 def expanded_queries(queries: torch.Tensor, basis: KeyBasis, readers: torch.Tensor) -> torch.Tensor:
-    """Queries `[..., n, T, d]` that read the cached keys as they are, `[..., n, T, w_k]`: a gather and a factor a slot.
+    """Queries `[..., n, T, d]` expanded to read cached keys, `[..., n, T, w_k]`: one gather and one factor per slot.
 
     Args:
         queries: of the group's query heads.
@@ -56,12 +56,12 @@ def expanded_queries(queries: torch.Tensor, basis: KeyBasis, readers: torch.Tens
 
 
 def cached_values(values: torch.Tensor, basis: PlainBasis) -> torch.Tensor:
-    """What a group caches of its source values `[..., g, T, d]`: `[..., T, r]`."""
+    """The values `[..., T, r]` that a group caches, from its source values `[..., g, T, d]`."""
     return torch.einsum("...gtd,cgd->...tc", values, basis.write.to(values))
 
 
 def expanded_values(cached: torch.Tensor, basis: PlainBasis) -> torch.Tensor:
-    """The source values `[..., g, T, d]` that cached ones `[..., T, r]` give back."""
+    """Source values `[..., g, T, d]` reconstructed from cached ones `[..., T, r]`."""
     return torch.einsum("...tc,gdc->...gtd", cached, basis.read.to(cached))
 
 

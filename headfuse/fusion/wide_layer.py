@@ -18,14 +18,14 @@ from headfuse.plan import Groups, HeadLayout, LayerPlan
 
 @dataclass(frozen=True)
 class WideKeys:
-    """What the wide keys of a layer's groups give back of the source's: one map `[g, g]` per rotary plane."""
+    """Reconstructs a layer's source keys from the wide keys of its groups: one map `[g, g]` per rotary plane."""
 
     bases: tuple[KeyBasis, ...]
     rotated: int
     """Channels of a source key that RoPE rotates; the first ones."""
 
     def cached(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """What all groups cache of source keys `[n, T, d]`, side by side: `[T, w_k]`."""
+        """The cached keys of all groups side by side, `[T, w_k]`, from source keys `[n, T, d]`."""
         own = zip(self.bases, groups, strict=True)
         return torch.cat([cached_keys(heads[list(group)], basis) for basis, group in own], dim=-1)
 
@@ -39,7 +39,7 @@ class WideKeys:
         return WideKeys(tuple(bases), self.rotated)
 
     def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """Replace keys `[..., n, T, d]` by what the wide ones give back."""
+        """Replace keys `[..., n, T, d]` by their reconstruction from the wide keys."""
         result = heads.clone()
         for basis, group in zip(self.bases, groups, strict=True):
             own = heads[..., list(group), :, :]
@@ -60,12 +60,12 @@ class WideKeys:
 
 @dataclass(frozen=True)
 class WideValues:
-    """What the wide values of a layer's groups give back of the source's."""
+    """Reconstructs a layer's source values from the wide values of its groups."""
 
     bases: tuple[PlainBasis, ...]
 
     def cached(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """What all groups cache of source values `[n, T, d]`, side by side: `[T, w_v]`."""
+        """The cached values of all groups side by side, `[T, w_v]`, from source values `[n, T, d]`."""
         own = zip(self.bases, groups, strict=True)
         return torch.cat([cached_values(heads[list(group)], basis) for basis, group in own], dim=-1)
 
@@ -76,7 +76,7 @@ class WideValues:
         return WideValues(tuple(basis.over(even_sizes(sizes)) for basis, sizes in largest))
 
     def reconstruct(self, heads: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """Replace values `[..., n, T, d]` by what the wide ones give back."""
+        """Replace values `[..., n, T, d]` by their reconstruction from the wide values."""
         result = heads.clone()
         for basis, group in zip(self.bases, groups, strict=True):
             own = heads[..., list(group), :, :]
@@ -87,7 +87,7 @@ class WideValues:
 def fuse_wide_layer(
     weights: AttentionWeights, captures: Sequence[AttentionCapture], layer: LayerPlan, heads: HeadLayout
 ) -> AttentionWeights:
-    """Give one layer wide heads; the queries stay as they are, and read maps are beside the projections.
+    """Give one layer wide heads: the query projection is unchanged, and read maps are stored beside the projections.
 
     Args:
         weights: the source's.

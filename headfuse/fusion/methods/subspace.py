@@ -46,7 +46,7 @@ def keys(moments: KeyMoments, slots: tuple[int, ...]) -> tuple[torch.Tensor, tor
 
 
 def normed_keys(moments: KeyMoments, slots: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means weighted by the queries' energy: the least-squares key that queries read as they are; factors `[g, F]`."""
+    """Means weighted by query energy: the least-squares key for queries that are not remapped; factors `[g, F]`."""
     energy = moments.query_energy
     total = energy.sum(0)
     share = torch.where(total > 0, energy / total.clamp_min(1e-300), torch.full_like(energy, 1 / len(energy)))
@@ -77,8 +77,8 @@ def values(moments: ValueMoments) -> tuple[torch.Tensor, torch.Tensor]:
 def leading(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest eigenvalues of a positive matrix `[N, N]`, rising, and their vectors `[N, count]`.
 
-    Beyond EXACT rows by subspace iteration, which is matrix products alone: exact where the rank is at most twice
-    `count`, otherwise the sum of the eigenvalues is right to a few percent, the rest to half a percent.
+    With more than EXACT rows it uses subspace iteration, which needs matrix products only. That is exact if the rank is
+    at most twice `count`. Otherwise the sum of the eigenvalues is right to a few percent, the rest to half a percent.
     """
     if len(matrix) <= EXACT:
         energies, vectors = torch.linalg.eigh(matrix)
