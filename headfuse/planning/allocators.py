@@ -1,4 +1,4 @@
-"""ALLOCATORS: which rows get how many of a number of heads. Pure."""
+"""ALLOCATORS: how a number of heads is divided among rows. Pure functions."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Allocator:
     costs: Literal["none", "measured", "importance"]
     """What the cost table holds: the measured cost of fusing, or the importance of single heads (importance.py)."""
     reads_search: bool = False
-    """Method dha gives it the distances that its search learned, in the place of measured costs."""
+    """Method dha passes the distances that its search learned instead of measured costs."""
 
 
 def uniform(total: int, choices: Choices, costs: Rows | None = None) -> list[int]:
-    """The same for every row as far as it divides; what is left goes to the first rows, so to keys before values."""
+    """Equal counts for all rows; a remainder goes to the first rows, so to keys before values."""
     counts = [row[0] for row in choices]
     left = total - sum(counts)
     for level in sorted(set[int]().union(*choices)):
@@ -43,7 +43,7 @@ def uniform(total: int, choices: Choices, costs: Rows | None = None) -> list[int
 
 
 def least_cost(total: int, choices: Choices, costs: Rows | None = None) -> list[int]:
-    """The counts of least total cost: an exact dynamic programme over the table (mathematics.md section 8.6).
+    """The counts of least total cost, by exact dynamic programming over the table (mathematics.md section 8.6).
 
     Of plans that cost the same, one with the most heads.
     """
@@ -71,7 +71,7 @@ def least_cost(total: int, choices: Choices, costs: Rows | None = None) -> list[
 
 
 def dha_greedy(total: int, choices: Choices, costs: Rows | None = None) -> list[int]:
-    """The fewest for every row, then shares of n/2, n/4, n/8, ... where the loss per head is largest.
+    """Give every row the fewest heads, then shares of n/2, n/4, n/8, ... where the loss per head is largest.
 
     The loss of a row is its cost of keeping one head; a share raises a row to its size, and the last ones are single
     heads (DHA, arXiv 2406.06567, appendix B.4, which names a dynamic programme and describes this greedy). The paper

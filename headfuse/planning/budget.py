@@ -1,4 +1,4 @@
-"""How many key heads and value heads each layer keeps under one budget, or how wide ones. Pure."""
+"""How many key heads and value heads each layer keeps under one budget, or how wide they are. Pure functions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CostTable:
 
 @dataclass(frozen=True)
 class BudgetRules:
-    """What a budget asks for, before anybody decides where the heads go.
+    """The rules of a budget, before heads are divided among layers.
 
     `total` is one share of the cache, or one for keys and one for values; counts per layer may be given outright.
     """
@@ -57,13 +57,13 @@ class BudgetRules:
     """With `one_count`: channels of a fused head, or `auto`; None: the source's."""
 
     def channels(self, heads: HeadLayout) -> int:
-        """Channels of what is counted: of a head, or a quantum."""
+        """Channels of one counted unit: a head, or a quantum."""
         if self.head_dim is not None:
             return self.one_width(heads)[1]
         return width_quantum(heads) if self.wide else heads.head_dim
 
     def counted(self, heads: HeadLayout) -> int:
-        """How much of what is counted one side of one source layer has."""
+        """Counted units, heads or quanta, in one side of one source layer."""
         return heads.num_key_value_heads * heads.head_dim // self.channels(heads)
 
     def leave_a_choice(self, heads: HeadLayout) -> bool:

@@ -26,7 +26,7 @@ def measured_counts(heads: int, every: bool) -> list[int]:
 
 
 def _between(lost: Sequence[float], measured: Mapping[int, float]) -> list[float]:
-    """Measured costs where there are any; elsewhere the lost energy, scaled like the nearest measured counts."""
+    """Measured costs; at counts that were not measured, the lost energy scaled like the nearest measured counts."""
     scale = {c: math.log((cost + TINY) / (lost[c - 1] + TINY)) for c, cost in measured.items() if cost > 0}
     costs = []
     for count, energy in enumerate(lost, start=1):

@@ -52,7 +52,7 @@ def curves(
 ) -> dict[str, list[Point]]:
     """A curve for each layout that this model can have, points in the order of their budgets.
 
-    Costs add up only roughly, so a point tells where a curve bends and which layout lies lower, not the NLL to a digit
+    Costs add up only roughly, so the curves show where the loss bends and which layout loses less, not the exact NLL
     (docs/experiments.md).
 
     Args:

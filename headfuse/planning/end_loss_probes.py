@@ -105,7 +105,7 @@ class EndLossProbes:
         return probes + [Probe(i, side, self.equal[side][i], equal) for i, side in rows]
 
     def costs(self) -> Costs:
-        """The costs that the results say."""
+        """The costs computed from the results."""
         return costs(self.results())
 
 

@@ -16,19 +16,21 @@ from headfuse.planning.end_loss_probes import divergences
 from headfuse.planning.fused_variants import Costs, Fused, captures_for_refit, with_heads
 
 ERRORS_WORTH = 1000.0
-"""Tokens on which the end loss tells as much of a count as the error of the attention output does: the error is biased,
-the end loss of few tokens is noise (docs/experiments.md)."""
+"""Weight of the output error, in tokens: it is biased but precise, and counts like an end loss measured on this many
+tokens (docs/experiments.md).
+"""
 WIDE_ERRORS_WORTH = 100.0
-"""The same for the widths of wide heads, whose range is larger: errors give the first layer far too much there."""
+"""The weight for the widths of wide heads. Their range is larger, and errors would give the first layer far too much.
+"""
 TINY = 1e-30
 
 
 class ErrorProbes:
-    """Errors of the attention output, made comparable across the sides by the end loss.
+    """Errors of the attention output, scaled by the end loss so that keys and values can be compared.
 
-    The closed form tells apart the layers of one side, but an error of values costs more than one of keys that is as
-    large (docs/experiments.md). So the errors of a side are scaled to add up to the divergence of a model in which that
-    side alone is fused, to equal counts.
+    The error ranks the layers of one side, but an error of values costs more than an equally large error of keys
+    (docs/experiments.md). So the errors of a side are scaled to add up to the divergence of a model in which that side
+    alone is fused, to equal counts.
 
     Args:
         streamed: the source.

@@ -16,41 +16,42 @@ from headfuse.models.streamed import StreamedModel
 from headfuse.plan import Groups
 
 PROBE_COST = 2.0
-"""Price of all probes of the end loss together, in forward passes over the calibration text; it decides how many tokens
-they see."""
+"""Cost of all end-loss probes together, in forward passes over the calibration text; it decides how many tokens they
+see.
+"""
 FAST_PROBE_COST = 0.5
-"""The same in preset `fast`, which measures end losses of wide heads alone."""
+"""This cost in preset `fast`, which measures end losses of wide heads only."""
 WEIGHED = 1 / 16
-"""Tokens that weigh keys against values, over those of the calibration text."""
+"""Share of the calibration tokens that is used to weigh keys against values."""
 PROBE_LENGTH = 128
-"""Tokens of a probe's window: different texts tell more than a long one."""
+"""Tokens in a probe's window: several short texts are more informative than one long text."""
 ROWS_PER_UNKNOWN = 4
-"""Rows of text behind a refit that only tells what a count costs, for each number in a row of the projection."""
+"""Rows of text for a refit that only estimates a cost, per column of the output projection."""
 Costs = dict[tuple[int, Side], dict[int, float]]
-"""Of a layer's side: cost of each measured count."""
+"""Cost of each measured count, for each layer and side."""
 Fused = Mapping[tuple[Side, int], tuple[Reconstruction, Groups]]
 """Maps and groups of each `(side, count)` with fewer heads than the source; of wide heads, with fewer quanta."""
 
 
 def probe_tokens(tokens: float, layers: int, counts: int, cost: float = PROBE_COST) -> int:
-    """How many tokens each of `2 layers counts` probes may see at a price in forward passes; a probe takes half of one
-    on average."""
+    """Tokens that each of `2 * layers * counts` probes may see, at a total cost in forward passes; a probe takes half
+    of one on average."""
     return max(64, int(cost * tokens / max(1, layers * counts)))
 
 
 def weighing_tokens(tokens: int) -> int:
-    """How many tokens the two models see whose end loss weighs keys against values."""
+    """Tokens for the two models whose end losses weigh keys against values."""
     return max(64, int(WEIGHED * tokens))
 
 
 def probe_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The beginnings of as many windows `[k, T]` as `tokens` reach for, longer ones where there are too few."""
+    """Beginnings of windows `[k, T]`, about `tokens` tokens in all; longer ones if there are too few windows."""
     used = min(len(windows), max(1, round(tokens / PROBE_LENGTH)))
     return windows[:used, : tokens // used]
 
 
 def captures_for_refit(captures: Sequence[AttentionCapture], output: torch.Tensor) -> Sequence[AttentionCapture]:
-    """The short windows, and of the others as many as a refit of `output [D, n_q, d]` for a cost needs."""
+    """All start windows, plus enough ordinary windows to refit `output [D, n_q, d]` for a cost."""
     rows, enough = 0, list[AttentionCapture]()
     for capture in captures:
         if capture.weight != 1 or rows < ROWS_PER_UNKNOWN * output[0].numel():
@@ -65,10 +66,10 @@ def with_heads(
     fused: FusedHeads,
     output: torch.Tensor | None = None,
 ) -> Mapping[str, torch.Tensor]:
-    """A source layer's tensors with keys, values or both replaced by what their fused heads give back of them.
+    """A source layer's tensors, with keys, values or both replaced by their reconstruction from fused heads.
 
     They have the source's shapes, so the source's own class computes the fused layer: read maps of keys commute with
-    RoPE. `output [D, n_q, d]` takes the place of the output projection, where it is given.
+    RoPE. `output [D, n_q, d]`, if given, replaces the output projection.
     """
     weights = streamed.attention_weights(tensors)
     for side, (maps, groups) in fused.items():
@@ -79,7 +80,7 @@ def with_heads(
 
 
 def reconstructed(weights: AttentionWeights, side: Side, maps: Reconstruction, groups: Groups) -> AttentionWeights:
-    """A source layer's weights with the heads of one side replaced by what the fused heads give back of them."""
+    """A source layer's weights, with the heads of one side replaced by their reconstruction from fused heads."""
 
     def back(weight: torch.Tensor) -> torch.Tensor:
         return maps.reconstruct(weight.double().mT, groups).mT.float()

@@ -146,11 +146,11 @@ def _improve_pair(cost: PairCost, groups: list[list[int]], a: int, b: int, equal
 
 
 ROUNDING = 1e-9
-"""How far estimated costs can lie from those that are added up, over the cost of both groups."""
+"""Largest rounding error of an estimated cost, relative to the cost of both groups."""
 
 
 def _exchanges(cost: PairCost, left: list[int], right: list[int], equal: bool) -> dict[tuple[int, int | None], float]:
-    """Estimated cost of both groups after head i of the left one went and head j of the right one, or None, came."""
+    """Estimated cost of both groups after exchanging head i of `left` for head j of `right`, or for none."""
 
     def within(head: int, group: list[int]) -> float:
         return sum(cost[head][other] for other in group if other != head)

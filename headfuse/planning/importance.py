@@ -1,6 +1,6 @@
-"""HEAD_IMPORTANCE: what the loss says of every key head and value head of the source (mathematics.md section 8.7).
+"""HEAD_IMPORTANCE: how much the loss depends on each key head and value head (mathematics.md section 8.7).
 
-The published scores of head pruning, so that their budgets can be compared with measured costs of fusing: keeping
+These are the published scores of head pruning, for comparison with measured costs of fusing. Keeping
 `count` heads of a row of the table costs the sum of the least important others.
 """
 
@@ -21,8 +21,9 @@ from headfuse.planning.budget import CostTable
 
 COALITIONS_PER_HEAD, COALITION_COST, MIN_TOKENS = 2, 6.0, 32
 TRUNCATED_SHARE, TRUNCATED_LOSS = 0.25, 2.0
-"""Coalitions lack at most this share of all heads, and count as at most this loss (nats a token) worse: a broken model
-says nothing about its heads."""
+"""Largest share of heads that a coalition lacks, and largest loss increase that counts (nats per token): a broken model
+says nothing about its heads.
+"""
 RIDGE = 1e-3
 
 
@@ -128,7 +129,7 @@ def _without(weights: AttentionWeights, keys: torch.Tensor, values: torch.Tensor
 
 
 def coalition_tokens(windows: torch.Tensor, heads: HeadLayout) -> torch.Tensor:
-    """The beginnings of windows `[k, T]`, so short that all coalitions cost as much as COALITION_COST such texts."""
+    """Beginnings of windows `[k, T]`, so short that all coalitions cost COALITION_COST passes over the text."""
     tokens = int(COALITION_COST * windows.numel() / (COALITIONS_PER_HEAD * heads.total_heads))
     return windows[:, : max(min(MIN_TOKENS, windows.shape[1]), tokens)]
 

@@ -43,13 +43,13 @@ ProgressCallback = Callable[[str, int, int], None]
 SURVEYED = 1 / 3
 """Share of the statistics windows that the survey reads: a quarter of all windows by default."""
 WIDE_PROBE_TOKENS = 96
-"""Tokens below which end losses of widths are not measured: they would be noise beside the errors, at twice the price
+"""Fewest tokens for measuring end losses of widths. Fewer give noise compared with the errors, at twice the cost
 (docs/experiments/wide-heads.md)."""
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What decides a plan, beside the text and the model."""
+    """Options that decide a plan, besides the text and the model."""
 
     rules: BudgetRules
     budget: str
@@ -62,14 +62,14 @@ class PlanOptions:
     grouping: str
     """Name in GROUPERS."""
     end_loss_probes: Literal["few", "all"] | None
+    """Counts whose cost is also measured by the end loss, set by the preset; for wide heads, some always are."""
     probe_cost: float
-    """Price of the end losses in forward passes."""
-    """Of the preset: the counts whose cost is measured by the end loss, too; of wide heads, always some."""
+    """Total cost of the end-loss measurements, in forward passes over the calibration text."""
     seed: int
 
 
 def plan_options(config: FuseConfig) -> PlanOptions:
-    """What the options of `fuse` say about the plan."""
+    """The plan options among the options of `fuse`."""
     layout = LAYOUTS[config.layout]
     return PlanOptions(
         rules=budget_rules(config.budget, layout.shared_partition, layout.one_count, layout.wide),
@@ -104,7 +104,7 @@ def with_possible_width(config: FuseConfig, source: Source) -> FuseConfig:
 
 
 def check_budget(config: FuseConfig, source: Source) -> int:
-    """Channels of the cache that a budget keeps; refuses what cannot work before any heavy step.
+    """Check that the budget can be met, before any heavy work; return the channels of the cache that it keeps.
 
     Raises:
         UnsupportedModelError: when the layout cannot hold this model.
@@ -223,7 +223,7 @@ def _measured_costs(layers: list[LayerSurvey], measured: tuple[tuple[float, Cost
 def _probes(
     streamed: StreamedModel, text: CalibrationText, options: PlanOptions
 ) -> tuple[ErrorProbes] | tuple[ErrorProbes, EndLossProbes]:
-    """Those of the preset, on as many tokens as it can pay for, of text that nothing in the survey is fitted to."""
+    """The preset's measurements, on as many tokens as it can afford; no survey is fitted to their text."""
     heads, equal = streamed.heads, options.rules.allocate("uniform", streamed.heads)
     used, tokens = len(text.part(SURVEYED).statistics), text.statistics.numel()
     unseen = text.statistics[used:] if used < len(text.statistics) else text.statistics
@@ -269,7 +269,7 @@ def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan
 
 
 def plan_of(source: Source, options: PlanOptions, layers: list[LayerPlan]) -> FusionPlan:
-    """The plan of these layers, with where it comes from."""
+    """The plan of these layers, with its provenance."""
     return FusionPlan(
         headfuse_version=headfuse.__version__,
         source=source.identity(),

@@ -1,4 +1,4 @@
-"""Applies a plan that somebody reviewed."""
+"""Applies a reviewed plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[FusionPlan, FuseConfig]:
-    """A plan that somebody reviewed, and the options with what it decides in them: heads, method, layout.
+    """A reviewed plan, and the options updated with what the plan decides: heads, method, layout.
 
     Raises:
         ConfigError: when it is for a model of another shape, or options were given that contradict it.
@@ -62,7 +62,7 @@ def _keeps_the_same(config: FuseConfig, plan: FusionPlan) -> bool:
 
 
 def adopt(plan: FusionPlan, source: Source) -> FusionPlan:
-    """The plan as one of this source; warns where it was measured on other weights of the same shape."""
+    """The plan with this source in it; warns if it was measured on other weights of the same shape."""
     identity = source.identity()
     if plan.source.fingerprint != identity.fingerprint:
         logger.warning("the plan was made on other weights (%s): its groups may not suit these", plan.source.name)

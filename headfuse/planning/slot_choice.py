@@ -1,4 +1,4 @@
-"""Which frequency each rotary slot of a stock model with heads of another width carries: one table for all layers."""
+"""The frequency of each rotary slot in a stock model whose heads have another width: one table for all layers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def slot_energy(moments: KeyMoments, groups: Groups) -> torch.Tensor:
 def slot_table(energy: Sequence[torch.Tensor], slots: int) -> tuple[int, ...]:
     """The planes of one table, in rising order.
 
-    Every plane has as many slots as fill the table evenly; what is left goes to the components that carry the most
-    energy, on average over the layers. A table that follows the energy alone drops fast planes, which carry little
-    energy and the order of the tokens (docs/experiments.md).
+    Slots are divided evenly among the planes. The remainder goes to the components that carry the most energy, on
+    average over the layers. A table chosen by energy alone drops the fast planes, which carry little energy but encode
+    the order of the tokens (docs/experiments.md).
 
     Args:
         energy: of each layer, from `slot_energy`.

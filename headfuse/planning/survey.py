@@ -73,7 +73,7 @@ def _pair_energy(moments: ValueMoments) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class SurveyOptions:
-    """What is measured of every layer."""
+    """What is measured in every layer."""
 
     method: FusionMethod
     grouping: str
@@ -85,7 +85,7 @@ class SurveyOptions:
     costs: bool = False
     """The allocator reads the measured costs of fusing."""
     every_count: bool = False
-    """The cost of every count is measured; else of powers of two, or of those that a shared partition allows."""
+    """Measure the cost of every count; otherwise of powers of two, or of the counts that a shared partition allows."""
     one_width: int | None = None
     """Heads of each layer that have one width of their own; None where they keep the source's."""
 

@@ -1,4 +1,4 @@
-"""Survey of one layer that is to have wide heads: what every width loses, and the maps whose cost is measured."""
+"""Survey of one layer for wide heads: the energy lost at every width, and the maps whose cost is measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headfuse.planning.slot_choice import slot_table
 from headfuse.planning.survey import LayerSurvey, key_energy, key_pair_cost, value_energy, value_pair_cost
 
 LADDER = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Widths whose cost is measured, over all channels of a side; the lost energy tells those between them."""
+"""Widths whose cost is measured, as shares of all channels of a side; between them the lost energy interpolates."""
 
 
 def measured_widths(quanta: int) -> list[int]:
@@ -68,7 +68,7 @@ def survey_wide_layer(
 
 
 def wide_layer_plan(layer_idx: int, surveyed: LayerSurvey, keys: int, values: int, quantum: int) -> LayerPlan:
-    """The plan of a layer that keeps so many quanta of each side; with all of both it is copied."""
+    """The plan of a layer that keeps these quanta of each side; a layer that keeps all of both is copied."""
     full = len(surveyed.key_groups)
     if keys == values == full:
         alone: Groups = tuple((head,) for head in surveyed.key_groups[0][0])
