@@ -1,4 +1,4 @@
-"""LAYOUTS: how a fused model lies on disk, and which runtimes load it."""
+"""LAYOUTS: how a fused model is stored on disk, and which runtimes load it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _with_fewer_heads(weights: AttentionWeights, layer: LayerPlan, plan: FusionP
 
 @dataclass(frozen=True)
 class LayoutFormat:
-    """The config.json of a layout, which families it exists for, how its heads lie, and the runtimes that load it."""
+    """One layout: its config.json, its families, the arrangement of its heads, and the runtimes that load it."""
 
     config: Callable[[dict[str, Any], FusionPlan], dict[str, Any]]
     arrange: Callable[[AttentionWeights, LayerPlan, FusionPlan], AttentionWeights]
@@ -33,7 +33,7 @@ class LayoutFormat:
     stored: Callable[[Architecture], Architecture] = lambda arch: arch
     """Names and order of the attention's tensors in the output, given the source's."""
     sized: Callable[[AttentionWeights, LayerPlan, FusionPlan], AttentionWeights] = _with_fewer_heads
-    """Weights of the shapes that a layer is written with, without content."""
+    """Weights with the shapes that a layer is written with, but without data."""
     free_slots: bool = False
     """Fused key heads may choose which frequencies their rotary slots carry."""
     shared_partition: bool = True

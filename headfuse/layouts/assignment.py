@@ -1,4 +1,4 @@
-"""Exact re-layout (mathematics.md section 11): which stock layer computes what one with free maps does."""
+"""Exact re-layout: the stock layer that computes the same as a layer with free maps (mathematics.md section 11)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HeadAssignment:
 
     @classmethod
     def stock(cls, num_attention_heads: int, num_key_value_heads: int) -> HeadAssignment:
-        """Those of a stock layer."""
+        """The assignment of a stock layer."""
         group = num_attention_heads // num_key_value_heads
         heads = tuple(query // group for query in range(num_attention_heads))
         return cls(heads, heads)
@@ -33,11 +33,11 @@ class HeadAssignment:
 
     @property
     def group(self) -> int:
-        """The most query heads that every KV head of a stock layer can have: equal groups need the gcd."""
+        """Most query heads per KV head in an equivalent stock layer: equal groups need the gcd."""
         return math.gcd(*Counter(self.pairs).values())
 
     def stock_heads(self, group: int) -> StockHeads:
-        """The stock layer with so many query heads to a KV head; `group` divides that of this layer."""
+        """The stock layer with `group` query heads per KV head; `group` divides that of this layer."""
         pairs = self.pairs
         queries = sorted(range(len(pairs)), key=lambda query: (pairs[query], query))
         chunks = [tuple(queries[start : start + group]) for start in range(0, len(queries), group)]
@@ -50,7 +50,7 @@ class HeadAssignment:
 
 @dataclass(frozen=True)
 class StockHeads:
-    """The heads of a stock layer, as the heads of the layer that it was made of."""
+    """The heads of a stock layer, as indices into the layer that it was made from."""
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
@@ -82,7 +82,7 @@ class StockHeads:
 
 
 def common_group(layers: Sequence[HeadAssignment]) -> int:
-    """The most query heads to a KV head that all layers can have: lcm of head counts is gcd of groups."""
+    """Most query heads per KV head that all layers can have: the gcd of their groups."""
     return math.gcd(*(layer.group for layer in layers))
 
 

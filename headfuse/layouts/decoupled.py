@@ -42,7 +42,7 @@ def check(config: Any) -> None:
 
     if config.model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"there is no model code for layout decoupled of model_type {config.model_type!r}",
+            f"layout decoupled has no model code for model_type {config.model_type!r}",
             where="--layout",
             fix=f"choose --layout gqa; decoupled exists for {', '.join(sorted(FAMILIES))}",
         )
@@ -71,5 +71,5 @@ def stored(arch: Architecture) -> Architecture:
 
 
 def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
-    """Nothing to move: the maps are in the config."""
+    """Return the weights unchanged: the maps are in the config."""
     return weights

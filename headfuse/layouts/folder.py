@@ -1,4 +1,4 @@
-"""Opens a model folder of any layout: its heads, the weight of its KV cache, and how its tensors are stored."""
+"""Opens a model folder of any layout: its heads, the size of its KV cache, and how its tensors are stored."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def kv_bytes_per_token(config: PreTrainedConfig, itemsize: int) -> int:
 class ModelFolder:
     """An opened model folder of any layout.
 
-    What only some commands need is read when it is asked for, and then raises HeadfuseError where it is damaged.
+    Parts that only some commands need are read on first use, and raise HeadfuseError then if they are damaged.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class ModelFolder:
 
     @property
     def layout(self) -> Layout:
-        """How its heads lie on the disk."""
+        """The layout of its heads on disk."""
         return layout_of(self.config)
 
     @property
@@ -152,7 +152,7 @@ class ModelFolder:
 
     @property
     def source_heads(self) -> int:
-        """Key heads and value heads of the source, as far as the folder says; else those of multi-head attention."""
+        """Number of key heads and value heads of the source, if the folder says; else that of multi-head attention."""
         if self.plan is not None:
             return self.plan.heads.total_heads
         count = self.heads.num_attention_heads if self.layout == "layerwise" else self.heads.num_key_value_heads
@@ -164,10 +164,10 @@ class ModelFolder:
 
 
 def wide_heads(path: Path) -> UnsupportedModelError:
-    """The refusal of a folder of layout latent where heads of a stock class are needed."""
+    """The error for a folder of layout latent where heads of a stock class are needed."""
     return UnsupportedModelError(
-        "its key heads and value heads are wide (layout latent), and their widths or rotary slots differ by layer, "
-        "by group or by side, which no stock class has",
+        "its key heads and value heads are wide (layout latent), and no stock class has widths or rotary slots "
+        "that differ by layer, by group or by side",
         where=path,
         fix="fuse the source with --layout gqa --head-dim auto (every runtime) or --layout layerwise (vLLM, llama.cpp)",
     )

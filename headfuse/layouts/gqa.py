@@ -39,7 +39,7 @@ def check(config: Any) -> None:
 
 
 def sized(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
-    """Weights of the shapes that a layer of this plan is written with, without content."""
+    """Weights with the shapes that a layer of this plan is written with, but without data."""
     width, count = plan.head_width, len(layer.key_groups)
     if width is None:
         return weights.resized(count, len(layer.value_groups))

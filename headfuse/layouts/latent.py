@@ -42,11 +42,11 @@ def check(config: Any) -> None:
 
     family, reason = FAMILIES.get(config.model_type), None
     if family is None:
-        reason = f"there is no model code for it of model_type {config.model_type!r}"
+        reason = f"it has no model code for model_type {config.model_type!r}"
     elif has_norm(config):
         reason = f"model_type {config.model_type!r} has a norm behind its key projection"
     elif getattr(config, "clip_qkv", None) is not None:
-        reason = f"model_type {config.model_type!r} clamps its keys and values (clip_qkv), and mixed ones are others"
+        reason = f"model_type {config.model_type!r} clamps its keys and values (clip_qkv), which rules out mixing heads"
     if reason is not None:
         raise UnsupportedModelError(
             f"layout latent does not fit: {reason}", where="--layout", fix="choose --layout decoupled"
@@ -54,7 +54,7 @@ def check(config: Any) -> None:
 
 
 def sized(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
-    """Weights of the shapes that a layer of this plan is written with, without content."""
+    """Weights with the shapes that a layer of this plan is written with, but without data."""
     heads = plan.heads
     keys, values, slots = _widths(layer, heads)
 
@@ -79,7 +79,7 @@ def sized(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> Atte
 
 
 def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
-    """An untouched layer gets groups of one head, each of which reads what it caches; the others are as they are."""
+    """Give an untouched layer groups of one head, with the identity as read map; leave other layers unchanged."""
     if not layer.untouched:
         return weights
     heads, order = plan.heads, [group[0] for group in layer.key_groups]

@@ -1,4 +1,4 @@
-"""A model of layout latent as one of layout gqa: the same function, where one width and one slot table allow it."""
+"""Converts layout latent to layout gqa exactly, if all heads have one width and one slot table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`layerwise`: per layer one count for keys and values, as the DeciLM `block_configs` of vLLM and TensorRT-LLM."""
+"""`layerwise`: one head count per layer for keys and values, as the DeciLM `block_configs` of vLLM and TensorRT-LLM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from headfuse.errors import UnsupportedModelError
 from headfuse.plan import FusionPlan
 
 FAMILIES = {"llama": None, "mistral": False, "qwen2": True}
-"""Families that are Llama but for the biases of queries, keys and values; None: as `attention_bias` says."""
+"""Families that equal Llama except for query, key and value biases; None: `attention_bias` decides."""
 KEPT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
     "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id",
@@ -19,7 +19,7 @@ FFN_MULTIPLE = 256
 
 
 def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
-    """A DeciLM config.json, complete, as the defaults of the families differ."""
+    """A complete DeciLM config.json: no value is left to defaults, which differ between families."""
     return layerwise_config(source, plan.head_budget.key_heads)
 
 
@@ -74,7 +74,7 @@ def family_config(layerwise: dict[str, Any]) -> dict[str, Any]:
 def _ffn(intermediate_size: int, hidden_size: int) -> dict[str, Any]:
     """The feed-forward part of a block.
 
-    vLLM takes `ffn_mult` where it is there. TensorRT-LLM and mlx-lm know nothing else, and mlx-lm refuses other keys.
+    vLLM reads `ffn_mult` if present. TensorRT-LLM and mlx-lm read only that key, and mlx-lm refuses other keys.
     """
     ffn: dict[str, Any] = {"no_op": False, "replace_with_linear": False}
     if intermediate_size % FFN_MULTIPLE:
@@ -94,7 +94,7 @@ def check(config: Any) -> None:
     else:
         window = getattr(config, "sliding_window", None)
         if window is not None and window < config.max_position_embeddings:
-            reason = f"its runtimes attend to all tokens, and this model to the last {window}"
+            reason = f"its runtimes attend to all tokens, but this model attends to the last {window} only"
     if reason is not None:
         raise UnsupportedModelError(
             f"layout layerwise does not fit: {reason}", where="--layout", fix="use layout gqa or decoupled"

@@ -15,8 +15,8 @@ from headfuse.plan import Groups, HeadLayout
 def folded(weights: AttentionWeights, groups: Groups, slots: tuple[int, ...], heads: HeadLayout) -> AttentionWeights:
     """The layer as stock attention has it: every query head as wide as the key head of its group, W channels.
 
-    Scores are divided by sqrt(W) where the source divided by sqrt(d), so queries grow by sqrt(W / d), but for families
-    whose config holds the scale.
+    A stock class divides scores by sqrt(W) where the source divides by sqrt(d), so queries are multiplied by sqrt(W /
+    d). Families whose config holds the scale do not need this.
 
     Args:
         weights: with read maps; keys and values of all groups side by side, equally wide.

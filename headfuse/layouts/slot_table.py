@@ -1,7 +1,7 @@
 """One table of rotary frequencies for a whole stock model, as the `longrope` scaling that transformers reads.
 
-`longrope` divides each frequency of the stock order by a factor of its own: a table of any frequencies, repeated ones
-too, is the factors that lead to it, the same for short and long texts.
+`longrope` divides each stock frequency by a factor of its own. So any table of frequencies, with repeats too, can be
+written as such factors, equal for short and long texts.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def check(config: Any) -> None:
     elif has_norm(config):
         reason = f"model_type {config.model_type!r} has a norm behind its key projection"
     elif getattr(config, "clip_qkv", None) is not None:
-        reason = f"model_type {config.model_type!r} clamps its keys and values (clip_qkv), and mixed ones are others"
+        reason = f"model_type {config.model_type!r} clamps its keys and values (clip_qkv), which rules out mixing heads"
     elif kind not in STATIC:
         reason = f"the frequencies of rope_type {kind!r} depend on the length of the text"
     elif frequencies(config)[1] != 1.0:
-        reason = f"rope_type {kind!r} scales queries and keys, which runtimes read differently beside a table"
+        reason = f"rope_type {kind!r} scales queries and keys, and with a table runtimes apply that scale differently"
     if reason is not None:
         raise UnsupportedModelError(
             f"heads of another width do not fit: {reason}", where="--head-dim",
@@ -50,7 +50,7 @@ def check(config: Any) -> None:
 
 
 def frequencies(config: Any) -> tuple[list[float], float]:
-    """Radians per position of every rotary plane `[rotary_dim / 2]` of a model, and what scales its cosines and sines.
+    """Radians per position of each rotary plane `[rotary_dim / 2]`, and the factor on the cosines and sines.
 
     Args:
         config: the transformers config.

@@ -99,7 +99,7 @@ def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 
 
 def _byte_level(spec: dict[str, Any], where: object) -> Keys:
-    """Byte-level BPE: known by the steps of its pre-tokenizer, of which llama.cpp has a list."""
+    """Keys of a byte-level BPE; llama.cpp has a fixed list of pre-tokenizers, recognised here by their steps."""
     steps, model = _steps(spec["pre_tokenizer"], "pretokenizers"), spec["model"]
     normalizers = {step["type"] for step in _steps(spec["normalizer"], "normalizers")} - {"NFC"}  # llama.cpp: none
     if normalizers or any(step.get("add_prefix_space") for step in steps):
@@ -112,11 +112,11 @@ def _byte_level(spec: dict[str, Any], where: object) -> Keys:
         if seen == wanted and whole_words == bool(model.get("ignore_merges")):
             return [("model", "gpt2"), ("pre", name)]
     names = " then ".join(kind for kind, _ in seen) or "none"
-    raise _refusal(f"its pre-tokenizer ({names}) is none that headfuse knows in llama.cpp", where)
+    raise _refusal(f"headfuse knows no counterpart in llama.cpp of its pre-tokenizer ({names})", where)
 
 
 def _sentencepiece(spec: dict[str, Any], where: object) -> Keys:
-    """SentencePiece BPE with byte fallback: merges by the rank of the merged piece."""
+    """Keys of a SentencePiece BPE with byte fallback, which merges by the rank of the merged piece."""
     model, vocab = spec["model"], spec["model"]["vocab"]
     normalizers = _steps(spec["normalizer"], "normalizers")
     steps = _steps(spec["pre_tokenizer"], "pretokenizers")
@@ -132,7 +132,7 @@ def _sentencepiece(spec: dict[str, Any], where: object) -> Keys:
     if not known or not (normalizers or steps):
         raise _refusal("it does not mark spaces as SentencePiece does", where)
     if any(f"<0x{byte:02X}>" not in vocab for byte in range(256)):
-        raise _refusal("it falls back to bytes, and has not all 256 of them", where)
+        raise _refusal("it falls back to bytes, but does not have all 256 of them", where)
     merges = set(_merges(model))
     added = {token["content"] for token in spec["added_tokens"]}
     for piece in vocab:

@@ -39,7 +39,7 @@ PER_LAYER = GGUFArchitecture("deci", True)
 TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
 """Types of the matrices; the number is that of `general.file_type`. Vectors are always f32."""
 QUANT_BLOCK = 32
-"""Numbers of a row that share one scale in q8_0; rows that are no multiple of it stay f16."""
+"""Numbers that share one scale in q8_0; matrices whose rows are no multiple of this stay f16."""
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -158,7 +158,7 @@ def _write_keys(writer: Any, where: object) -> None:
         writer.write_kv_data_to_file()
     except (struct.error, OverflowError, TypeError) as error:
         fix = "restore the model's own config.json and tokenizer"
-        raise CheckpointError(f"holds a number that GGUF cannot ({error})", where=where, fix=fix) from None
+        raise CheckpointError(f"holds a number that GGUF cannot store ({error})", where=where, fix=fix) from None
 
 
 def _rotated(config: PreTrainedConfig, num_key_value_heads: Sequence[int]) -> dict[str, int]:
@@ -241,7 +241,7 @@ def _model_keys(
 def _names(
     gguf: Any, arch: GGUFArchitecture, config: PreTrainedConfig, shapes: Shapes, where: object
 ) -> dict[str, str]:
-    """The name in the file of every tensor that belongs there."""
+    """The name of every tensor in the GGUF file."""
     names_of = gguf.get_tensor_name_map(_arch_enum(gguf, arch.name), config.num_hidden_layers)
     names = dict[str, str]()
     for source in shapes:
