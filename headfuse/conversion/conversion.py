@@ -22,7 +22,7 @@ class Conversion:
     """The source, layer by layer."""
     text: CalibrationText
     folder: Path
-    """Not yet under the output's name."""
+    """The folder in the making; it does not have the output's name yet."""
     on_progress: ProgressCallback
 
 

@@ -97,7 +97,7 @@ def fuse(
 
 @dataclass(frozen=True)
 class _Written:
-    """The weights that lie in the folder, and the NLL of each held-out window with the source's."""
+    """The weights that are in the folder, and the source's NLL on each held-out window."""
 
     plan: FusionPlan
     writer: SafetensorsWriter
@@ -108,7 +108,7 @@ class _Written:
 def _finish(
     conversion: Conversion, written: _Written, config: FuseConfig, output: Path, dtype: str | None
 ) -> FuseResult:
-    """Write what lies beside the weights; return what was reached, under the name that the folder gets."""
+    """Write the files beside the weights; return the result, under the folder's final name."""
     itemsize = next(iter(written.writer.dtypes.values())).itemsize
     kv_bytes = [shape.kv_bytes_per_token(itemsize) for shape in (conversion.source.heads, written.plan)]
     result = FuseResult(output, written.plan, written.stages, written.held_out_before, *kv_bytes)
@@ -131,7 +131,7 @@ def _train(
     options: dict[str, Any],
     trust_remote_code: bool,
 ) -> _Written:
-    """The trained stages of method dha, resumable from their first step on; where nothing is trained, the source."""
+    """Run the trained stages of method dha, resumable from their first step; other methods return the source."""
     source, streamed, text, partial = conversion.source, conversion.streamed, conversion.text, conversion.folder
     if read_resume(partial, "fuse") is None:
         write_resume(partial, "fuse", {"options": options})
@@ -144,7 +144,7 @@ def _train(
 
 
 def _write(conversion: Conversion, plan: FusionPlan, options: dict[str, Any], refinement: Refinement) -> _Written:
-    """Fuse layer after layer, then refine all of them together where that is worth it."""
+    """Fuse layer after layer, then refine all of them together if the preset does so."""
     source, streamed, partial = conversion.source, conversion.streamed, conversion.folder
     writer, done = open_writer(source, streamed, plan, partial, options)
     as_written = LAYOUTS[plan.layout].config(streamed.config.to_dict(), plan)
@@ -191,7 +191,7 @@ def _convert(
 def _fused(
     arch: Architecture, source: SourceLayer, plan: FusionPlan, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
-    """One layer, fused: its tensors as they are to be written, by full name."""
+    """The tensors of one fused layer, by full name."""
     layout, layer, weights = LAYOUTS[plan.layout], plan.layers[source.index], source.weights
     prefix = arch.layer_prefix(source.index) + "."
     with factories_on(weights.query.device):

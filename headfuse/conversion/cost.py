@@ -37,11 +37,11 @@ from headfuse.text.calibration import START_LENGTH, STARTS_PER_WINDOW
 LIBRARIES = 450 * 10**6
 """Bytes that the process takes with its libraries loaded."""
 REFINED = 3.5
-"""Price of a token's refinement within the layers, in forward passes: two of them, and the gradients."""
+"""Cost of refining on one token within the layers, in forward passes: two forward passes, and the gradients."""
 EIGEN, WIDE_EIGEN = 1, 10
 """Work on the groups of all head counts, over [n d, n d] products; on all widths, which take all eigenvectors."""
 EFFICIENCY = 0.6
-"""Share of a matrix product's speed that whole layers reach: SmolLM2-135M on two cores."""
+"""Speed of whole layers relative to that of one matrix product, measured on SmolLM2-135M with two cores."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Cost:
 
 
 def estimate(source: Source, config: FuseConfig, device: str = "auto") -> Cost:
-    """What a conversion takes, at the speed of a matrix product measured here.
+    """Memory and time of a conversion, at the speed of a matrix product measured on this machine.
 
     Args:
         source: the opened source.
@@ -64,12 +64,12 @@ def estimate(source: Source, config: FuseConfig, device: str = "auto") -> Cost:
 
 
 def seconds_at(speed: float, source: Source, config: FuseConfig) -> float:
-    """Time of a conversion where a matrix product makes `speed` floating-point operations a second."""
+    """Seconds that a conversion takes if matrix products run at `speed` floating-point operations per second."""
     return count(source, config)[1] / (EFFICIENCY * speed) + 3 * source.checkpoint.nbytes / 1e9 + 5
 
 
 def count(source: Source, config: FuseConfig) -> tuple[int, float]:
-    """Bytes that convert.py holds at once, and its floating-point operations; those in float64 count twice.
+    """Peak bytes of convert.py, and its floating-point operations; an operation in float64 counts twice.
 
     Args:
         source: the opened source.
@@ -91,7 +91,7 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
 
 
 def on_device(source: Source, device: torch.device, placement: Placement) -> dict[str, Any] | None:
-    """What a conversion places on a device that is not the CPU, and the bytes that this takes there."""
+    """The placement on a device other than the CPU, and the bytes that it takes there."""
     if device.type == "cpu":
         return None
     heads, checkpoint = source.heads, source.checkpoint
@@ -105,7 +105,7 @@ def on_device(source: Source, device: torch.device, placement: Placement) -> dic
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers that the formulas share: tokens, channels, parameters."""
+    """Sizes that the formulas share: tokens, channels, parameters."""
 
     heads: HeadLayout
     vocabulary: int

@@ -110,7 +110,7 @@ def _layer_of(plan: ExportPlan, name: str) -> int | None:
 
 
 def _spec(plan: ExportPlan) -> dict[str, torch.Tensor]:
-    """Every tensor of the output, without content, in the order in which `_tensors` reads them."""
+    """Every tensor of the output, without data, in the order in which `_tensors` reads them."""
     checkpoint = plan.folder.checkpoint
     empty = {n: torch.empty(s, dtype=checkpoint.dtypes[n], device="meta") for n, s in checkpoint.shapes.items()}
     return dict(_arranged(plan, empty.__getitem__))
@@ -132,7 +132,7 @@ def _tensors(plan: ExportPlan, on_progress: Callable[[int, int], None]) -> Itera
 
 
 def _arranged(plan: ExportPlan, read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the output, by name; the attention of a layer comes whole where its first tensor was."""
+    """The tensors of the output, by name; a layer's attention comes as a whole, at the place of its first tensor."""
     folder, seen = plan.folder, set[int]()
     arch, target = folder.arch, architecture_of(folder.heads.model_type)
     owners = {name: _layer_of(plan, name) for name in folder.checkpoint.shapes}

@@ -20,7 +20,7 @@ from headfuse.models.loading import load_tokenizer, names_code
 from headfuse.plan import FusionPlan, LayerPlan
 
 CACHE_BYTES = 2
-"""Bytes of a number in llama.cpp's KV cache, f16 unless the user says otherwise."""
+"""Bytes per number in llama.cpp's KV cache: f16, unless the user chooses another type."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ExportPlan:
 def plan_export(
     model: str, to: Target, *, output: Path | None = None, file_type: str | None = None, trust_remote_code: bool = False
 ) -> ExportPlan:
-    """What `write_export` would write; reads headers alone.
+    """Plan what `write_export` will write; reads headers only.
 
     Raises:
         UnsupportedModelError: where no lossless re-layout exists, or none that is smaller than the source.
@@ -128,7 +128,7 @@ def _check_exportable(folder: ModelFolder, to: Target) -> None:
     written = None if folder.plan is None else folder.plan.written_heads
     if written is not None and any(getattr(written, n) != getattr(folder.heads, n) for n in shape):
         raise CheckpointError(
-            "plan.json is of a model of another shape than config.json",
+            "plan.json and config.json describe models of different shapes",
             where=folder.path,
             fix="restore both as headfuse wrote them",
         )
@@ -144,16 +144,16 @@ def _check_exact(folder: ModelFolder, to: Target, layers: tuple[StockHeads, ...]
         fix += " or --layout layerwise (vLLM, llama.cpp)" * (folder.layout == "decoupled")
         raise UnsupportedModelError(
             f"a stock layer has groups of one size, shared by keys and values; in layer {worst}, sets of "
-            f"{', '.join(map(str, sizes))} query heads read the same pair of key head and value head, so that only "
-            f"{len(layers[worst].keys)} KV heads compute the same"
+            f"{', '.join(map(str, sizes))} query heads read the same pair of key head and value head, so an equal "
+            f"stock layer needs {len(layers[worst].keys)} KV heads"
             + (", and one count for all layers" if to == "gqa" else "")
-            + f": {wanted} heads in all, and the source had {folder.source_heads}",
+            + f": {wanted} heads over all layers, and the source had {folder.source_heads}",
             where=folder.path,
             fix=fix,
         )
     if folder.arch.key_norm == "layer" and any(len(set(Counter(layer.keys).values())) > 1 for layer in layers):
         raise UnsupportedModelError(
-            "its norm is over all key heads of a layer, and some would have to be there more often than others",
+            "its norm runs over all key heads of a layer, and storing some heads more often would change it",
             where=folder.path,
             fix="fuse the source with --layout gqa",
         )

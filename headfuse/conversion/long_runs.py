@@ -1,4 +1,4 @@
-"""What to say before a conversion that will take hours on this machine."""
+"""Advice before a conversion that will take hours on this machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.models.source import Source
 
 LONG = 3600.0
-"""Seconds from which on a run is long."""
+"""Runs of at least this many seconds are long."""
 FEW_SAMPLES = 16
-"""Windows that preset `fast` works with."""
+"""Calibration windows that are enough for preset `fast`."""
 
 
 def advice(source: Source, config: FuseConfig, device: str = "auto") -> str | None:
-    """How long a run of over an hour takes here, and what fits into one, or takes least; None for shorter runs.
+    """Estimated time of a run of over an hour, and options that take less; None for shorter runs.
 
     Args:
         source: the opened source.
@@ -38,14 +38,14 @@ def advice(source: Source, config: FuseConfig, device: str = "auto") -> str | No
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as a person says them."""
+    """A duration in words, in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _cheaper(config: FuseConfig) -> Iterator[tuple[str, FuseConfig]]:
-    """Options that take less, the best result first."""
+    """Options that take less time, those with the best result first."""
     if FUSION_METHODS[config.method].trained:
         return
     order = list(PRESETS)

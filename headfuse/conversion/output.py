@@ -37,7 +37,7 @@ def default_output(source: Source, config: FuseConfig, plan: FusionPlan | None =
 def open_writer(
     source: Source, streamed: StreamedModel, plan: FusionPlan, partial: Path, options: dict[str, Any]
 ) -> tuple[SafetensorsWriter, FinishedLayers]:
-    """Lay out the output files, copy what does not change, and read which layers an earlier run finished."""
+    """Create the output files, copy unchanged tensors, and find the layers that an earlier run finished."""
     state, checkpoint, arch = partial / STATE, streamed.checkpoint, streamed.arch
     dtype = None if options["dtype"] is None else DTYPE_NAMES[options["dtype"]]
     done = layers_done(state / "done.json")

@@ -1,4 +1,4 @@
-"""Every check before the work: the same for a conversion and for its dry run."""
+"""Every check before the work, shared by a conversion and its dry run."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from headfuse.text.calibration import CalibrationText
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a conversion starts from, every part of it checked; `--dry-run` ends here."""
+    """The checked inputs of a conversion; `--dry-run` ends here."""
 
     source: Source
     config: FuseConfig
     plan: FusionPlan | None
-    """As it was reviewed, not yet adopted."""
+    """The reviewed plan as it was read, not yet adopted for this source."""
     kv_channels: int
-    """Numbers that the fused model's cache holds of one token."""
+    """Numbers per token in the fused model's cache."""
     output: Path
     text: CalibrationText
     machine: FusingMachine
     device: torch.device
     options: dict[str, Any]
-    """What an interrupted run must have in common with this one, as far as no weight is read for it."""
+    """What an interrupted run must share with this one, as far as it is known without reading weights."""
 
 
 def prepare(
@@ -56,7 +56,7 @@ def prepare(
     resume: bool = False,
     **options: Any,
 ) -> Prepared:
-    """Every check before the work, the same for a conversion and its dry run; reads headers and text, writes nothing.
+    """Make every check before the work; reads headers and text, and writes nothing.
 
     Args: as of `fuse`.
 
@@ -90,7 +90,7 @@ def prepare(
 
 
 def _written_bytes(source: Source, kv_channels: int, dtype: str | None) -> int:
-    """At least so many bytes are written: those of the source without the channels that go."""
+    """Lower bound of the bytes to write: those of the source without the removed channels."""
     heads, checkpoint = source.heads, source.checkpoint
     fixed = None if dtype is None else DTYPE_NAMES[dtype].itemsize
     whole = sum(math.prod(s) * (fixed or checkpoint.dtypes[name].itemsize) for name, s in checkpoint.shapes.items())

@@ -32,7 +32,8 @@ LEARNING_RATE, FINAL_LEARNING_RATE, WARMUP_STEPS = 1e-3, 0.05, 5
 FULL_RATE_WIDTH = 256
 """Wider models learn at a rate that falls as 1 / hidden_size."""
 WIDE_RATE = 0.5
-"""Wide heads learn at this share of the rate: at the whole one they get worse where little was lost (docs/experiments).
+"""Learning rate of wide heads relative to others: at the full rate they get worse if little was lost
+(docs/experiments).
 """
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 
@@ -68,7 +69,7 @@ class Adam:
             self.weights, self.means, self.squares = zeros(), zeros(), zeros()
 
     def sync(self) -> None:
-        """Bring the weights to the disk."""
+        """Flush the weights to disk."""
         for name, weight in self.weights.items():
             if weight is not self.files[name]:
                 self.files[name].copy_(weight)
@@ -143,9 +144,9 @@ def _shuffled(windows: int, seed: int) -> Iterator[int]:
 
 
 REFINED = Path(STATE, "refined", "nll.json")
-"""Says that the refinement is complete beside it, and what it reached."""
+"""Marks the refinement beside it as complete, and holds the NLL that it reached."""
 NEGLIGIBLE_NLL = 1e-4
-"""NLL in nats; a difference this small is rounding, and training would only add noise to it."""
+"""NLL differences below this (nats) are rounding error; refining would only add noise."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,16 @@ class Refinement:
 
 
 def refines(refinement: Refinement, plan: FusionPlan, held_out: tuple[float, ...], closed_form: Stage) -> bool:
-    """Whether this model is refined: published baselines, and what has lost nothing, stay as they are."""
+    """Whether this model is refined: published baselines, and models that lost nothing, are not."""
     if not refinement.passes or not FUSION_METHODS[plan.method].refits_output:
         return False
     before = average(held_out)
     if before is None or closed_form.nll is None:
         preset = refinement.preset
-        logger.warning("preset %s refines only under the guard of held-out text, and none is held out", preset)
+        logger.warning(
+            "preset %s refines only if held-out text can confirm the gain, and no text is held out: nothing is refined",
+            preset,
+        )
         return False
     return closed_form.nll > before + NEGLIGIBLE_NLL
 
@@ -183,7 +187,7 @@ def refine(
 ) -> list[Stage]:
     """Refine the fused layers together; their weights are written only if the held-out loss falls.
 
-    They are complete in the state folder before the first one is overwritten, so that an interrupted run goes on.
+    All of them are saved in the state folder before the first one is overwritten, so that an interrupted run can go on.
     """
     record = conversion.folder / REFINED
     folder, touched = record.parent, [layer.layer_idx for layer in fused.plan.layers if not layer.untouched]

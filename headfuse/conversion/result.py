@@ -1,4 +1,4 @@
-"""What a conversion wrote and reached."""
+"""The result of a conversion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Stage:
 
     @property
     def nll(self) -> float | None:
-        """The mean; None where no text is held out."""
+        """Mean NLL of the held-out windows; None if no text is held out."""
         return average(self.held_out)
 
 

@@ -1,4 +1,4 @@
-"""What lets an interrupted conversion go on: its plan, and the layers that are written."""
+"""The state that lets an interrupted conversion go on: its plan, and the layers that are written."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FinishedLayers:
 
 
 def text_digest(text: CalibrationText) -> str:
-    """Hash of the tokens: a file of the same name may hold another text when a run goes on."""
+    """Hash of the tokens, because a file of the same name may hold another text when a run is resumed."""
     tokens = torch.cat([text.statistics, text.held_out])
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
@@ -93,7 +93,7 @@ def _plan_of(partial: Path) -> FusionPlan:
 
 
 def layers_done(path: Path) -> list[int] | None:
-    """What an interrupted run finished; None, and everything is done again, where nothing says so."""
+    """The layers that an interrupted run finished; None if there is no record, and then all are done again."""
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
