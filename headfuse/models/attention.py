@@ -14,7 +14,7 @@ from headfuse.plan import HeadLayout
 
 
 def canonical_order(arch: Architecture, heads: HeadLayout) -> list[int] | None:
-    """The channel of a query or key head at each place of the canonical order; None where that is the family's own.
+    """The channel at each place of the canonical order of a query or key head; None if the family has that order.
 
     Canonical: the first channels of all rotary planes, the second ones, then what is not rotated.
     """
@@ -145,7 +145,7 @@ class AttentionWeights:
         return replace(self, **changed)
 
     def resized(self, num_key_heads: int, num_value_heads: int) -> AttentionWeights:
-        """Weights of other head counts, without content."""
+        """Weights for other head counts, without data."""
 
         def empty(tensor: Any, count: int) -> Any:
             return None if tensor is None else tensor.new_empty((count, *tensor.shape[1:]))

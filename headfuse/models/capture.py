@@ -37,7 +37,7 @@ class AttentionCapture:
     sinks: torch.Tensor | None = None
 
     def attend(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Head outputs `[B, n_q, T, d]` with others in the place of the source's keys and values `[B, n_s, T, d]`."""
+        """Head outputs `[B, n_q, T, d]`, computed with the given keys and values `[B, n_s, T, d]`."""
         if self.softcap is not None or self.sinks is not None:
             shares = self.probabilities(key).unflatten(1, (key.shape[1], -1))  # [B, n_s, q, T, T]
             return (shares @ value[:, :, None]).flatten(1, 2)
@@ -66,7 +66,7 @@ class AttentionCapture:
         return self._shares(scores.add_(hidden))  # ten times as fast as filling the scores of all heads
 
     def _shares(self, scores: torch.Tensor) -> torch.Tensor:
-        """The softmax of scores `[B, n_q, T', T]`, without what goes to the sinks."""
+        """The softmax of scores `[B, n_q, T', T]`, without the share that goes to the sinks."""
         if self.sinks is None:
             return scores.softmax(-1)
         sinks = self.sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
@@ -74,7 +74,7 @@ class AttentionCapture:
 
 
 class HostCapture(AttentionCapture):
-    """A capture that the device has no room for: its tensors lie on the host, and travel at every use."""
+    """A capture that does not fit on the device: its tensors stay on the host and are copied at every use."""
 
     def __init__(self, capture: AttentionCapture) -> None:
         moved = {name: getattr(capture, name) for name in ("query", "key", "value", "output", "key_before_norm")}
@@ -106,7 +106,7 @@ def capturing_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA, with a cap of scores or sinks where there are any, that records its inputs and outputs when asked to."""
+    """SDPA that can record its inputs and outputs; it applies score caps and sinks if the model has them."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is None and s_aux is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

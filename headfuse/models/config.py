@@ -17,7 +17,7 @@ from headfuse.errors import CheckpointError, UnsupportedModelError
 from headfuse.models.families import ARCHITECTURES
 
 MAX_LAYERS = 10_000
-"""transformers' configs make lists of so many entries, so a damaged number could fill the memory."""
+"""Largest plausible value: transformers' configs make lists of this length, and a damaged number could fill memory."""
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -68,7 +68,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 
 
 def _check_class(raw: Mapping[str, Any], path: Path) -> None:
-    """Refuse a model with another head than that of a language model; a base model has none, and may do without."""
+    """Refuse a model whose head is not that of a language model; a base model without a head is accepted."""
     names = raw.get("architectures")
     if "vision_config" in raw:
         raise UnsupportedModelError(
@@ -80,14 +80,14 @@ def _check_class(raw: Mapping[str, Any], path: Path) -> None:
     for name in names if isinstance(names, list) else ():
         if isinstance(name, str) and re.search(r"For(?!CausalLM)[A-Z]\w*$|RewardModel$", name):
             raise UnsupportedModelError(
-                f"{name} is not a causal language model: it has another head",
+                f"{name} is not a causal language model: its head is of another kind",
                 where=path,
                 fix="give a causal language model, such as the one that this model was trained from",
             )
 
 
 def raw_config(folder: Path) -> dict[str, Any]:
-    """config.json for an output: without the source's path, and without names of files that the output does not hold.
+    """config.json for an output, without the source's path and without names of files that the output lacks.
 
     What headfuse writes is loaded by transformers' own classes, or by code that comes with headfuse.
     """
@@ -109,7 +109,7 @@ def config_of(raw: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def needs_code(model_type: str, trust_remote_code: bool) -> bool:
-    """Whether a model runs by code of its own: where that is trusted and transformers has no class for the type.
+    """Whether a model runs its own code: if that is trusted, and transformers has no class for the type.
 
     The fused model has transformers' class, so the source is measured by the same.
     """

@@ -83,9 +83,10 @@ class DecoderLayers:
         self.compute_dtype, self.copies = compute_dtype, Copies(device)
         self._computed: dict[int, list[dict[str, torch.Tensor | None]]] = {}
         self.kept: dict[str, torch.Tensor] | None = None
-        """Copies of layers' tensors that stay on the device, by full name; None where none stays."""
+        """Copies of layers' tensors that stay on the device, by full name; None if none stay."""
         self.rotary: nn.Module | None = None
-        """What computes positions where they are not those that come with the hidden states: of heads of other widths.
+        """The module that computes positions, if heads have another width; by default positions come with the hidden
+        states.
         """
         layers = model.config.get_text_config().num_hidden_layers
         self._read = ReadAhead(self._stored, layers, ahead=device.type != "cpu")
@@ -135,7 +136,7 @@ class DecoderLayers:
         }
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor that stays on the device, or as it is stored."""
+        """A tensor: its copy on the device if there is one, else as it is stored."""
         if self.kept is not None and name in self.kept:
             return self.kept[name]
         tensor = self.weights.read(name)
@@ -143,7 +144,7 @@ class DecoderLayers:
         return tensor
 
     def stored(self, layer_idx: int) -> dict[str, torch.Tensor]:
-        """A layer's tensors as they are stored, names relative to the layer: on the host, whatever stays elsewhere."""
+        """A layer's tensors as they are stored, on the host; names relative to the layer."""
         prefix, tensors, kept = self.arch.layer_prefix(layer_idx) + ".", self._read(layer_idx), self.kept or {}
         for name in tensors.keys() & kept.keys():
             self.copies.adopt(tensors[name], kept[name])

@@ -9,9 +9,9 @@ from typing import Literal
 from headfuse.errors import UnsupportedModelError
 
 SINKS = "sinks"
-"""Tensor of an attention beside its projections: the score of a place that every query head may attend to instead."""
+"""Attention tensor besides the projections: the score of an extra place that each query head may attend to."""
 READ_MAPS = ("key_read", "key_read_plain", "value_read")
-"""Tensors of an attention with wide heads, beside its projections."""
+"""Tensors of an attention with wide heads, besides the projections."""
 
 
 @dataclass(frozen=True)
@@ -217,16 +217,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vaultgemma": Architecture(),
 }
 _MLA = "its keys and values are already compressed together (multi-head latent attention)"
-_HYBRID = "some of its layers have no attention but a state or a convolution, and a plan has heads in every layer"
+_HYBRID = "some of its layers have a state or a convolution instead of attention, and a plan needs heads in every layer"
 _SHARED = "some of its layers read the keys and values that another layer cached"
-_OLD = "its attention is outside the interface of transformers, in a form that is not known here"
+_OLD = "its attention does not use the attention interface of transformers, and headfuse does not know its form"
 UNSUPPORTED: dict[str, str] = {
     "headfuse": "is already a model with heads of its own in every layer",
     "headfuse_latent": "is already a model with heads of its own in every layer",
     "nemotron-nas": "is already a model with heads of its own in every layer",
-    "mpt": "its attention has a bias (ALiBi) and projections of a form that is not known here",
+    "mpt": "its attention has a bias (ALiBi), and headfuse does not know the form of its projections",
     "falcon": "its class repeats keys and values for every query head before it caches them, so no cache would shrink",
-    "gpt_bigcode": "it has a single key head and value head, or its layout of fused projections is not known here",
+    "gpt_bigcode": "it has a single key head and value head, or headfuse does not know how its projections are fused",
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,
     "minicpm3": _MLA,
@@ -244,13 +244,13 @@ UNSUPPORTED: dict[str, str] = {
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,
     "recurrent_gemma": _HYBRID,
-    "bitnet": "its weights are trained to have three values, and fused ones have more",
+    "bitnet": "its weights are trained to have three values, and fused weights would have more",
     "codegen": "its one projection of queries, keys and values is interleaved over four shards",
     "diffllama": "it takes the difference of two attentions, whose values are two heads wide",
     "gpt_neo": _OLD,
     "gpt_neox_japanese": _OLD,
     "llama4_text": "its keys have a norm without weights behind RoPE, and its queries a scale by position",
-    "ministral3": "its queries have a scale by position, which the model code does not know",
+    "ministral3": "its queries are scaled by position, which headfuse's model code does not do",
     "nanochat": "its keys have a norm without weights behind RoPE",
     "persimmon": "it has a norm of keys behind one projection of queries, keys and values",
     "xglm": _OLD,
@@ -272,7 +272,7 @@ def architecture_of(model_type: str, where: object = None) -> Architecture:
             raise UnsupportedModelError(
                 UNSUPPORTED[model_type], where=where, fix="fuse the source model at the budget you want"
             )
-        reason = UNSUPPORTED.get(model_type, "nothing is known about where its heads are and how it rotates keys")
+        reason = UNSUPPORTED.get(model_type, "headfuse does not know where its heads are and how it rotates keys")
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not supported: {reason}",
             where=where,

@@ -6,13 +6,14 @@ import ctypes
 from typing import Any
 
 REUSED = 2**23
-"""Bytes of the largest freed blocks that are used again: mapping each anew takes a quarter of a conversion in page
-faults, and larger ones leave gaps that grow with the layers (docs/results/scaling.md)."""
+"""Largest freed block, in bytes, that the heap reuses. Without reuse, page faults take a quarter of a conversion.
+Larger blocks would leave gaps that grow with every layer (docs/results/scaling.md).
+"""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 
 
 def keep_freed_blocks() -> None:
-    """Let the C library use freed blocks again, where it is glibc."""
+    """Let the C library reuse freed blocks, if it is glibc."""
     mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, REUSED)
@@ -20,14 +21,14 @@ def keep_freed_blocks() -> None:
 
 
 def release_freed_blocks() -> None:
-    """Return freed blocks to the system, where the C library is glibc: by gaps the heap would grow with every layer."""
+    """Return freed blocks to the OS, if the C library is glibc; else fragmentation grows the heap with every layer."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 def _glibc(name: str) -> Any:
-    """A function of the C library; None where it has none of this name, or cannot be asked, as on Windows."""
+    """A function of the C library; None if there is no such function, or no way to look it up, as on Windows."""
     try:
         return getattr(ctypes.CDLL(None), name, None)
     except (OSError, TypeError):

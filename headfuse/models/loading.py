@@ -147,12 +147,12 @@ def names_code(folder: Path) -> bool:
 
 
 def unembedded_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[int, str]:
-    """The tokens, by id, that a model with so many rows of embeddings does not embed."""
+    """The tokens, by id, for which a model with this many embedding rows has no embedding."""
     return {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
 
 
 def warn_of_unembedded(beyond: Mapping[int, str], folder: str | Path) -> None:
-    """Warn of such tokens: many fine-tunes add a padding token without a row for it, and work on text without it."""
+    """Warn of tokens without an embedding: many fine-tunes add such a padding token, and work on text without it."""
     if beyond:
         logger.warning(
             "%s: the model does not embed %d of the tokenizer's tokens, such as %r; text without them works",
@@ -173,7 +173,7 @@ def check_tokens(tokens: torch.Tensor, beyond: Mapping[int, str], where: object)
 
 
 def guard_embeddings(model: PreTrainedModel, beyond: Mapping[int, str], folder: str | Path) -> None:
-    """Let a model refuse the tokens `beyond` its embeddings by name, whoever calls it."""
+    """Make a model raise an error that names the token when it gets a token `beyond` its embeddings."""
 
     def check(module: Any, args: tuple[Any, ...]) -> None:
         check_tokens(args[0], beyond, folder)
@@ -194,5 +194,5 @@ def check_context(config: PreTrainedConfig, sequence_length: int, where: str = "
 
 
 def model_name(model: str) -> str:
-    """How an output may name a model: a hub id, as it was given, or a folder's name without its path."""
+    """The name of a model for an output: the hub id as given, or the folder's name without its path."""
     return folder_name(Path(model)) if Path(model).is_dir() else model

@@ -12,7 +12,7 @@ from torch import nn
 from headfuse.models.states import capped
 
 _CHUNK_LOGITS, _CHUNK_TOKENS = 2**22, 256
-"""Logits are computed in chunks of at most so many, or of so few tokens: small blocks of memory are used again."""
+"""Numbers in a chunk of logits, and its fewest tokens: small blocks of memory are reused."""
 _WINDOWS_AT_ONCE = 8
 
 
@@ -25,7 +25,7 @@ def kl_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.T
 
 
 def chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose logits are computed at once."""
+    """Number of tokens whose logits are computed at once."""
     return max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary)
 
 

@@ -1,4 +1,5 @@
-"""The model code beside the weights of `decoupled` and `layerwise` folders: is it the installed one, and a renewal.
+"""The model code beside the weights of `decoupled` and `layerwise` folders: compare it with the installed one, renew
+it.
 
 headfuse loads such folders by its own code; everybody else runs the code in the folder.
 """
@@ -56,18 +57,18 @@ def _version(files: tuple[Path, ...]) -> int:
 
 
 def describe(state: State, folder: Path | str) -> str:
-    """A state in words, with what to do."""
+    """Describe a code state in words, with what to do."""
     renew = f"headfuse export {folder} --refresh"
     return {
-        "current": "its model code is the installed headfuse's",
+        "current": "its model code is that of the installed headfuse",
         "older": f"its model code is older than the installed headfuse's; renew it: {renew}",
-        "other": f"its model code is not the installed headfuse's; renew it: {renew}",
+        "other": f"its model code differs from the installed headfuse's; renew it: {renew}",
         "newer": "its model code is newer than the installed headfuse's; update headfuse",
     }[state]
 
 
 def warn_of_other_code(folder: Path) -> None:
-    """Say once that other programs run other code on this folder than headfuse does."""
+    """Warn once that other programs will run different model code for this folder than headfuse does."""
     state = code_state(folder)
     if state not in (None, "current"):
         _warn_once(f"{folder}: {describe(state, folder)}")

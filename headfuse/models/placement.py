@@ -1,4 +1,4 @@
-"""Where weights, sums and the optimizer of a conversion lie, decided from the memory that the device has.
+"""Where weights, sums and the optimizer of a conversion are kept, decided by the memory of the device.
 
 Layers, hidden states, captures and sums are always on the device, sums in float64 where it has that. What stays there
 between two uses is the placement:
@@ -26,14 +26,13 @@ from headfuse.choices import Placement
 from headfuse.models.families import Architecture
 
 HOST_TOKENS = 512
-"""Tokens that go through a layer at once on a CPU; one window where it is longer."""
+"""Tokens that go through a layer at once on a CPU; a longer window goes alone."""
 DEVICE_TOKENS = 8192
-"""The most on a device: a layer of this many keeps it busy."""
+"""Most tokens that go through a layer at once on a device: this many keep it busy."""
 BATCHES = 8
-"""A text goes through a device in at least so many batches, if it has as many windows: some are fitted to, others are
-measured on."""
+"""Fewest batches of a text on a device, if it has as many windows: some are fitted to, others are measured on."""
 WORK_PER_TOKEN = 256
-"""Bytes of a layer's work on one token, for each channel of the hidden states: MLP, attention, float64."""
+"""Bytes of working memory per token and hidden channel in one layer: MLP, attention, float64."""
 
 
 @cache
@@ -46,7 +45,7 @@ def has_float64(kind: str) -> bool:
 
 
 def exact(device: torch.device) -> torch.device:
-    """Where sums in float64 of what lies on a device are made: there, or on the CPU."""
+    """The device for float64 sums of tensors on `device`: that device, or the CPU if it has no float64."""
     return device if has_float64(device.type) else torch.device("cpu")
 
 
@@ -66,13 +65,13 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def has_room(device: torch.device, size: int) -> bool:
-    """Whether so many bytes can lie on a device beside the work on them: half of what is free there."""
+    """Whether this many bytes fit on a device beside the work on them: in half of the free memory."""
     free = free_bytes(device)
     return free is None or size <= free // 2
 
 
 def batch_tokens(device: torch.device, hidden_size: int) -> int:
-    """Tokens that go through a layer at once: on a device by a quarter of the memory that is free."""
+    """Tokens that go through a layer at once; on a device they may take a quarter of the free memory."""
     free = free_bytes(device)
     if free is None:
         return HOST_TOKENS
@@ -86,7 +85,7 @@ def batch_windows(device: torch.device, windows: int, length: int, tokens: int) 
 
 
 USABLE = 0.85
-"""Share of the free memory that is planned with; the rest is for blocks between those in use."""
+"""Share of the free memory that plans may use; the rest allows for fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class Copies:
         return copy
 
     def adopt(self, tensor: torch.Tensor, copy: torch.Tensor) -> None:
-        """Take a copy that is on the device already for one of this tensor."""
+        """Use a copy that is already on the device as the copy of this tensor."""
         self._made[tensor] = copy
 
     def exact(self, tensor: torch.Tensor) -> torch.Tensor:

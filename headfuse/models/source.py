@@ -95,7 +95,7 @@ class Source:
 
 
 def _check_heads(checkpoint: Checkpoint, heads: HeadLayout) -> None:
-    """Compare layers and heads of config.json with the weights, before anything is planned for them.
+    """Compare the layers and heads of config.json with the weights, before anything is planned.
 
     A wrong count may mean millions of layers, and a budget for them would fill the memory.
     """

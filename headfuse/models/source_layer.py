@@ -1,4 +1,4 @@
-"""One decoder layer of the source: its weights, and what it made of the windows that went through it."""
+"""One decoder layer of the source: its weights, and its outputs for the windows that went through it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CAPTURED = 4
 class SourceLayer:
     """A layer on a walk over the source (`StreamedModel.walk`); its fields are gone when the walk goes on.
 
-    So that one layer is in memory at a time, whoever still names the one before.
+    This keeps one layer in memory at a time, even if the caller still refers to the layer before.
     """
 
     index: int
@@ -39,7 +39,7 @@ class SourceLayer:
     outputs: tuple[HiddenStates, ...]
 
     def release(self) -> None:
-        """Let go of everything."""
+        """Drop all tensors."""
         vars(self).clear()
 
 
@@ -54,7 +54,7 @@ class LoadedLayer:
     """Of the checkpoint, for errors."""
 
     def __call__(self, states: HiddenStates) -> HiddenStates:
-        """What the layer makes of the states.
+        """The layer's output for these states.
 
         Raises:
             CheckpointError: when that is NaN or infinity.
@@ -64,7 +64,7 @@ class LoadedLayer:
         return outputs
 
     def capture(self, states: HiddenStates) -> tuple[HiddenStates, Captures]:
-        """What the layer makes of the states, and what its attention computed, a batch each.
+        """The layer's output for these states, and captures of its attention, one batch each.
 
         Raises:
             CheckpointError: when one of them is NaN or infinity: attention may hide what its scores are not.

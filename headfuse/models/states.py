@@ -85,7 +85,7 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
-    """What a family multiplies its logits by (cohere, granite); the same on the states that the head reads."""
+    """Factor on the logits of a family (cohere, granite); scaling the states that the head reads is equivalent."""
     scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     if getattr(config, "source_config", config).model_type == "hyperclovax":  # granite's name for the inverse
         scale, divisor = divisor, None
@@ -93,7 +93,7 @@ def logit_scale(config: PreTrainedConfig) -> float:
 
 
 def softcap(config: PreTrainedConfig) -> float | None:
-    """What a family bounds its logits by (gemma2): `softcap * tanh(logits / softcap)`."""
+    """Bound on the logits of a family (gemma2): `softcap * tanh(logits / softcap)`."""
     cap: float | None = getattr(config.get_text_config(), "final_logit_softcapping", None)
     return cap
 
@@ -110,7 +110,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def document_positions(batch: torch.Tensor, eos: int) -> torch.Tensor:
-    """The place of every token in its document, `[windows, length]`; EOS is the last token of one.
+    """Position of every token in its document, `[windows, length]`; EOS is the last token of a document.
 
     transformers makes a block-diagonal mask of positions that start anew, in every attention implementation.
     """

@@ -110,7 +110,7 @@ class StreamedModel:
         return HiddenStates(torch.cat([none, *hidden]), positional, recorded, weight)
 
     def _together(self, length: int) -> int:
-        """How many windows of a length go through what is outside the layers at once."""
+        """Number of windows that go at once through the modules outside the layers."""
         return 1 if self.device.type == "cpu" else max(1, self.layers.batch_tokens // length)
 
     def _batches(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -121,7 +121,7 @@ class StreamedModel:
             yield windows[-1:]
 
     def walk(self, statistics: Sequence[HiddenStates], others: Sequence[HiddenStates] = ()) -> Iterator[SourceLayer]:
-        """Every layer in turn, with what it makes of hidden states: those of `statistics` are captured, too.
+        """Every layer in turn, with its outputs for hidden states; attention is captured for those of `statistics`.
 
         Args:
             statistics: inputs of layer 0 whose attention is captured in every layer, one kind of window each.
@@ -169,7 +169,7 @@ class StreamedModel:
                 hook.remove()
 
     def _watch_keys(self, attention: Any) -> Any:
-        """Let an attention keep what its norm of keys gets, `[B, T, n d]`, as `headfuse_key`."""
+        """Let an attention record the input of its key norm, `[B, T, n d]`, as `headfuse_key`."""
 
         def keep(keys: torch.Tensor) -> None:
             attention.headfuse_key = keys
@@ -183,7 +183,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def nll(self, states: HiddenStates, windows: torch.Tensor) -> tuple[float, ...]:
-        """NLL per token of each of `windows [n, T]` given what the last layer made of them."""
+        """NLL per token of each of `windows [n, T]`, given the last layer's output."""
         losses = []
         for state, window in zip(states.hidden, windows.to(self.device), strict=True):
             logits = self._after_layers(self.model, state[None], window[None]).logits[0, :-1]
@@ -191,7 +191,7 @@ class StreamedModel:
         return tuple(torch.stack(losses).tolist()) if losses else ()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the model's head, with its scale and cap, makes of last hidden states `[..., D]`."""
+        """Logits of the model's head, with its scale and cap, for last hidden states `[..., D]`."""
         logits = self.model.get_output_embeddings()(hidden * logit_scale(self.model.config))
         return capped(logits, softcap(self.model.config))
 

@@ -1,4 +1,4 @@
-"""Which stored tensors a model has, by the rules of transformers: names, ties, what it ignores, what it misses."""
+"""The stored tensors of a model, by the rules of transformers: names, ties, ignored and missing tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OTHER_SOURCE = "config.json and the weights do not belong together: restore bot
 WITH_A_SOURCE = ("headfuse", "headfuse_latent")
 """Model types whose config holds that of the source."""
 _NAMED = 3
-"""Tensors that a message names."""
+"""Most tensors that a message names."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ModelWeights:
         return cls(checkpoint, len(same) < len(both), tuple(left_out))
 
     def report(self) -> None:
-        """Log what a user may want to know of the choice, once."""
+        """Log once which tensors are left out or untied."""
         if self.left_out:
             logger.warning(
                 "%s: left out, as transformers does, %d tensor%s that the model of config.json does not have: %s",
@@ -86,8 +86,8 @@ class ModelWeights:
             )  # fmt: skip
         if self.untied:
             logger.warning(
-                "%s: config.json ties the embeddings of output and input, but the file holds two different ones: both"
-                " are used, as by transformers",
+                "%s: config.json ties the output embeddings to the input embeddings, but the file holds two"
+                " different ones: both are used, as in transformers",
                 self.checkpoint.folder.resolve().name,
             )
 
