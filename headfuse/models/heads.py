@@ -59,7 +59,7 @@ def _rotary_dim(config: Any, arch: Architecture, head_dim: int, where: object) -
     rotated = getattr(config, "rotary_dim", None) or int(head_dim * factor)
     if rotated % 2 or not 0 < rotated <= head_dim:
         raise CheckpointError(
-            f"{rotated} channels of a head's {head_dim} are rotated: the number must be even, above 0 and within the head",
+            f"{rotated} rotated channels in a head of {head_dim}: the number must be even, above 0 and no larger",
             where=where,
             fix="restore the model's own config.json",
         )
