@@ -1,4 +1,4 @@
-"""The training loop on accelerate: steps, validations, states from which an interrupted run goes on exactly."""
+"""The training loop on accelerate: steps, validations, and states from which an interrupted run resumes exactly."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from headfuse.training.schedule import divide, learning_rate_at
 
 logger = logging.getLogger(__name__)
 STATE_SECONDS = 900.0
-"""A state is written after so long, too, however many steps the next one is away."""
+"""A state is also written after this many seconds, however many steps remain until the next one."""
 
 
 class Teacher(Protocol):
-    """What the loop asks a teacher for; see `teacher.py`."""
+    """The interface of a teacher; see `teacher.py`."""
 
     head: torch.nn.Module
 
@@ -55,7 +55,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Monitor:
-    """Who hears of a run on the way."""
+    """How a run is observed while it goes on."""
 
     log_every: int = 1
     """Steps between two lines of the log."""
@@ -66,7 +66,7 @@ class Monitor:
 
 
 class TrainingLoop:
-    """Takes the steps of a run that are left.
+    """Takes the remaining steps of a run.
 
     Args:
         run: what was done before, and where states go; its recipe has a batch size and a learning rate.
@@ -97,7 +97,7 @@ class TrainingLoop:
         self.began = self.saved = 0.0
 
     def train(self, monitor: Monitor) -> tuple[nn.Module, float, int]:
-        """Take the steps, and go back to the best state; returns the wrapped objective, seconds, tokens.
+        """Take the remaining steps, then restore the best state; return the wrapped objective, seconds and tokens.
 
         Raises:
             HeadfuseError: when the loss is not finite, or a state cannot be written.
@@ -116,13 +116,18 @@ class TrainingLoop:
             for step in left:
                 self._take(step, next(batches))
                 if run.stopped:
-                    logger.info("step %d of %d: no better validation since step %d", step, self.steps.number, run.best)
+                    logger.info(
+                        "stopping at step %d of %d: no better validation since step %d",
+                        step,
+                        self.steps.number,
+                        run.best,
+                    )
                     break
         seconds = time.monotonic() - self.began
         if monitor.trackers is not None:
             self.accelerator.end_training()
         if run.best and run.best != run.step:
-            logger.info("the best validation was after step %d: going back to it", run.best)
+            logger.info("the best validation was after step %d: restoring its weights", run.best)
             run.load(self.accelerator, run.best)
         self.wrapped.eval()
         return self.wrapped, seconds, (run.step - self.start) * self.steps.tokens
@@ -149,7 +154,7 @@ class TrainingLoop:
         self.validation = run.validations[max(run.validations)] if run.validations else run.figures["nll_before"]
 
     def _take(self, step: int, batch: Batch) -> None:
-        """Take one step, with what is due after it: a line of the log, a validation, a state."""
+        """Take one step, then write a log line, validate and save a state where they are due."""
         steps, last = self.steps, step == self.steps.number
         peak = self.run.recipe.learning_rate
         assert peak is not None
@@ -182,7 +187,7 @@ class TrainingLoop:
             )
 
     def _optimize(self, step: int, batch: Batch, rate: float) -> tuple[float, float, bool]:
-        """Change the weights; returns the loss, the norm of its gradient, and whether a state is due by the clock.
+        """Update the weights; return the loss, the norm of its gradient, and whether a state is due by time.
 
         All three are the same in every process.
         """

@@ -100,7 +100,7 @@ class LossWeights:
 
 
 class Objective(nn.Module):
-    """A model with its training loss; one module, so that all that needs gradients is in what accelerate wraps.
+    """A model with its training loss, in one module, so that accelerate wraps everything that needs gradients.
 
     Args:
         model: the student.
@@ -154,13 +154,15 @@ class Objective(nn.Module):
         return loss
 
     def tie_weights(self) -> None:
-        """Tie the model's weights again, which sharding parts."""
+        """Tie the model's weights again, because sharding separates them."""
         self.model.tie_weights()
 
     def _of_logits(
         self, hidden: torch.Tensor, head: nn.Module, batch: torch.Tensor, teacher: States | None
     ) -> torch.Tensor:
-        """Divergence at every token, cross-entropy at every token that has a next one in the window."""
+        """The loss of logits: divergence at every token, cross-entropy at each token with a next token in its
+        window.
+        """
         windows, length = batch.shape
         (teacher_head,), weights = self._teacher_head, self.weights
         targets = F.pad(batch[:, 1:], (0, 1)).flatten()

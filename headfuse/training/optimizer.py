@@ -15,11 +15,11 @@ from headfuse.models.heads import head_layout
 from headfuse.models.weights import stored_architecture
 
 MATRICES = (torch.nn.Linear, Conv1D)
-"""Modules that autocast runs in its own dtype, whatever that of their weights is."""
+"""Modules that autocast runs in its own dtype, regardless of the dtype of their weights."""
 
 
 def prepare_training(student: PreTrainedModel, recipe: UptrainConfig) -> Callable[[], None]:
-    """Choose the weights that are trained; returns what folds adapters into the weights at the end.
+    """Choose the trained weights; return a function that merges adapters into them at the end.
 
     Frozen matrices keep the dtype that they were loaded in; all else is float32, the states between layers too.
     """
@@ -64,7 +64,7 @@ def _widen(student: PreTrainedModel) -> None:
 
 
 def make_optimizer(model: PreTrainedModel, recipe: UptrainConfig, sharded: bool = False) -> torch.optim.Optimizer:
-    """AdamW over all trained weights; keys and values have a rate of their own, in packed projections by rows.
+    """AdamW over all trained weights; keys and values have their own rate, applied by rows in packed projections.
 
     Raises:
         ConfigError: for packed projections that are sharded.
@@ -79,7 +79,11 @@ def make_optimizer(model: PreTrainedModel, recipe: UptrainConfig, sharded: bool 
     if arch.packed and rate != 1:
         if sharded:
             fix = "give a recipe with fused_learning_rate: 1, or fuse the source with --layout decoupled"
-            raise ConfigError(f"rows of a sharded {arch.packed} have one rate", where="fused_learning_rate", fix=fix)
+            raise ConfigError(
+                f"a sharded {arch.packed} can have only one learning rate",
+                where="fused_learning_rate",
+                fix=fix,
+            )
         heads, packed = head_layout(model.config), list[tuple[torch.Tensor, int, torch.Tensor]]()
         for name, parameter in named:
             if f".{arch.packed}." in name and ".lora_A." not in name:  # what an adapter reads is not of any head

@@ -37,7 +37,7 @@ def default_output(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def shared_folder(accelerator: Accelerator, output: Path, **options: Any) -> Iterator[Path]:
-    """The folder in which the main process makes the output, and from which the others read states."""
+    """The folder in which the main process builds the output, and from which other processes read states."""
     if accelerator.is_main_process:
         with output_folder(output, **options) as making:
             accelerator.wait_for_everyone()
@@ -55,7 +55,7 @@ def write_trained(
     result: UptrainResult,
     machine: TrainingMachine,
 ) -> None:
-    """Write the trained weights with names and files as in the model that was trained, and what belongs beside them.
+    """Write the trained weights, with the names and files of the model that was trained, and the files beside them.
 
     Args:
         partial: the folder in the making.

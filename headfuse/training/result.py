@@ -1,4 +1,4 @@
-"""What `uptrain` gives back."""
+"""The result of `uptrain`."""
 
 from __future__ import annotations
 

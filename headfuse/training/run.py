@@ -39,7 +39,7 @@ class RunLog:
             stream.write(json.dumps(record) + "\n")
 
     def keep(self, wanted: Callable[[int, dict[str, Any]], bool]) -> None:
-        """Drop the lines that the state does not hold: `wanted` gets a line's number, from 0, and its record."""
+        """Keep the lines that `wanted` accepts, given a line's number from 0 and its record."""
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         kept = []
         for number, line in enumerate(lines):
@@ -51,7 +51,7 @@ class RunLog:
 
 @contextlib.contextmanager
 def saving(unfinished: Path, folder: Path, what: str, kept: str = "") -> Iterator[None]:
-    """Write a state under the name `unfinished`, which goes away where the disk is full.
+    """Write a state under the name `unfinished`, which is removed if the disk is full.
 
     Raises:
         OutputError: that `what` cannot be written, and what is `kept`.
@@ -68,7 +68,7 @@ def saving(unfinished: Path, folder: Path, what: str, kept: str = "") -> Iterato
 
 
 class Run:
-    """An output in the making: its log, and the states from which an interrupted run goes on.
+    """An output in the making: its log, and the states from which an interrupted run resumes.
 
     A state is a folder `state/step-N` that gets its name when it is complete; resume.json, replaced in one step, says
     which one counts, and which one is the best. With several processes the first one writes, and all read.
@@ -166,7 +166,7 @@ class Run:
         accelerator.wait_for_everyone()
 
     def validated(self, step: int, nll: float) -> None:
-        """Note a validation; it may be the best, or one too many without a better one."""
+        """Record a validation: it may be the best one, or exceed the patience."""
         self.validations[step] = nll
         if not self.best or nll < self.validations[self.best]:
             self.best = step
@@ -183,5 +183,5 @@ class Run:
             self._log.add(event=event, **values)
 
     def _logged(self, number: int, record: dict[str, Any]) -> bool:
-        """Whether the state holds what a line of the log tells."""
+        """Whether a line of the log describes something that the state includes."""
         return self.step > 0 and (record["event"] == "start" or record.get("step", self.step + 1) <= self.step)

@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from headfuse.config.uptrain import UptrainConfig
 
 LEARNING_RATES = ((50e6, 2e-4), (1e9, 1e-4), (math.inf, 2e-5))
-"""Default peak learning rates: (below so many parameters, rate). The first was measured on a model of 6 M."""
+"""Default peak learning rates, as (fewer parameters than this, rate). The first was measured on a 6M model."""
 LORA_LEARNING_RATES = 4.0
-"""Default of adapters, as a multiple: they start at zero and need larger steps."""
+"""Factor on the default rate for adapters: they start at zero and need larger steps."""
 
 
 def default_batch_size(tokens: int, tokens_per_window: int) -> int:
-    """Windows in a batch: 8, or fewer to take 500 steps; with few tokens, more steps recover more."""
+    """Windows in a batch: 8, or fewer so that there are 500 steps; with few tokens, more steps recover more."""
     return max(1, min(8, tokens // (500 * max(1, tokens_per_window))))
 
 
 def num_steps(tokens: int, tokens_per_step: int) -> int:
-    """Optimizer steps: the number whose tokens come nearest, at least one."""
+    """Number of optimizer steps: the one that comes nearest to the tokens, at least one."""
     return max(1, round(tokens / tokens_per_step))
 
 
 def default_checkpoint_every(steps: int, windows_per_step: int, validation_windows: int) -> int:
-    """Steps between two validations: ten of them, fewer where they would take more than a tenth of the time.
+    """Steps between validations: ten validations, or fewer if they would take more than a tenth of the time.
 
     A window takes about four forward passes to train on (teacher, forward, backward) and one to validate on.
     """
@@ -76,6 +76,6 @@ def learning_rate_at(step: int, steps: int, recipe: UptrainConfig) -> float:
 
 
 def default_learning_rate(parameters: float, train: str = "all") -> float:
-    """The peak learning rate for a model of so many parameters."""
+    """The peak learning rate for a model with this many parameters."""
     rate = next(rate for limit, rate in LEARNING_RATES if parameters < limit)
     return rate * (LORA_LEARNING_RATES if train == "lora" else 1.0)

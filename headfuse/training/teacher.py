@@ -48,7 +48,7 @@ class LiveTeacher:
 
 
 def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str]:
-    """The teacher's folder and name: what was asked for, else the source of the plan, known by its content.
+    """The teacher's folder and name: the given one, else the plan's source, identified by its content.
 
     Raises:
         ConfigError: when there is none.
@@ -58,7 +58,7 @@ def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str]:
         if (folder / "plan.json").exists():
             source = read_plan(folder).source
             if fingerprint(chosen) != source.fingerprint:
-                logger.warning("the teacher %s is not the source that plan.json names, %s", name, source.name)
+                logger.warning("the teacher %s is not the source named in plan.json, %s", name, source.name)
         return chosen, name
     if not (folder / "plan.json").exists():
         fix = "give the source model with --teacher, or train without one with --loss ce"
@@ -81,7 +81,7 @@ def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str]:
             tried.append(error.what)
     reason = "; ".join(tried) or "no such folder beside it or in the working directory"
     raise ConfigError(
-        f"its source {source.name}, the teacher, was not found ({reason})",
+        f"the teacher was not found: it is the source {source.name} ({reason})",
         where=folder,
         fix="give the source model with --teacher, or train without one with --loss ce",
     )
@@ -90,7 +90,9 @@ def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str]:
 def check_teacher(
     folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: bool, trust_remote_code: bool
 ) -> None:
-    """Raise ConfigError for a teacher whose states, `layers` those of its layers too, the student cannot learn from."""
+    """Raise ConfigError for a teacher that the student cannot learn from; `layers`: also from the states of its
+    layers.
+    """
     fix = "give the model that this one was fused from"
     if load_tokenizer(folder, trust_remote_code).get_vocab() != tokenizer.get_vocab():
         raise ConfigError("the teacher has another tokenizer", where=folder, fix=fix)
@@ -108,7 +110,7 @@ def check_teacher(
 
 
 def computing_dtype(folder: Path, device: str) -> str:
-    """The dtype in which `load_model` computes on a device, where none is asked for."""
+    """The default dtype in which `load_model` computes on a device."""
     if device == "cpu":
         return "float32"
     stored = set(Checkpoint(folder).dtypes.values())
@@ -122,5 +124,5 @@ def check_head(model: PreTrainedModel, folder: Path) -> None:
     logits = capped(model.get_output_embeddings()(model_states(model, batch).last), softcap(model.config))
     if not torch.allclose(model(batch).logits, logits, rtol=1e-3):
         raise UnsupportedModelError(
-            "makes logits in a way that uptrain does not know", where=folder, fix="choose another model"
+            "computes its logits in a way that uptrain does not support", where=folder, fix="choose another model"
         )

@@ -28,7 +28,7 @@ CACHE, WINDOWS, HIDDEN, HEAD = "cache.json", "windows.bin", "hidden.bin", "head.
 
 
 class CachedTeacher:
-    """What a teacher's head reads, on a disk: exact, in the dtype it was computed in, and without the teacher.
+    """A teacher's last hidden states, stored on disk: exact, in their computed dtype, without the teacher in memory.
 
     Logits would take vocabulary / hidden_size times the space, and the largest of them alone are not the distribution.
     Rows are the windows of validation, then those of the training stream in their order, each kept with its tokens;
@@ -98,7 +98,7 @@ class CachedTeacher:
         self.head = head.to(self.device)
 
     def states(self, batch: torch.Tensor, place: int | None, layers: bool = False) -> States:
-        """The states of the training windows from number `place` on, or of windows of validation."""
+        """The states of training windows from index `place` on, or of validation windows."""
         if place is None:
             rows = [int((self.validation == window).all(dim=1).nonzero()[0]) for window in batch.cpu()]
         else:

@@ -49,11 +49,11 @@ __all__ = ["Progress", "UptrainResult", "default_output", "uptrain"]
 
 @dataclass(frozen=True)
 class _Job:
-    """A run that was checked: what it reads, where it writes, and how."""
+    """A checked run: what it reads, where it writes, and how."""
 
     model: ModelFolder
     plan: FusionPlan | None
-    """It goes with the output; read here, so that a damaged one is refused before the training, not after it."""
+    """Copied to the output; read here so that a damaged file is refused before the training."""
     teacher: Path | None
     teacher_name: str | None
     output: Path
@@ -132,7 +132,7 @@ def _check(
     if machine.teacher_cache is not None and (config.hidden or config.layerwise):
         fix = "leave `hidden` and `layerwise` at 0, or leave the cache out"
         raise ConfigError(
-            "holds the teacher's last states alone, not those of its layers", where="--teacher-cache", fix=fix
+            "holds only the teacher's last hidden states, not those of its layers", where="--teacher-cache", fix=fix
         )
     folder = open_folder(model, machine.trust_remote_code)
     output = output or default_output(folder.path)
@@ -159,7 +159,7 @@ def _check(
 
 
 def _check_step(recipe: UptrainConfig, accelerator: Accelerator) -> None:
-    """Refuse a step that no number of steps comes near `tokens` with: one slip in a figure would fill the memory."""
+    """Refuse a step much larger than `tokens`: one mistyped number would fill the memory."""
     step = windows_per_step(recipe, accelerator.num_processes) * recipe.sequence_length
     if step > 2 * recipe.tokens:
         raise ConfigError(
@@ -174,7 +174,7 @@ def _check_step(recipe: UptrainConfig, accelerator: Accelerator) -> None:
 def _train(
     job: _Job, run: Run, on_progress: Callable[[Progress], None] | None
 ) -> tuple[UptrainResult, dict[str, torch.Tensor]]:
-    """Load what is trained, train it, and say what came of it; returns the trained weights as well."""
+    """Load and train the model; return the result and the trained weights."""
     machine, accelerator = job.machine, job.accelerator
     tokenizer = load_tokenizer(job.folder, machine.trust_remote_code)
     text = TrainingText(
@@ -248,7 +248,7 @@ def _load_teacher(
 def _make_teacher(
     job: _Job, recipe: UptrainConfig, student: PreTrainedModel, tokenizer: Any, text: TrainingText, eos: int | None
 ) -> LiveTeacher | CachedTeacher | None:
-    """The teacher that the loss needs: in memory, or its states in the cache, which is filled where it is not."""
+    """The teacher that the loss needs: in memory, or as cached states, computed now if they are missing."""
     folder, machine, accelerator = job.teacher, job.machine, job.accelerator
     if folder is None:
         return None
@@ -274,6 +274,6 @@ def _first_windows(text: TrainingText, size: int, batches: int) -> Iterator[torc
 
 
 def _flat(recipe: UptrainConfig) -> dict[str, Any]:
-    """The recipe as trackers keep it."""
+    """The recipe in the form that trackers store."""
     options = recipe.named()
     return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in options.items()}

@@ -292,4 +292,4 @@ def test_a_teacher_that_is_not_the_source_is_said(
     run(*line, "--teacher", folder / "model", "-o", tmp_path / "same")
     assert "is not the source" not in caplog.text
     run(*line, "--teacher", other, "-o", tmp_path / "out")
-    assert "the teacher other is not the source that plan.json names, model" in caplog.text
+    assert "the teacher other is not the source named in plan.json, model" in caplog.text

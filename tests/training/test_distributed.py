@@ -110,7 +110,7 @@ def test_sharded_gradients_are_those_of_one_process(source: Path, fused: Path) -
 @pytest.mark.parametrize(
     ("model_type", "options", "message"),
     [
-        ("phi3", {}, "fused_learning_rate: rows of a sharded qkv_proj have one rate"),
+        ("phi3", {}, "fused_learning_rate: a sharded qkv_proj can have only one learning rate"),
         ("llama", {"train": "lora"}, "train: lora: adapters cannot be merged into sharded weights"),
     ],
 )

@@ -34,7 +34,7 @@ def test_cached_teacher_is_the_live_one(
         assert a == pytest.approx(b, abs=1e-4)
     train(fused, data, output=tmp_path / "third", teacher_cache=cache, **options, seed=1)  # another order
     assert loaded == [fused, fused, tmp_path / "source"]
-    with pytest.raises(ConfigError, match="last states alone"):
+    with pytest.raises(ConfigError, match="only the teacher's last hidden states"):
         train(fused, data, output=tmp_path / "fourth", teacher_cache=cache, hidden=0.1)
     with pytest.raises(OutputError, match="is not a cache"):
         train(fused, data, output=tmp_path / "fourth", teacher_cache=fused)
