@@ -1,6 +1,6 @@
-"""How far a model's next-token distributions are from its baseline's, per domain of the text and per position.
+"""Difference between a model's next-token distributions and its baseline's, per domain of the text and per position.
 
-An average over a text hides what happens to one kind of it, or to the far end of a context.
+An average over all text would hide a loss in one domain, or at the end of a long context.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PartAgreement:
 
 @dataclass(frozen=True)
 class Agreement:
-    """All predictions, then by the documents' field `source` (where they have one), then by position in the window."""
+    """Figures of all predictions, by the documents' field `source` (if present), and by position in the window."""
 
     overall: PartAgreement
     domains: list[PartAgreement]

@@ -1,4 +1,4 @@
-"""What a model and its KV cache weigh, and what fits into a given memory."""
+"""Bytes of a model and of its KV cache, and what fits into a given memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMULA = "weight bytes + batch x context x KV bytes per token <= memory; activa
 class Fit:
     """What fits beside the weights: `longest_context` for one sequence, `largest_batch` of sequences of `context`.
 
-    `longest_context` is what memory holds; `max_context` is what the model was made for, None where it does not say.
+    `longest_context` is what memory holds. `max_context` is the model's own limit, None if its config names none.
     """
 
     memory_bytes: int
@@ -30,7 +30,7 @@ class Fit:
 
 
 def fit(memory_bytes: int, weight_bytes: int, kv_bytes: int, context: int, max_context: int | None) -> Fit:
-    """What fits by `FORMULA`.
+    """The longest context and the largest batch that fit by `FORMULA`.
 
     Raises:
         ConfigError: where the weights alone do not fit.
@@ -38,7 +38,7 @@ def fit(memory_bytes: int, weight_bytes: int, kv_bytes: int, context: int, max_c
     room = memory_bytes - weight_bytes
     if room < 0:
         raise ConfigError(
-            f"{memory_bytes:,} bytes do not hold the weights of {weight_bytes:,}",
+            f"{memory_bytes:,} bytes are too few for {weight_bytes:,} bytes of weights",
             where="--memory",
             fix="give the memory of one device that holds the whole model",
         )

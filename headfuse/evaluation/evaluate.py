@@ -1,4 +1,4 @@
-"""What a model predicts and what its KV cache weighs, alone or against a baseline: every figure of `headfuse eval`."""
+"""Every figure of `headfuse eval`: a model's predictions and the size of its KV cache, alone or against a baseline."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Model:
-    """A model that is to be measured; `name` is how the result may name it."""
+    """A model to be measured; `name` is its name in the result."""
 
     name: str
     opened: ModelFolder
@@ -69,7 +69,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class _Measured:
-    """One model's figures, and what is compared with the other's in pairs."""
+    """One model's figures, and the values that are compared in pairs with the other model's."""
 
     figures: ModelFigures
     predictions: Predictions
@@ -184,7 +184,7 @@ def _check(config: EvalConfig) -> None:
 
 
 def _open(names: list[str], config: EvalConfig, machine: Machine) -> list[_Model]:
-    """The models' folders and tokenizers, once their configs were found to hold the windows."""
+    """The models' folders and tokenizers, after a check that their contexts are long enough for the windows."""
     folders = [open_folder(name, machine.trust_remote_code, any_family=True) for name in names]
     for folder in folders:
         check_context(folder.config, config.sequence_length)
@@ -246,7 +246,7 @@ def _measure(
     machine: Machine,
     cache_dtype: CacheDtype | None,
 ) -> _Measured:
-    """Load a model and measure it; it leaves the memory with this function."""
+    """Load and measure a model; its memory is freed when this function returns."""
     loaded = _load(model, machine)
     caches = None if cache_dtype is None else QuantisedCaches(loaded, cache_dtype)
     guard_embeddings(loaded, model.beyond, model.folder)

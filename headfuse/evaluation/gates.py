@@ -50,7 +50,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What a gate came to; `value` and `threshold` are None where a figure is missing, which fails.
+    """The verdict of a gate; `value` and `threshold` are None if a figure is missing, and then the gate fails.
 
     `stderr` is the standard error of value minus threshold: against a multiple of the baseline, that of the paired
     differences. `samples` counts `unit`.
@@ -80,7 +80,7 @@ class GateResult:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A figure that a gate can read: of the model, of the baseline where it has one, and their errors."""
+    """A figure that a gate can read: the model's, the baseline's if there is one, and their standard errors."""
 
     value: float | None
     stderr: float | None
@@ -92,7 +92,7 @@ class _Figure:
 
 
 def read_gates(text: str, known: Sequence[str] | None = None) -> list[Gate]:
-    """Gates from `--gate`: a YAML file, the name of a packaged one (`ci-gate`), or the gates themselves.
+    """Read gates from the value of `--gate`: a YAML file, the name of a packaged one (`ci-gate`), or gates as text.
 
     Args:
         text: the option's text.

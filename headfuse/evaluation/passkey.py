@@ -23,7 +23,7 @@ _QUESTION = "\nWhat is the pass key? The pass key is"
 
 @dataclass(frozen=True)
 class Retrieval:
-    """One prompt: `found` when the greedy answer is the key, and the NLL of the key's tokens, which tells more."""
+    """One prompt: `found` if the greedy answer is the key, and the NLL of the key's tokens, a finer measure."""
 
     length: int
     found: bool
@@ -55,7 +55,7 @@ def passkey_prompts(
         room = length - len(intro) - len(fact) - len(question) - len(answer)
         if room < 0:
             raise ConfigError(
-                f"{length} tokens do not hold the {length - room} of the test without any filler",
+                f"{length} tokens are too few: the test needs {length - room} without any filler",
                 where="--passkey",
                 fix=f"give {length - room} or more",
             )

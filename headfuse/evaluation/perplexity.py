@@ -87,7 +87,7 @@ def nll_protocol(text: EvaluationText, stride: int, *, shuffled: bool = False) -
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model's head reads for each prediction, in memory that no vocabulary enters, and the head.
+    """The hidden states that a model's head reads for each prediction, and the head: much smaller than logits.
 
     `states` is `[windows, predictions, hidden_size]`, on the CPU.
     """

@@ -1,4 +1,4 @@
-"""What `evaluate` gives back."""
+"""The result of `evaluate`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ModelFigures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against its baseline: `kv_ratio` and `ppl_ratio` are model over baseline, `nll_gap` model minus baseline.
+    """A model against its baseline: `kv_ratio` and `ppl_ratio` are model / baseline, `nll_gap` is model - baseline.
 
     The standard error of the gap is that of the paired differences, window by window.
     """

@@ -1,4 +1,4 @@
-"""Decode speed of a model against its baseline: the same prompt, in turn, so that a busy machine slows both."""
+"""Decode speed of a model against its baseline, measured in turn on one prompt, so that a busy machine slows both."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DecodeSpeed:
 def decode_speed(
     model: PreTrainedModel, baseline: PreTrainedModel, prompt: torch.Tensor, new_tokens: int = 16, rounds: int = 5
 ) -> DecodeSpeed:
-    """Measure both in turn, `rounds` times after a warm-up; the prompt's own pass is not counted.
+    """Measure both models in turn, `rounds` times after a warm-up; prefill is not counted.
 
     Args:
         model: one model.

@@ -1,4 +1,4 @@
-"""Tasks through lm-evaluation-harness, question by question, so that two models can be compared in pairs."""
+"""Runs tasks of lm-evaluation-harness and keeps the score of each question, so that models are compared in pairs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Harness:
         return results
 
     def _in_order(self, scores: Scores) -> list[tuple[tuple[str, str], Mapping[int, float]]]:
-        """The scores task by task, a task's metrics as its file has them."""
+        """The scores by task; each task's metrics in the order of its file."""
         tasks = list(dict.fromkeys(task for task, _ in scores))
 
         def place(key: tuple[str, str]) -> tuple[int, int]:
@@ -126,7 +126,7 @@ class Harness:
 
 
 def _named(metric: str, score: float) -> tuple[str, float]:
-    """A question's score and what it is: what the harness takes a perplexity of is a log-likelihood."""
+    """A question's score and its name; where the harness computes a perplexity, the score is a log-likelihood."""
     return ("nll", -score) if metric == "perplexity" else (metric, score)
 
 
@@ -177,7 +177,7 @@ def _load_tasks(names: Sequence[str], folders: Sequence[str]) -> dict[str, Any]:
 
 
 def _without_tags(names: Sequence[str], index: Mapping[str, Any]) -> list[str]:
-    """The names, with the tasks of a tag in its place: each has its own folder of data files."""
+    """The names, with each tag replaced by its tasks, because each task has its own folder of data files."""
     found = [member for name in names for member in (sorted(index[name].tags) if _is_tag(index[name]) else [name])]
     return list(dict.fromkeys(found))
 
@@ -188,7 +188,7 @@ def _is_tag(entry: Any) -> bool:
 
 @contextlib.contextmanager
 def _working_folder(folder: str | None) -> Iterator[None]:
-    """Relative data files of a task are those of its folder; datasets reads them from the working directory."""
+    """Run in the folder of a task, because `datasets` looks for relative data files in the working directory."""
     before = Path.cwd()
     if folder is not None:
         os.chdir(folder)
@@ -200,7 +200,7 @@ def _working_folder(folder: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _calm() -> Iterator[None]:
-    """The harness's bars, its notes and those of the programs it calls stay out of the way of the result."""
+    """Hide progress bars and messages of the harness, and of the programs that it calls."""
     logger, level, stderr = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level, os.dup(2)
     logger.setLevel(logging.ERROR)
     try:

@@ -120,7 +120,7 @@ def test_memory(folder: Path) -> None:
     room = 10**6 - document["model"]["weight_bytes"]
     assert (fits["longest_context"], fits["largest_batch"]) == (room // kv, room // (kv * 32))
     assert "weight bytes" in document["memory_formula"]
-    assert "do not hold the weights" in evaluate(folder, "--memory", "1KB", code=1)["error"]["what"]
+    assert "are too few for" in evaluate(folder, "--memory", "1KB", code=1)["error"]["what"]
     assert [parse_memory(t) for t in ("24GB", "16 GiB", "1.5k", "7")] == [24 * 10**9, 16 * 2**30, 1500, 7]
     for bad in ("", "GB", "-1GB", "0", "4XB"):
         with pytest.raises(ValueError, match="is not a size"):
