@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 class ReadAhead(Generic[Item]):
-    """Reads items by number, the next one by a thread while this one is used.
+    """Reads items by number; a thread reads the next item while this one is used.
 
     Args:
         read: what gives an item; its errors appear where the item is asked for.
@@ -25,7 +25,7 @@ class ReadAhead(Generic[Item]):
         self._next: tuple[int, Future[Item]] | None = None
 
     def __call__(self, index: int) -> Item:
-        """The item, and the one behind it on its way."""
+        """Return the item, and start to read the next one."""
         if self._pool is None:
             return self.read(index)
         known, self._next = self._next, None
@@ -36,7 +36,7 @@ class ReadAhead(Generic[Item]):
 
 
 class InTurn:
-    """Runs one piece of work at a time, in a thread where that is wanted: the next one waits for the one before.
+    """Runs pieces of work one after another, optionally in a thread.
 
     Args:
         thread: use one; else work is done when it is given.
@@ -60,7 +60,7 @@ class InTurn:
                 self._pool.shutdown(wait=True)
 
     def __call__(self, work: Callable[[], None]) -> None:
-        """Do the work, after the one before; the errors of that one appear here."""
+        """Do the work after the previous piece; errors of the previous piece are raised here."""
         self.wait()
         if self._pool is None:
             work()

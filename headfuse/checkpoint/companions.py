@@ -1,4 +1,4 @@
-"""Which files of a model folder go with the model: one list, for what is copied and for what is downloaded."""
+"""Which files of a model folder belong to the model besides weights: one list, for copying and for downloading."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ COMPANION_FOLDERS: dict[str, tuple[str, ...]] = {
 FUSE_OPTIONS = "headfuse.yaml"
 TRAIN_LOG = "train_log.jsonl"
 OWN = ("plan.json", FUSE_OPTIONS, "uptrain.yaml", TRAIN_LOG)
-"""What headfuse writes beside the weights, and writes anew for every output."""
+"""Files that headfuse writes beside the weights, anew for every output."""
 
 
 def is_companion(name: str) -> bool:
     """Whether an output keeps a file of its source, by the path in the folder; weights, code and pickles never.
 
-    What describes other weights is not kept: adapters, quantised or sharded twins, states of a training.
+    Files that describe other weights are not kept: adapters, quantised or sharded copies, training states.
     """
     lower = name.lower()
     top, _, inner = lower.partition("/")
@@ -49,7 +49,9 @@ def is_companion(name: str) -> bool:
 
 
 def is_read(name: str) -> bool:
-    """Whether a run reads a file of a repository, but for its weights: companions, config, card, code, own files."""
+    """Whether a run reads this file of a repository: companions, config, card, code and headfuse's files, not
+    weights.
+    """
     code = name.endswith(".py") and "/" not in name
     return is_companion(name) or code or name in ("config.json", "README.md", *OWN)
 

@@ -1,4 +1,4 @@
-"""Bringing files to the disk, reserving their space, and what a disk that refuses means.
+"""Flushing files to disk, reserving their space, and explaining disk errors.
 
 Every step falls back where the system lacks a call: macOS has no `posix_fallocate`, Windows cannot sync a folder.
 """
@@ -19,7 +19,7 @@ WINDOWS = os.name == "nt"
 
 
 def sync(path: Path) -> None:
-    """Bring a file or folder to the disk."""
+    """Flush a file or folder to disk."""
     if WINDOWS and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows syncs only what may be written
@@ -43,7 +43,7 @@ def write_whole(path: Path, text: str) -> None:
 def reserve(descriptor: int, size: int) -> None:
     """Give an opened file its full size in bytes now, so that a full disk is found before the work.
 
-    Where the system cannot reserve space, the file gets its size alone.
+    If the system cannot reserve space, only the file size is set.
     """
     allocate = getattr(os, "posix_fallocate", None)
     if allocate is None:
@@ -58,7 +58,7 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 def output_error(path: Path, error: OSError, resumable: bool = False) -> HeadfuseError:
-    """The error of an output that the disk refuses; of an input, where the path is not under `path`."""
+    """The error for an output that cannot be written; or for an input, if the failed path is not under `path`."""
     named = absolute(Path(error.filename)) if isinstance(error.filename, str) else path
     if error.errno not in FULL_DISK and not str(named).startswith(str(path)) and not path.is_relative_to(named):
         return CheckpointError(f"cannot be read: {error.strerror}", where=named, fix="check its permissions")

@@ -1,4 +1,4 @@
-"""What lies beside the weights of an output: config, tokenizer and licence, options, model card, plan."""
+"""Writes the files beside the weights of an output: config, tokenizer, licence, options, model card, plan."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def code_files(config: Mapping[str, Any]) -> tuple[Path, ...]:
 def copy_companions(source: Path, target: Path, trust_remote_code: bool = False) -> None:
     """Copy what belongs to the model besides its weights: tokenizer, chat templates, generation config, licence, page.
 
-    Code of the source is copied where a tokenizer or a processor names it and the source is trusted.
+    The source's code is copied if a tokenizer or processor names it and the source is trusted.
     """
     names = [name for name in files_of(source) if is_companion(name)]
     for name in names:
@@ -82,7 +82,7 @@ def copy_companions(source: Path, target: Path, trust_remote_code: bool = False)
 
 
 def _name_tokenizer_class(source: Path, target: Path) -> None:
-    """Name the tokenizer's class in a folder of another model type: transformers picks some by the model type."""
+    """Name the tokenizer's class in a folder of another model type, because transformers may pick it by model type."""
     from transformers import AutoTokenizer
 
     path = target / "tokenizer_config.json"
@@ -97,7 +97,7 @@ def _name_tokenizer_class(source: Path, target: Path) -> None:
 
 
 def _settle_code(source: Path, target: Path, name: str, trust_remote_code: bool) -> None:
-    """Copy the code that the `auto_map` of a copied file names, or take the names out of the copy.
+    """Copy the code that the `auto_map` of a copied file names, or remove the names from the copy.
 
     Names of code in other repositories, `org/name--module.Class`, stay.
     """
@@ -111,9 +111,9 @@ def _settle_code(source: Path, target: Path, name: str, trust_remote_code: bool)
         for file in files:
             shutil.copyfile(source / file, target / file)
         return
-    reason = "--trust-remote-code was not given" if files is not None else "it is not complete"
+    reason = "--trust-remote-code was not given" if files is not None else "the code is not complete"
     code = ", ".join(f"{module}.py" for module in modules)
-    logger.warning("%s names code of its own (%s): left out, as %s", source / name, code, reason)
+    logger.warning("%s names custom code (%s), which was left out: %s", source / name, code, reason)
     entries = auto_map.items() if isinstance(auto_map, dict) else ()
     kept = {key: value for key, value in entries if not _local_modules(value)}
     raw = {key: value for key, value in raw.items() if key != "auto_map"} | ({"auto_map": kept} if kept else {})

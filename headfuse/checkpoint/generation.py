@@ -1,4 +1,4 @@
-"""What `generate` reads by default, for layouts whose config.json is not the source's."""
+"""Default generation parameters, for layouts whose config.json is not the source's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = "generation_config.json"
 
 
 def generation_config(folder: Path) -> GenerationConfig | None:
-    """The generation config that transformers makes of config.json; None where the folder has a file of its own.
+    """The generation config that transformers derives from config.json; None if the folder has a file for it.
 
     Raises:
         CheckpointError: for values that transformers refuses.
@@ -35,7 +35,7 @@ def generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def write_generation_config(source: Path, target: Path) -> None:
-    """Write into `target` what `generate` takes from the config.json of `source`, where that is its only place."""
+    """Write into `target` the generation parameters that are only in the config.json of `source`."""
     config = generation_config(source)
     if config is not None:
         (target / FILE).write_text(config.to_json_string(), encoding="utf-8")

@@ -20,7 +20,7 @@ class Repository:
 
 
 def parse_hub_id(model: str) -> tuple[str, str | None] | None:
-    """Name and revision of `org/name` or `org/name@revision`; None for what is no hub id."""
+    """Name and revision of `org/name` or `org/name@revision`; None if it is no hub id."""
     match = _HUB_ID.fullmatch(model)
     return None if match is None else (match[1], match[2])
 
@@ -50,18 +50,18 @@ def repository_of(folder: Path) -> Repository | None:
 
 
 def in_cache(path: Path) -> bool:
-    """Whether a path lies in the hub's cache, whose tools delete what they do not know."""
+    """Whether a path is in the hub's cache, whose tools delete unknown files."""
     return any(
         folder.name.startswith("models--") and (folder / "snapshots").is_dir() for folder in path.resolve().parents
     )
 
 
 def folder_name(folder: Path) -> str:
-    """How an output names a model: by its repository where the folder is of the hub's cache, else by the folder."""
+    """The name of a model for an output: its repository if the folder is in the hub's cache, else the folder's name."""
     repository = repository_of(folder)
     return folder.resolve().name if repository is None else repository.name
 
 
 def default_parent(folder: Path) -> Path:
-    """Where outputs of a model go by default: beside its folder; the working directory for one of the hub's cache."""
+    """Default folder for outputs: beside the model, or the working directory if the model is in the hub's cache."""
     return Path.cwd() if in_cache(folder) else folder.resolve().parent

@@ -1,4 +1,4 @@
-"""What a command is given, as far as it can be checked in a moment: before torch is imported."""
+"""Quick checks of a command's inputs, made before torch is imported."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def local_model(name: str) -> Path | None:
 
 
 def refuse_adapter(names: Iterable[str], where: object) -> None:
-    """Raise CheckpointError for a folder with an adapter in it, which changes what the weights beside it compute."""
+    """Raise CheckpointError for a folder with an adapter, which would change what the weights compute."""
     adapter = adapter_files(names)
     if adapter:
         raise CheckpointError(
-            f"holds an adapter ({', '.join(adapter)}), and headfuse reads whole weights alone",
+            f"holds an adapter ({', '.join(adapter)}), but headfuse reads only complete weights",
             where=where,
             fix="merge it into its base model with peft: PeftModel.from_pretrained(base, ADAPTER_FOLDER)"
             ".merge_and_unload().save_pretrained(MERGED), copy the tokenizer's files, and give MERGED; to leave it "
@@ -84,7 +84,7 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if is_pointer(path):
             fix = "fetch the model with git lfs pull"
-            raise CheckpointError("is a pointer of Git LFS, not the file itself", where=path, fix=fix) from None
+            raise CheckpointError("is a Git LFS pointer, not the file itself", where=path, fix=fix) from None
         # not UTF-8, not JSON, or a number of 5000 digits
         raise CheckpointError(f"is not valid JSON: {error}", where=path, fix="restore the original file") from None
     if not isinstance(value, dict):
@@ -93,18 +93,18 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
 
 
 def begins_as_pointer(stream: BufferedReader) -> bool:
-    """Whether a file holds only what Git LFS knows the data by, as after a clone without it; takes nothing."""
+    """Whether a file is only a Git LFS pointer, as after a clone without LFS; the read position does not move."""
     return stream.peek(len(_POINTER)).startswith(_POINTER)
 
 
 def is_pointer(path: Path) -> bool:
-    """The same of a file by its name."""
+    """Whether the file at this path is a Git LFS pointer."""
     with path.open("rb") as stream:
         return begins_as_pointer(stream)
 
 
 def check_exists(path: Path | None, fix: str, *, folder: bool = False) -> None:
-    """Raise ConfigError for a file, or a folder, that is given and does not exist."""
+    """Raise ConfigError if a file or folder is given and does not exist."""
     if path is None:
         return
     try:
@@ -116,7 +116,7 @@ def check_exists(path: Path | None, fix: str, *, folder: bool = False) -> None:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Raise OutputError for a file that cannot be written where its name says: before the work, not after it."""
+    """Raise OutputError, before any work, for a file that cannot be written."""
     for path in filter(None, paths):
         parent = path.absolute().parent
         if path.is_dir():

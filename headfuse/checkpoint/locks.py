@@ -17,11 +17,11 @@ from headfuse.errors import OutputError
 
 LOCK = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""The errors of network file systems, and of Pythons, that have no locks: the run goes on without one."""
+"""Errors of network file systems and Python builds without locks: the run continues without a lock."""
 
 
 class OutputLock:
-    """The lock on an opened file, which ends with it or with its process.
+    """A lock on an opened file; it ends when the file is closed or the process ends.
 
     Args:
         stream: the opened file.

@@ -56,7 +56,7 @@ def output_folder(
                 unfinished.unlink()
             yield partial
             if not lock.in_place:
-                fix = "run it again, with nobody else at work here"
+                fix = "run it again, with no other process working here"
                 raise OutputError("was removed while this run was working", where=partial, fix=fix)
             lock.release_on_windows()
             _publish(partial, path, overwrite)
@@ -103,7 +103,7 @@ def output_file(path: Path, *, overwrite: bool = False, reads: Iterable[Path] = 
 
 
 def _clear(partial: Path) -> None:
-    """Drop what a run left that nothing can go on with; the lock stays."""
+    """Remove leftovers of a run that cannot be resumed; the lock stays."""
     for entry in partial.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -112,7 +112,7 @@ def _clear(partial: Path) -> None:
 
 
 def _publish(partial: Path, path: Path, overwrite: bool) -> None:
-    """Give a finished folder its name; the one that it replaces goes last."""
+    """Give a finished folder its name; the folder that it replaces is removed last."""
     for file in partial.rglob("*"):
         sync(file)
     if os.path.lexists(path) and not (overwrite and replaceable(path)):
@@ -150,7 +150,7 @@ def _drop(old: Path) -> None:
 
 
 def _recover(path: Path) -> bool:
-    """End an exchange that was cut short: the old output comes back where no new one came; whether it did."""
+    """Finish an interrupted exchange: restore the old output if the new one is missing; return whether it did."""
     back = False
     for folder in path.parent.glob(f"{glob.escape(path.name)}{_OLD}{'[a-z0-9_]' * 8}"):
         entries = [entry.name for entry in folder.iterdir()] if folder.is_dir() else None

@@ -73,7 +73,7 @@ def check_output_file(path: Path, *, overwrite: bool = False, reads: Iterable[Pa
 
 
 def check_space(path: Path, nbytes: int) -> None:
-    """Raise OutputError where a new output of so many bytes would not fit, as far as the file system says."""
+    """Raise OutputError if a new output of this many bytes would not fit, according to the file system."""
     partial = partial_folder(path)
     if os.path.lexists(partial):  # what is there already counts
         return

@@ -1,4 +1,4 @@
-"""Quantised weights, known by the names and dtypes of tensors where config.json does not say so."""
+"""Recognises quantised weights by the names and dtypes of tensors, even if config.json does not say so."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MARKS: dict[str, str] = {
     r"\.weight\._(data|scale)$": "quanto",
     r"\._weight_(qdata|scale)$": "torchao",
 }
-"""What tensors of quantised layers are called -> what names them so. A cache's `k_scale` is not one of them."""
+"""Tensor names of quantised layers -> the tool or format that uses them. A cache's `k_scale` is not one of them."""
 
 
 def refuse_quantised_config(raw: Mapping[str, Any], path: Path) -> None:

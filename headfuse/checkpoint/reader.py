@@ -53,7 +53,7 @@ class Checkpoint:
                     raise CheckpointError(
                         f"tensor {name} is in {self._place[name][0]} as well",
                         where=folder / file,
-                        fix="the shards are of two checkpoints: copy or download the model again",
+                        fix="the shards come from two checkpoints: copy or download the model again",
                     )
                 if entry["dtype"] not in DTYPES:
                     raise UnsupportedModelError(
@@ -87,7 +87,8 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, checked to be finite.
 
-        Read, not mapped: a mapped file counts as memory, and one that is cut off meanwhile ends the process.
+        The file is read, not memory-mapped: mapped pages count as memory, and truncating a mapped file kills the
+        process.
         """
         data = self._bytes(self.stored_names[name])
         tensor = data.view(self.dtypes[name]).reshape(self.shapes[name])
@@ -121,7 +122,7 @@ class Checkpoint:
         return data
 
     def show(self, names: Mapping[str, str]) -> None:
-        """Show some tensors, under other names: `names[stored]`. The fingerprint goes by all, as they are stored."""
+        """Show some tensors under other names, `names[stored]`. The fingerprint still covers all tensors as stored."""
         self.stored_names = {shown: stored for stored, shown in names.items()}
         self.shapes = {shown: self._shapes[stored] for stored, shown in names.items()}
         self.dtypes = {shown: self._dtypes[stored] for stored, shown in names.items()}
@@ -158,7 +159,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
     except (SafetensorError, ValueError, RecursionError) as error:
         if is_pointer(path):
             fix = "fetch the model with git lfs pull"
-            raise CheckpointError("is a pointer of Git LFS, not the weights", where=path, fix=fix) from None
+            raise CheckpointError("is a Git LFS pointer, not the weights", where=path, fix=fix) from None
         raise CheckpointError(f"is not a complete safetensors file ({error})", where=path, fix=damaged) from None
     header.pop("__metadata__", None)
     if header.keys() != names:  # the library read other names than a JSON parser does
@@ -167,19 +168,19 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def fingerprint(folder: Path) -> str:
-    """What plan.json knows the source in a folder by (reads every weight)."""
+    """The fingerprint that identifies a source in plan.json (reads every weight)."""
     return Checkpoint(folder).fingerprint()
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no number is NaN or infinite; the extremes are, where one is, and come 40 times faster than isfinite."""
+    """Whether no number is NaN or infinite. It tests the extremes, which is 40 times as fast as isfinite."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
 def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether `is_finite` of all tensors of floating point on one device; it waits for the device once."""
+    """Whether all floating-point tensors on one device are finite, with a single wait for the device."""
     extremes = [extreme for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
     return not extremes or bool(torch.stack(extremes).isfinite().all())
 

@@ -91,7 +91,7 @@ class SafetensorsWriter:
         self._hashed[file] = hashlib.sha256(len(text).to_bytes(8, "little") + text), start
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor at its place, in the dtype that the file was laid out with."""
+        """Write one tensor at its place, in the dtype of the file."""
         dtype, shape = self._spec[name]
         if tuple(tensor.shape) != tuple(shape):
             raise AssertionError(f"{name}: laid out as {shape}, computed as {tuple(tensor.shape)}")
@@ -117,12 +117,12 @@ class SafetensorsWriter:
             del self._hashed[file]
 
     def sync(self) -> None:
-        """Bring what is written to the disk, so that a record of it never outlives it."""
+        """Flush written data to disk, so that no record of it survives without it."""
         for file in self.files:
             sync(self.folder / file)
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of the files that were written in one go; the others must be read for it."""
+        """SHA-256 of the files that were written from beginning to end; other files must be read."""
         whole = {file: (self.folder / file).stat().st_size for file in self._hashed}
         return {file: digest.hexdigest() for file, (digest, end) in self._hashed.items() if end == whole[file]}
 
@@ -137,7 +137,7 @@ class SafetensorsWriter:
 
 
 def mapped_tensor(path: Path, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor that lies in a file: what is written to it is in the file, a new file holds zeros."""
+    """A tensor that is mapped to a file: writes go to the file, and a new file holds zeros."""
     with path.open("ab") as stream:
         reserve(stream.fileno(), num_bytes(dtype, tuple(shape)))
     size = math.prod(shape)
