@@ -56,7 +56,7 @@ def read_saved(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Itera
 def read_hub(
     data: str, name: str, config: str | None, split: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[str]:
-    """The documents of a dataset of the hub; `data` is how the user named it.
+    """The documents of a hub dataset; `data` is the name that the user gave.
 
     Raises:
         DataError: while reading, for a dataset that the hub does not give or that has no text.

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS token where the tokenizer puts it before every text by default, as the model was trained; else None."""
+    """The BOS token, if the tokenizer puts it before every text by default, as in the model's training; else None."""
     bos = tokenizer.bos_token_id
     ids = tokenizer("text", verbose=False).input_ids
     plain = tokenizer("text", add_special_tokens=False, verbose=False).input_ids

@@ -1,4 +1,4 @@
-"""The windows that statistics are taken on, their short starts, and those held out."""
+"""The windows for statistics, short windows cut from them, and held-out windows."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class CalibrationText:
 
 
 def start_windows(windows: torch.Tensor, bos: int | None = None) -> torch.Tensor:
-    """Short windows from all over the text; with `bos`, windows begin with it, and so do the short ones.
+    """Short windows from all over the text; with `bos`, all of them begin with it.
 
-    The token at position 0 sees only itself, and in many models its attention outputs set off the massive activations
-    that serve all later tokens as attention sink. A long window has one such token, so a fit on long windows alone
-    breaks on first tokens that it never saw (docs/experiments.md).
+    The token at position 0 sees only itself, and in many models its attention output triggers the massive activations
+    that become the attention sink of all later tokens. A long window has only one such token, so a fit on long windows
+    alone fails on first tokens that it never saw (docs/experiments.md).
     """
     if bos is not None:
         return with_start(_spread(windows[:, 1:], START_LENGTH - 1), bos)

@@ -28,11 +28,11 @@ _METADATA = re.compile(
     r"(dataset_infos?|dataset_dict|state|croissant)\.json|(readme|license|notice|checksums|.*sha256.*|.*md5.*)\.txt",
     re.I,
 )
-"""Files that lie beside data and hold none."""
+"""Metadata files that may be beside data and hold no text."""
 
 
 def file_kind(path: Path) -> str | None:
-    """What a file holds by its name: one of `SUFFIXES`; None for other files."""
+    """The kind of a file by its name: one of `SUFFIXES`; None for other files."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _COMPRESSIONS else suffixes[-1] if suffixes else ""
     packed_parquet = kind == ".parquet" and suffixes[-1] != kind
@@ -88,7 +88,7 @@ def read_file(path: Path, tokenizer: PreTrainedTokenizerBase | None, piece: int 
         if kind == ".txt":
             yield from _read_text(path, piece)
         elif kind == ".parquet":
-            with _opened(path):  # a pointer of Git LFS is named as one
+            with _opened(path):  # a Git LFS pointer is named as one
                 pass
             yield from read_parquet(path, tokenizer)
         else:
@@ -100,7 +100,7 @@ def read_file(path: Path, tokenizer: PreTrainedTokenizerBase | None, piece: int 
 
 
 def _records(path: Path, kind: str | None) -> Iterator[tuple[Any, str]]:
-    """Each record of a file, and how an error names its place."""
+    """Each record of a file, with its place for error messages."""
     with _opened(path) as stream:
         if kind in (".csv", ".tsv"):
             yield from _table_rows(stream, path, "\t" if kind == ".tsv" else ",")
@@ -124,7 +124,9 @@ def _table_rows(stream: IO[bytes], path: Path, delimiter: str) -> Iterator[tuple
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if None in row or None in row.values():
-                raise DataError("has another number of fields than the first line", where=where, fix="quote the fields")
+                raise DataError(
+                    "has a different number of fields from the first line", where=where, fix="quote the fields"
+                )
             yield row, where
     except csv.Error as error:
         raise DataError(
@@ -144,9 +146,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     name = _COMPRESSIONS.get(path.suffix.lower())
     with path.open("rb") as stored:
         if begins_as_pointer(stored):
-            raise DataError(
-                "is a pointer of Git LFS, not the data itself", where=path, fix="fetch it with git lfs pull"
-            )
+            raise DataError("is a Git LFS pointer, not the data itself", where=path, fix="fetch it with git lfs pull")
         if name is None:
             yield stored
             return
@@ -188,7 +188,7 @@ def _read_text(path: Path, limit: int | None) -> Iterator[str]:
 def _without_nul(text: str, path: Path) -> str:
     if "\0" in text:  # UTF-16 without its mark is valid UTF-8
         fix = "convert the file to UTF-8, or give a file of text"
-        raise DataError("holds NUL: UTF-16, or no text at all", where=path, fix=fix)
+        raise DataError("holds NUL bytes: it is UTF-16, or not text", where=path, fix=fix)
     return text
 
 

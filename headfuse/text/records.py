@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _FIELD = 'each record needs its text in a field "text", like {"text": "..."}, or a chat in "messages"'
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
-"""Speakers in the ShareGPT form that chat templates call otherwise."""
+"""Speaker names of the ShareGPT form -> role names of chat templates."""
 
 
 class Document(str):
@@ -48,7 +48,7 @@ def _text_field(record: dict[str, Any], where: str) -> str:
 
 
 def _rendered(record: dict[str, Any], field: str, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A chat as the model's own template writes it; without the BOS token, which windows get where it belongs."""
+    """A chat rendered by the model's own template, without BOS, as windows add it where it belongs."""
     messages = [_message(message, field, where) for message in record[field]] if _is_list(record[field]) else []
     if not messages:
         raise DataError(f"{field!r} is not a list of messages", where=where, fix=_FIELD)
@@ -78,7 +78,7 @@ def _message(message: Any, field: str, where: str) -> dict[str, Any]:
             role = message["from"]
             return {"role": _ROLES.get(role, role), "content": message["value"]}
     fix = 'write messages as {"role": "user", "content": "..."}'
-    raise DataError(f"{field!r} holds something that is no message", where=where, fix=fix)
+    raise DataError(f"{field!r} holds an entry that is not a message", where=where, fix=fix)
 
 
 def reason_of(error: Exception) -> str:

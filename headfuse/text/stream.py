@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SECTION_CHARACTERS = 16
-"""Characters of a section for each token of a window."""
+"""Characters of a section, per token of a window."""
 HELD_OUT_EVERY = 16
-"""One in so many sections is held out, until they fill the validation windows."""
+"""One in this many sections is held out, until the validation windows are full."""
 VALIDATION_WINDOWS = 16
 
 
@@ -81,7 +81,9 @@ class TrainingText:
         documents = self._hold_out() if validation is None else read_documents(validation, tokenizer=tokenizer)
         self.validation = token_windows(documents, tokenizer, sequence_length, validation_windows, required=0)
         if not len(self.validation):
-            logger.warning("%s is too short to hold some of it out: no figures", validation or mixture_name(self.data))
+            logger.warning(
+                "%s is too short to hold out a part: no validation figures", validation or mixture_name(self.data)
+            )
 
     def batches(self, size: int, state: Mapping[str, Any] | None = None) -> Iterator[Batch]:
         """Batches of `size` windows, from the start or from where the batch with this state ended."""
@@ -100,7 +102,7 @@ class TrainingText:
             yield Batch(windows, {"places": [asdict(place) for place in places], "rest": list(rest)})
 
     def _tokens(self, name: str, place: Place) -> Iterator[list[int]]:
-        """Tokens of section after section, each with EOS at its end; `place` says from where on, and is kept up."""
+        """Tokens of successive sections, each ending in EOS, from `place` on; `place` is updated."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
             fix = "set eos_token in tokenizer_config.json"
@@ -135,7 +137,7 @@ class TrainingText:
 
 
 def _interleave(streams: Sequence[Iterator[str]], weights: Sequence[float]) -> Iterator[str]:
-    """From the stream that is furthest behind its share of the characters, until all are empty."""
+    """Take items from the stream furthest behind its share of the characters, until all are empty."""
     live = dict.fromkeys(range(len(streams)), 0.0)
     while live:
         behind = min(live, key=lambda i: live[i])

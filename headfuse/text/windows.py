@@ -118,12 +118,12 @@ def varied_windows(
     required: int = 1,
     where: str | None = None,
 ) -> torch.Tensor:
-    """Windows as of `token_windows` out of as many documents as they can hold: long ones would fill many of them.
+    """Windows like those of `token_windows`, but from as many documents as possible: long ones would fill many windows.
 
-    A document gives one piece of at most a window, from a place that the seed draws; where that does not suffice,
-    pieces of what is left of the documents follow. Every piece ends in EOS. What is learnt on varied text carries over
-    to other text (docs/experiments.md). The other arguments, the result `[windows, sequence_length]` and the errors are
-    those of `token_windows`.
+    Each document gives one piece of at most one window, from a place drawn by the seed. If that is not enough, further
+    pieces of the documents follow. Every piece ends in EOS. What is fitted to varied text carries over to other text
+    (docs/experiments.md). The other arguments, the result `[windows, sequence_length]` and the errors are those of
+    `token_windows`.
     """
     start = start_token(tokenizer)
     tokens = _pieces(documents, tokenizer, sequence_length - (start is not None), random.Random(seed))

@@ -177,7 +177,7 @@ def test_a_pointer_of_git_lfs_is_named_as_one(folder: Path, tmp_path: Path, name
     (tmp_path / "model" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     text = ("--data", folder / "text.txt", "--samples", 4, "--sequence-length", 32)
     message = run("fuse", tmp_path / "model", "-o", tmp_path / "out", *text, code=1)
-    assert f"{name}: is a pointer of Git LFS" in message
+    assert f"{name}: is a Git LFS pointer" in message
     assert "git lfs pull" in message
 
 

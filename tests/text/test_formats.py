@@ -97,7 +97,7 @@ def test_text_in_tables_stays_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"id,text\n1,a\n2\n", "line 3: has another number of fields"),
+        ("a.csv", b"id,text\n1,a\n2\n", "line 3: has a different number of fields"),
         ("a.csv", b"text\ncaf\xe9\n", "is not UTF-8"),
         ("a.csv", b'text\n"a', "is not valid"),
         ("a.csv", b"body\na\n", 'line 2: has no field "text"'),
@@ -106,9 +106,9 @@ def test_text_in_tables_stays_text(tmp_path: Path) -> None:
         ("a.jsonl", b"9" * 5000, "line 1: is not valid JSON"),
         ("a.txt", b" \r\n\n\t" * 9000, "holds no text"),
         ("a.txt", "the head".encode("utf-16-le"), "holds NUL"),
-        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
-        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
-        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
     ],
 )
 def test_files_that_are_no_text(tmp_path: Path, name: str, content: bytes, message: str) -> None:
