@@ -170,7 +170,7 @@ class Training:
         return total
 
     def finish(self, **values: Any) -> None:
-        """Say in the log what came out."""
+        """Log the result."""
         self._log.add(phase="collapsed", step=0, tokens=self._tokens(), **values)
 
     def _tokens(self) -> int:
@@ -209,7 +209,7 @@ class Training:
         self.plan = saved["plan"] and FusionPlan.from_json(saved["plan"])
 
     def _restore(self, optimizer: torch.optim.Optimizer, multiplier: torch.Tensor) -> bool:
-        """Put back what the state of an interrupted run holds, if there is one; whether its phase had ended."""
+        """Restore the state of an interrupted run, if there is one; return whether its phase had ended."""
         if self.saved is None:
             return False
         self.model.load_state_dict(self.saved["model"])

@@ -1,7 +1,7 @@
 """`--method dha`: the trained stages of the paper (DHA, arXiv 2406.06567, section 4), on the whole model in memory.
 
 Search under the language-modelling loss -> distances of heads -> budgets and groups -> rounds of fusion under an
-augmented Lagrangian -> averages of the ratios. The mathematics is in fusion/dha.py; docs/how-it-works/dha.md says
+augmented Lagrangian -> averages of the ratios. The mathematics is in dha/ratios.py; docs/how-it-works/dha.md says
 what the paper leaves open and what was chosen.
 """
 
@@ -117,7 +117,9 @@ def _training_text(config: FuseConfig, tokenizer: PreTrainedTokenizerBase) -> Tr
 
 
 def _rounds(plan: FusionPlan, costs: Sequence[list[list[float]]], config: FuseConfig) -> list[list[Groups]]:
-    """For each side the groups of every round, none where it keeps all heads; reviewed groups, of no costs, in one."""
+    """The groups of every round, for each side; none if it keeps all heads. Reviewed groups have no costs and take one
+    round.
+    """
     sides, heads = sides_of(plan), plan.heads.num_key_value_heads
     if not costs:
         return [[groups] if len(groups) < heads else [] for groups in sides]

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CARD = "README.md"
 SOURCE_CARD = "README-source.md"
-"""The source's card, where the licence stands in it."""
+"""The source's card, if it contains the licence."""
 INHERITED = ("language", "pipeline_tag", "library_name", "datasets")
-"""What is as true of the fused model as of its source, besides licence, gate and tags; figures are not."""
+"""Metadata that holds for the fused model as for its source, besides licence, gate and tags; figures do not."""
 TAGS = ("headfuse", "kv-cache")
 
 
@@ -56,7 +56,7 @@ def keep_licence_text(source: Path, target: Path) -> None:
 
 
 def extended_card(folder: Path, name: str, section: str) -> str:
-    """The card of a folder with one more section; with a front matter and a title where it has none.
+    """The card of a folder with one more section; a missing front matter or title is added.
 
     Args:
         folder: the model that was read.
@@ -78,7 +78,7 @@ def _front_matter(data: dict[str, Any], base_model: str | None = None) -> str:
 
 
 def _inherited(folder: Path) -> dict[str, Any]:
-    """The metadata of a source's card that holds for what is made from it, with tags of headfuse's own."""
+    """The metadata of a source's card that holds for models made from it, with headfuse's tags added."""
     found = _metadata(folder)
     kept = {
         key: value
@@ -101,12 +101,14 @@ def _metadata(folder: Path) -> dict[str, Any]:
     try:
         return metadata_load(path) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        logger.warning("%s: its front matter is left out: %s", path, " ".join(str(error).split())[:200])
+        logger.warning(
+            "%s: its front matter cannot be read and is left out: %s", path, " ".join(str(error).split())[:200]
+        )
         return {}
 
 
 def _as_list(value: Any) -> list[Any]:
-    """What the hub takes alone or as a list."""
+    """A value that the hub accepts alone or as a list, as a list."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 

@@ -25,7 +25,7 @@ class Chart:
 
 
 def heads_chart(plan: FusionPlan) -> Chart:
-    """Bars of the key heads and value heads that each layer keeps, or of their channels where heads are wide."""
+    """Bars of the key heads and value heads that each layer keeps; of their channels if heads are wide."""
     counted, source, keys, values = kept(plan)
     layers = range(plan.heads.num_hidden_layers)
     figure, axis = _axes(7.5, 3)
@@ -54,11 +54,11 @@ def agreement_chart(name: str, parts: Sequence[Mapping[str, Any]]) -> Chart:
         axis.bar(labels, values, yerr=errors, color="#9db8d2", edgecolor="black", capsize=3)
         axis.set_title(title, fontsize=9)
         axis.tick_params(axis="x", rotation=40, labelsize=8)
-    return Chart(_svg(figure), f"Agreement with the baseline by {name}; bars of error are one standard error.")
+    return Chart(_svg(figure), f"Agreement with the baseline by {name}; error bars are one standard error.")
 
 
 def training_chart(path: Path) -> Chart | None:
-    """The curve of a training log; None where there is none. Lines that are not its own are left out."""
+    """The curve of a training log; None if there is none. Foreign lines in the log are skipped."""
     records = _records(path) if path.is_file() else []
     drawn = []
     for key, name, dash in (("loss", "training loss", "-"), ("nll", "validation NLL", "--")):

@@ -1,4 +1,4 @@
-"""The stages of a command on stderr: a live bar on a terminal; elsewhere a plain line each, and one a minute."""
+"""Shows the stages of a command on stderr: a live bar on a terminal, elsewhere a line per stage and per minute."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Protocol
 from rich.console import Console
 
 LINE_SECONDS = 60.0
-"""The longest silence in a log that is no terminal."""
+"""Longest time in seconds without a line, if the output is no terminal."""
 
 
 class Report(Protocol):
-    """Takes a stage, how far it is in words, and the share of it that is done where that can be said."""
+    """Receives a stage, its progress in words, and the share that is done, if known."""
 
     def __call__(self, stage: str, state: str = "", share: float | None = None) -> None:
         """Show it."""
@@ -40,13 +40,13 @@ def stages(console: Console, first: str) -> Iterator[Report]:
 
 
 def is_live(console: Console) -> bool:
-    """Whether a line can be written again and again."""
+    """Whether the console can rewrite a line."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 @contextmanager
 def _live(console: Console, first: str) -> Iterator[Report]:
-    """A bar for the stage that runs, which goes when all is done."""
+    """A bar for the current stage, removed at the end."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[state]}")
@@ -88,7 +88,7 @@ class _Lines:
                     self._print()
 
     def _time_left(self, share: float | None) -> str:
-        """What the stage will still take at its speed so far, in words."""
+        """Time left in the stage at its average speed so far, in words."""
         if share is None:
             return ""
         now = time.monotonic()

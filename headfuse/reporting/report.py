@@ -1,4 +1,4 @@
-"""report.html: what was fused, what it cost and what it saves, in one file that needs nothing else."""
+"""report.html: what was fused, what it cost and what it saves, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def read_document(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot be read: {' '.join(str(error).split())}", where=path.name, fix=fix) from None
     if not isinstance(document, dict) or document.get("command") != "eval" or "agreement" not in document:
-        raise ConfigError("is not a document of eval", where=path.name, fix=fix)
+        raise ConfigError("does not hold the results of `headfuse eval --json`", where=path.name, fix=fix)
     return document
 
 

@@ -1,4 +1,4 @@
-"""The figures of a document of `headfuse eval` as people read them, in a terminal and in the report. Pure."""
+"""Formats the figures of `headfuse eval` for the terminal and the report. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def figure_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
-    """What there is to show of the model and its baseline: name, a cell for each, and their comparison."""
+    """Rows of figures: the name, a cell for the model, one for the baseline, and their comparison."""
     model, baseline, comparison = document["model"], document["baseline"], document["comparison"]
     shown = [model] if baseline is None else [model, baseline]
     against = comparison is not None
@@ -95,7 +95,9 @@ def _figure(value: float | None) -> str:
 
 
 def kept(plan: FusionPlan) -> tuple[str, int, list[int], list[int]]:
-    """What a plan counts, how much a side of a source layer has of it, and what layers keep of keys and of values."""
+    """The unit that a plan counts, its number per side of a source layer, and what each layer keeps of keys and
+    values.
+    """
     budget, heads = plan.head_budget, plan.heads
     if plan.layout in WIDE:
         return "channels", heads.num_key_value_heads * heads.head_dim, plan.key_channels, plan.value_channels

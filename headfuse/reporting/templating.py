@@ -29,5 +29,5 @@ def _environment() -> Environment:
 
 
 def perplexity(nll: float) -> str:
-    """exp(`nll`), unless it is so large that it says nothing, or is beyond a float."""
+    """exp(`nll`), unless it is too large to be useful or overflows a float."""
     return f"{math.exp(nll):.2f}" if nll < 20 else "above 10^8"

@@ -14,7 +14,7 @@ def report(
     analysis: str | Path | None = None,
     output: str | Path = "report.html",
 ) -> Path:
-    """Write what is known of a fused model as one HTML file.
+    """Write an HTML report about a fused model.
 
     Args:
         folder: the model's folder.
