@@ -1,4 +1,4 @@
-"""The names that options take, written once: the types of YAML, command line and Python. No imports of the package."""
+"""The names that options take, written once for YAML, command line and Python. Imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
 }
 """The layouts that a runtime loads; `--for RUNTIME` picks the first."""
 ONE_HEAD: dict[str, tuple[Layout, ...]] = {"vllm": ("decoupled", "latent")}
-"""Layouts of which a runtime caches one head in each layer, whose key is as wide as its value."""
+"""Layouts for which a runtime caches a single head in each layer, with key and value equally wide."""
 Target = Literal["gqa", "layerwise", "gguf"]
 """What `export` writes."""
 FileType = Literal["f16", "f32", "q8_0"]
 """Numbers in a GGUF file; names in TYPES of layouts/gguf."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Placement = Literal["auto", "resident", "streamed", "host"]
-"""What of a model stays on a device between two uses; `models/placement.py` has the meanings."""
+"""Which weights stay on a device between two uses; `models/placement.py` explains each."""
 ComputeDtype = Literal["float32", "bfloat16"]
-"""Of the products inside the layers of a conversion; sums and closed forms stay as they are."""
+"""Dtypes of matrix products inside the layers of a conversion; sums and closed forms keep their own."""
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Dtypes of written weights; names in DTYPE_NAMES."""
 CacheDtype = Literal["fp8", "int8", "int4", "int3", "int2"]

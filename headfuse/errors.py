@@ -1,4 +1,4 @@
-"""The errors that a user can cause and mend: each says where, what, and what to do."""
+"""The errors that a user can cause and fix: each says where, what, and what to do."""
 
 from __future__ import annotations
 
@@ -78,16 +78,16 @@ _WORDS = {
     "less_than_equal": "must be at most {le}, not {found}",
     "json_invalid": "is not valid JSON: {error}",
 }
-"""Kinds of pydantic's problems, in words of our own."""
+"""Kinds of pydantic problems, in headfuse's words."""
 _TYPES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list",
     "list": "a list", "dict": "a mapping", "model": "a mapping of options",
 }  # fmt: skip
-"""Wanted types, by the beginning of the kind of problem."""
+"""Expected types, by the first word of the problem's kind."""
 
 
 def problem_words(problem: Mapping[str, Any]) -> str:
-    """What is wrong with a value, by a problem of a pydantic error: wanted, found, and for names the near one."""
+    """Describe a problem of a pydantic error: the expected value, the found one, and for names the nearest."""
     kind, found = problem["type"], reprlib.repr(problem["input"])
     context = problem.get("ctx", {})
     if kind in ("value_error", "assertion_error"):

@@ -1,4 +1,4 @@
-"""Means of what was measured on a sample, with their standard errors. Pure."""
+"""Means of measurements on a sample, with their standard errors. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its standard error (None where one cluster alone cannot give one), and over how many items it was."""
+    """A mean, its standard error (None if a single cluster cannot give one), and its number of items."""
 
     value: float
     stderr: float | None
@@ -30,7 +30,7 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def mean_of(parts: Sequence[Estimate]) -> Estimate:
-    """The mean of independent means, each weighing the same; over as many items as they have together."""
+    """The unweighted mean of independent means; its number of items is their total."""
     errors = [part.stderr for part in parts if part.stderr is not None]
     error = math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
     return Estimate(math.fsum(part.value for part in parts) / len(parts), error, sum(part.samples for part in parts))
@@ -42,7 +42,7 @@ def average(values: Sequence[float]) -> float | None:
 
 
 def clustered_mean(values: torch.Tensor, chosen: torch.Tensor) -> Estimate | None:
-    """The mean over chosen predictions; its error takes those of a window as dependent.
+    """The mean over chosen predictions; its standard error treats predictions of a window as dependent.
 
     Args:
         values: `[windows, predictions]`, float64.

@@ -206,7 +206,7 @@ class FusionPlan(_Frozen):
 
     @property
     def kv_ratio(self) -> float:
-        """Kept KV cache bytes over the source's."""
+        """Kept share of the source's KV cache bytes."""
         return self.kv_channels / self.heads.kv_channels
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
@@ -238,7 +238,7 @@ class FusionPlan(_Frozen):
 
 
 def one_head_width(key_channels: int, value_channels: int) -> int:
-    """Channels of the one head that holds so many of keys, or so many of values; as in modeling."""
+    """Channels of a single head that can hold this many of keys, or this many of values; as in modeling."""
     return max(32, -(-max(key_channels, value_channels) // 8) * 8)
 
 

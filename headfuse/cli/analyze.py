@@ -135,7 +135,7 @@ def _document(result: Analysis, output: Path | None) -> Document:
 
 
 def _bar(kept: int, most: int) -> str:
-    """How many heads or channels a layer keeps, as a number and as a bar."""
+    """The number of heads or channels that a layer keeps, with a bar."""
     return f"{kept:>{len(str(most))}} " + "█" * max(1, round(_BAR_WIDTH * kept / most))
 
 
@@ -161,7 +161,7 @@ def render(document: Mapping[str, Any], console: Console) -> None:
 
 def _curves_table(curves: Mapping[str, list[Mapping[str, float]]]) -> Table:
     """Predicted loss, a row for each share of the cache and a column for each layout."""
-    table = Table(title="NLL that the closed form is predicted to add, by layout and share of the KV cache kept")
+    table = Table(title="Predicted increase in NLL before refinement (nats per token), by layout and KV cache kept")
     table.add_column("kept", justify="right")
     for name in curves:
         table.add_column(name, justify="right")

@@ -29,7 +29,7 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class Commands(TyperGroup):
-    """The commands; a usage error is one JSON document, too, where `--json` was given."""
+    """The commands; with `--json`, a usage error is also one JSON document."""
 
     as_json = False
     not_utf8: str | None = None
@@ -54,7 +54,7 @@ class Commands(TyperGroup):
 
 
 def _name_the_near_one(error: Any) -> None:
-    """Let a usage error name the option or value that a misspelt one is nearest to."""
+    """Make a usage error suggest the option or value nearest to a misspelt one."""
     error.message = error.message.replace("Input should be", "must be").replace("Value error, ", "")  # pydantic's words
     if getattr(error, "possibilities", None):
         near = difflib.get_close_matches(error.option_name, error.possibilities, 1, cutoff=0)
@@ -113,10 +113,10 @@ def main() -> None:
 
 
 def _forget_stdout(error: OSError) -> None:
-    """Say that stdout cannot be written, but to a reader that went away; what it still holds goes nowhere."""
+    """Report that stdout cannot be written, unless its reader has gone; drop the buffered output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if error.errno != errno.EPIPE:
         with contextlib.suppress(OSError):
             typer.echo(
-                f"error: standard output cannot be written: {error.strerror}\n  free the disk behind it", err=True
+                f"error: standard output cannot be written: {error.strerror}\n  free space on its disk", err=True
             )

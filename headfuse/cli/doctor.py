@@ -1,4 +1,4 @@
-"""`headfuse doctor`: versions, devices, memory and extras on one screen, and the faults that are met most often."""
+"""`headfuse doctor`: versions, devices, memory, extras and the most common faults on one screen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXTRAS = {"tasks": "lm-eval", "gguf": "gguf", "lora": "peft", "trackers": "tenso
 
 
 def doctor(json_output: options.Json = False, quiet: options.Quiet = False, verbose: options.Verbose = False) -> None:
-    """Show versions, devices, memory and extras, and what is wrong with them. Exit code 1 if something is."""
+    """Show versions, devices, memory and extras, and any faults in them. Exit code 1 if something is."""
     found = Document()
 
     def work() -> Document:
@@ -38,7 +38,7 @@ def doctor(json_output: options.Json = False, quiet: options.Quiet = False, verb
 
 
 def examine() -> Document:
-    """What the machine and the environment have."""
+    """Collect facts about the machine and the environment."""
     devices = _devices()
     return {
         "schema_version": 1,
@@ -113,7 +113,7 @@ def device_faults(devices: list[dict[str, Any]]) -> list[dict[str, str]]:
         return []
     return [
         {
-            "what": f"this machine has an NVIDIA GPU, and torch {_version('torch')} does not see it",
+            "what": f"this machine has an NVIDIA GPU, but torch {_version('torch')} does not see it",
             "fix": "install a torch build for your CUDA driver: https://pytorch.org/get-started/locally",
         }
     ]

@@ -1,4 +1,4 @@
-"""`headfuse eval`: what a model predicts and weighs, against its baseline and against limits."""
+"""`headfuse eval`: a model's quality and size, compared with its baseline and with limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headfuse.reporting.progress import is_live, stages
 from headfuse.reporting.tables import figure_rows, shown_estimate
 
 _NAME_WIDTH = 18
-"""Characters of a model's name in a line of the table's head: as many as a figure with its error has."""
+"""Characters of a model's name per line of the table head: as many as a figure with its error."""
 
 
 def _memory(text: str) -> int:
@@ -34,7 +34,7 @@ TasksPath = Annotated[
     list[str] | None,
     typer.Option(metavar="FOLDER", help="Folder of local task files; may be repeated.", rich_help_panel=HOW),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task; by default all.", rich_help_panel=HOW)]
+Limit = Annotated[int | None, typer.Option(min=1, help="Questions per task; by default all.", rich_help_panel=HOW)]
 Passkey = Annotated[
     str | None,
     typer.Option(metavar="N,N", help="Passkey retrieval test at these context lengths.", rich_help_panel=HOW),

@@ -1,4 +1,4 @@
-"""Runs a command: its document on stdout, its log on stderr, and one message and an exit code for every failure."""
+"""Runs a command: result on stdout, log on stderr, and one message and an exit code for every failure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def execute(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Run a command; print its document; turn every failure into one message and an exit code."""
+    """Run a command, print its result, and turn every failure into one message and an exit code."""
     first = is_first_process()
     document = _document(work, as_json and first, verbose)
     if not first:
@@ -44,7 +44,7 @@ def execute(
 
 
 def is_first_process() -> bool:
-    """Whether this one of the processes of `accelerate launch` prints; so does one that is alone."""
+    """Whether this process prints: the first one of `accelerate launch`, or a single process."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -54,7 +54,7 @@ def log_console(silent: bool) -> Console:
 
 
 def calm_libraries(verbose: bool) -> None:
-    """Keep the libraries' own chatter and bars off stderr unless asked for; the first import of the heavy ones."""
+    """Silence log messages and progress bars of libraries, unless asked for; imports the heavy libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if verbose:
         return
@@ -65,7 +65,7 @@ def calm_libraries(verbose: bool) -> None:
 
 
 def print_failure(what: str, where: str | None, fix: str | None) -> None:
-    """Print the document of a failure."""
+    """Print a failure as a JSON document."""
     error = {"what": what, "where": where, "fix": fix}
     with contextlib.suppress(
         OSError
@@ -82,7 +82,7 @@ def _terminated(number: int, frame: object) -> None:
 
 
 def _document(work: Callable[[], Document], as_json: bool, verbose: bool) -> Document:
-    """What the work came to; a failure is told here and leaves as an exit code."""
+    """The result of the work; a failure is printed and becomes an exit code."""
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
         return work()
@@ -108,7 +108,7 @@ def _document(work: Callable[[], Document], as_json: bool, verbose: bool) -> Doc
 
 
 def _explained(error: Exception) -> HeadfuseError:
-    """An error that no check foresaw, in the shape of those that were."""
+    """Turn an unforeseen error into a HeadfuseError."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         return HeadfuseError(error.strerror, where=error.filename, fix="check the path, its permissions and the disk")

@@ -91,7 +91,7 @@ def export(  # a parameter an option: Typer reads them
 
 
 def _announce(log: Console, architecture: str, counts: Sequence[int], before: int, after: int) -> None:
-    """Say what will be written."""
+    """Print what will be written."""
     log.print(f"{architecture}, KV heads per layer: {' '.join(map(str, counts))}", soft_wrap=True, highlight=False)
     log.print(f"KV bytes per token: {before} -> {after}", highlight=False)
     if after > before:

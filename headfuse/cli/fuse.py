@@ -1,4 +1,4 @@
-"""`headfuse fuse`: convert a model and say what came of it."""
+"""`headfuse fuse`: convert a model and print the result."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _document(result: FuseResult) -> Document:
 
 
 def _sizes(model: str, output: Path) -> dict[str, dict[str, int]]:
-    """Stored weights of the source and of the output: how many numbers, and how many bytes."""
+    """Number and bytes of the stored weights, for the source and for the output."""
     from headfuse.checkpoint.folder import resolve_model
     from headfuse.checkpoint.reader import Checkpoint
 
@@ -158,7 +158,7 @@ def _sizes(model: str, output: Path) -> dict[str, dict[str, int]]:
 
 
 def _next(model: str, output: Path) -> list[str]:
-    """The commands that a user may want to run now."""
+    """Suggested next commands."""
     fused, source = shlex.quote(str(output)), shlex.quote(model)
     return [
         f"headfuse eval {fused} --baseline {source} --data TEXT",
@@ -167,7 +167,7 @@ def _next(model: str, output: Path) -> list[str]:
 
 
 def _gated(result: FuseResult) -> dict[str, Any]:
-    """The figures that a gate can read, named as those of `eval`: of the held-out calibration windows."""
+    """Figures of the held-out calibration windows that a gate can read, named as in `eval`."""
 
     def estimates(name: str, values: Sequence[float], exponential: str) -> dict[str, float | None]:
         if not values:
@@ -188,7 +188,7 @@ def _gated(result: FuseResult) -> dict[str, Any]:
 
 
 def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Document:
-    """Make every check of a run; what it would write, and cost."""
+    """Make every check of a run; return what it would write and cost."""
     from headfuse.checkpoint.reader import DTYPE_NAMES
     from headfuse.conversion.cost import estimate, on_device
     from headfuse.conversion.long_runs import advice
@@ -237,7 +237,7 @@ def render(document: Mapping[str, Any], console: Console) -> None:
     console.print(_table(document))
     for stage in document["stages"]:
         if not stage["kept"]:
-            console.print(f"undone: {stage['name']}, which took the held-out NLL to {stage['nll']:.4f}")
+            console.print(f"undone: {stage['name']}, as it did not lower the held-out NLL: {stage['nll']:.4f} after it")
     counted = "channels" if document["layout"] in WIDE else "heads"
     console.print(f"key {counted} per layer:   " + " ".join(map(str, document[f"key_{counted}"])), soft_wrap=True)
     console.print(f"value {counted} per layer: " + " ".join(map(str, document[f"value_{counted}"])), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Options that several commands have, grouped as `--help` shows them, and what the command line gave."""
+"""Options shared by several commands, grouped as in `--help`, and the values given on the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def given(ctx: typer.Context, names: Collection[str]) -> dict[str, Any]:
-    """The options of these names that the command line holds; for the others the config decides."""
+    """The options of these names that are on the command line; the config decides the others."""
 
     def is_given(name: str) -> bool:
         source = ctx.get_parameter_source(name)
@@ -32,7 +32,7 @@ def given(ctx: typer.Context, names: Collection[str]) -> dict[str, Any]:
 
 
 def usage(parse: Callable[[str], T], text: str) -> T:
-    """A value as a user writes it; what the parser refuses is a usage error."""
+    """Parse a value as a user writes it; a value that the parser refuses is a usage error."""
     try:
         return parse(text)
     except ValueError as error:
@@ -142,11 +142,13 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted 
 Device = Annotated[choices.Device, typer.Option(help="Device to compute on.", rich_help_panel=MACHINE)]
 Placement = Annotated[
     choices.Placement,
-    typer.Option(help="What stays on a device between two uses; auto: what its memory holds.", rich_help_panel=MACHINE),
+    typer.Option(help="Weights that stay on the device between uses; auto: as many as fit.", rich_help_panel=MACHINE),
 ]
 ComputeDtype = Annotated[
     choices.ComputeDtype,
-    typer.Option(help="What layers multiply in; bfloat16 is several times as fast on a GPU.", rich_help_panel=MACHINE),
+    typer.Option(
+        help="Dtype of products in layers; bfloat16 is several times as fast on a GPU.", rich_help_panel=MACHINE
+    ),
 ]
 WrittenDtype = Annotated[
     choices.Dtype | None,
@@ -195,9 +197,9 @@ def layout_for(runtime: choices.Runtime | None, layout: choices.Layout | None) -
 
 
 def settings_for(runtime: choices.Runtime | None, settings: FuseConfig, model: str) -> FuseConfig:
-    """The options with a budget that counts what the runtime caches.
+    """The options, with a budget that counts what the runtime caches.
 
-    Where it caches one head in each layer, as wide for keys as for values, a layer's keys and values get the same.
+    If it caches one head per layer with key and value equally wide, a layer's keys and values get equal shares.
 
     Raises:
         UnsupportedModelError: for a family that the runtime does not run in this layout.

@@ -54,7 +54,9 @@ Loss = Annotated[
 ]
 Trained = Annotated[
     choices.Trained | None,
-    typer.Option(help="Weights to train: all (default), those of the attention, or adapters.", rich_help_panel=HOW),
+    typer.Option(
+        help="Weights to train: all (default), attention, or lora (adapters on the attention).", rich_help_panel=HOW
+    ),
 ]
 LearningRate = Annotated[float | None, typer.Option(min=0, help="Peak learning rate.", rich_help_panel=HOW)]
 BatchSize = Annotated[
@@ -68,7 +70,7 @@ Patience = Annotated[
 Packing = Annotated[
     choices.Packing | None,
     typer.Option(
-        help="joined (default): tokens see earlier documents in their window; separate: their own alone.",
+        help="joined (default): tokens attend to earlier documents in their window; separate: only to their own.",
         rich_help_panel=TEXT,
     ),
 ]
@@ -76,7 +78,9 @@ ValidationData = Annotated[
     str | None,
     typer.Option(help="Text for validation; by default sections of --data are held out.", rich_help_panel=TEXT),
 ]
-ValidationWindows = Annotated[int | None, typer.Option(min=1, help="Windows of a validation.", rich_help_panel=TEXT)]
+ValidationWindows = Annotated[
+    int | None, typer.Option(min=1, help="Number of windows in a validation.", rich_help_panel=TEXT)
+]
 CheckpointEvery = Annotated[
     int | None,
     typer.Option(min=1, help="Steps between two validations, each with a checkpoint.", rich_help_panel=OUTPUT),
@@ -203,7 +207,7 @@ def render(document: dict[str, Any], console: Console) -> None:
 
 @contextmanager
 def _shown(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """What shows the steps: a live line on a terminal, else plain lines."""
+    """Shows the steps: a live line on a terminal, else plain lines."""
     if is_live(console):
         with _live(console) as on_progress:
             yield on_progress

@@ -18,14 +18,14 @@ from headfuse.errors import ConfigError
 
 @dataclass(frozen=True)
 class Command(Generic[OptionsT, MachineT]):
-    """What a command, and the function of the package that does its work, take by name."""
+    """The named options of a command and of the Python function behind it."""
 
     options: type[OptionsT]
     """What decides the result; the keys of YAML."""
     machine: type[MachineT]
-    """Where and how it is computed, which no YAML says."""
+    """Options of where and how to compute; they are not part of YAML."""
     arguments: tuple[str, ...]
-    """The function's other arguments, which a misspelt name may have meant."""
+    """The function's other arguments, suggested for a misspelt name."""
     folder: str = ""
     """The folder of `configs/` that holds the packaged ones."""
     fix: str = "docs/reference/options.md has every key"
@@ -38,7 +38,7 @@ class Command(Generic[OptionsT, MachineT]):
         return frozenset({*self.options.model_fields, *self.machine.model_fields, *self.short})
 
     def read(self, config: OptionsT | str | Path | None, given: Mapping[str, Any]) -> tuple[OptionsT, MachineT]:
-        """The options and the machine that a config and options by name make; a given option wins, None is not given.
+        """Combine a config with options given by name; given options win, and None counts as not given.
 
         Args:
             config: a YAML file, the name of a packaged config, or options that were read before.

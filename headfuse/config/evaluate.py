@@ -47,14 +47,14 @@ def _memory(value: Any) -> Any:
 
 
 class EvalConfig(Options):
-    """What is measured, and on which text; names as on the command line."""
+    """The measurements and their text; options are named as on the command line."""
 
     data: str = "default"
     """Evaluation text: a file, a folder or a hub dataset. A document's field `source` names its domain."""
     baseline: str | None = None
     """Model to compare with, usually the source; it must have the same tokenizer."""
     samples: int = 24
-    """How many windows of text; fewer are taken, with a warning, if the text ends."""
+    """Number of windows of text; if the text is shorter, a warning says how many were read."""
     sequence_length: int = 512
     """Tokens in a window."""
     stride: int | None = None

@@ -16,7 +16,7 @@ from headfuse.config.values import Count, HeadDim, Rate, Share, Steps
 
 
 class BudgetConfig(Options):
-    """How much of the KV cache is kept, and who decides where."""
+    """How much of the KV cache is kept, and how it is divided among layers."""
 
     total: Share | SideBudget | None = "0.25"
     """Share of the source's KV cache that is kept, such as 0.25 or 1/4, or {key: 1/4, value: 1/8}."""
@@ -25,13 +25,13 @@ class BudgetConfig(Options):
     value_heads: tuple[Count, ...] | None = None
     """Instead of `total`: the number of value heads of each layer."""
     keep_layers: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = ()
-    """Layers that stay as they are, counted from 0."""
+    """Layers that are not fused, counted from 0."""
     min_key_heads: Count = 1
     """Fewest key heads that a layer may keep."""
     min_value_heads: Count = 1
     """Fewest value heads that a layer may keep."""
     allocator: Annotated[str, one_of(*names(Allocator))] = "sensitivity"
-    """What divides the budget among layers: sensitivity, taylor, shapley, dha-greedy or uniform."""
+    """How the budget is divided among layers: sensitivity, taylor, shapley, dha-greedy or uniform."""
     layerwise: bool = False
     """Give every layer as many value heads as key heads (layout latent: values as wide as keys). `--for vllm` does."""
     head_dim: HeadDim | None = None
@@ -50,7 +50,7 @@ class BudgetConfig(Options):
 
     @property
     def shares(self) -> Fraction | tuple[Fraction, Fraction] | None:
-        """The share of the cache, or one for keys and one for values; None where counts are given outright."""
+        """The share of the cache, or one for keys and one for values; None if counts are given instead."""
         if isinstance(self.total, SideBudget):
             return Fraction(self.total.key), Fraction(self.total.value)
         if self.total is None or (self.key_heads is not None and self.value_heads is not None):
@@ -68,11 +68,11 @@ class BudgetConfig(Options):
 
 
 HELD_OUT_WINDOWS = 8
-"""Enough to compare two stages window by window; the other windows are worth more where something learns from them."""
+"""Enough windows to compare two stages; further windows are worth more as calibration text."""
 
 
 class CalibrationConfig(Options):
-    """The text that statistics are taken on."""
+    """The calibration text, on which the heads are measured."""
 
     data: str = "default"
     """The calibration text: a file, a folder or a hub dataset. `default` is a bundled sample of prose."""
@@ -90,7 +90,7 @@ class CalibrationConfig(Options):
 
 
 class DhaConfig(Options):
-    """The trainings of `method: dha`; defaults are the paper's where it tells them (docs/how-it-works/dha.md)."""
+    """The trainings of `method: dha`; defaults are the paper's, where it states them (docs/how-it-works/dha.md)."""
 
     search_steps: Steps = 240
     """Training steps of the search."""
@@ -101,23 +101,23 @@ class DhaConfig(Options):
     b: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Base of the decaying target of the fusion loss."""
     k: Count | None = None
-    """Steps of a round until that target is zero; null: half of the round."""
+    """Steps of a round until the target of the fusion loss is zero; null: half of the round."""
     stop: Annotated[float, Field(ge=0)] = 1e-3
     """The fusion loss at which a round ends."""
     raw_fusion_loss: bool = False
-    """The paper's sum over channels, pairs, groups and layers, instead of the mean."""
+    """Compute the fusion loss as the paper's sum over channels, pairs, groups and layers, instead of the mean."""
     loss: Annotated[str, one_of(*names(Loss))] = "ce"
-    """Cross-entropy (ce), or the divergence from the source (kl)."""
+    """Loss of the outputs: cross-entropy (ce), or KL divergence from the source (kl)."""
     start: Annotated[str, one_of(*names(StartingBasis))] = "raw"
     """The basis in which heads are mixed: their own (raw), or that of method align or subspace."""
     learning_rate: Rate = 1e-4
-    """Of the model's weights."""
+    """Peak learning rate of the model's weights."""
     omega_learning_rate: Rate = 1e-2
-    """Of the fusion ratios."""
+    """Peak learning rate of the fusion ratios."""
     lambda_learning_rate: Rate = 1e-2
-    """Of the multiplier of the fusion loss."""
+    """Peak learning rate of the multiplier of the fusion loss."""
     lambda_start: Annotated[float, Field(ge=0)] = 0.0
-    """The multiplier at the first step."""
+    """Multiplier of the fusion loss at the first step."""
     batch_size: Count = 64
     """Windows in a step."""
     micro_batch_size: Count = 8
@@ -130,7 +130,7 @@ class FuseConfig(Options):
     """Every option of `headfuse fuse`."""
 
     budget: BudgetConfig = BudgetConfig()
-    """How much of the KV cache is kept, and who decides where."""
+    """How much of the KV cache is kept, and how it is divided among layers."""
     method: Annotated[str, one_of(*names(Method))] = "subspace"
     """How heads are fused: subspace, align, mean or first; dha trains the model."""
     grouping: Annotated[str, one_of(*names(Grouping))] = "cluster"
@@ -140,11 +140,11 @@ class FuseConfig(Options):
     preset: Annotated[str, one_of(*names(Preset))] = "balanced"
     """How much work is spent on quality: fast, balanced or best."""
     calibration: CalibrationConfig = CalibrationConfig()
-    """The text that statistics are taken on."""
+    """The calibration text, on which the heads are measured."""
     dha: DhaConfig = DhaConfig()
-    """Options of method dha alone."""
+    """Options that only method dha reads."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
-    """Chooses the calibration windows, and every other random draw."""
+    """Seed of the calibration windows and of every other random choice."""
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,7 @@ from headfuse.errors import ConfigError, problem_words
 
 
 def one_of(*names: str) -> AfterValidator:
-    """What checks that a name is one of these, and says which is near."""
+    """A check that a name is one of these; its error suggests the nearest."""
 
     def check(value: str) -> str:
         if value not in names:
@@ -29,7 +29,7 @@ def one_of(*names: str) -> AfterValidator:
 
 
 class Options(BaseModel):
-    """Options that know no other keys. The docstring under a field is its description in docs/reference/options.md."""
+    """Options that refuse unknown keys. The docstring under a field is its description in docs/reference/options.md."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -100,12 +100,12 @@ def _raw(model: type[Options], config: Options | str | Path | None, folder: str,
 
 
 def _not_meant(problem: Mapping[str, Any]) -> bool:
-    """Whether a value is only said not to be of the other type: a budget is one share, or one for each side."""
+    """Whether a problem concerns the form of budget that was not meant: one share, or one for each side."""
     return problem["loc"][:-1] == ("budget", "total") and problem["type"] in ("string_type", "model_type")
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML without keys that are there twice, of which the plain loader drops the first."""
+    """A YAML loader that refuses duplicate keys; the plain loader silently drops the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set[str]()
@@ -149,7 +149,7 @@ def _read_yaml(name: str, folder: str) -> dict[str, Any]:
 
 
 def _describe(problem: dict[str, Any], model: type[Options]) -> str:
-    """A problem with its place; an unknown key with the near one."""
+    """A problem with its place; for an unknown key, the nearest known one."""
     model = SideBudget if "SideBudget" in problem["loc"] else model
     path = [str(part) for part in problem["loc"] if part not in ("SideBudget", "function-before[_budget_text(), str]")]
     place = ".".join(path)

@@ -13,7 +13,7 @@ from headfuse.errors import ConfigError
 
 
 class Processor(Options):
-    """What computes, where nothing is written in a dtype of its own."""
+    """The device, for commands whose output has no dtype of its own."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `mps`."""
@@ -43,9 +43,9 @@ class FusingMachine(Machine):
     dtype: str | None = None
     """The dtype of the written weights; by default the source's."""
     compute_dtype: Annotated[ComputeDtype, one_of(*names(ComputeDtype))] = "float32"
-    """What layers multiply in; bfloat16 is several times as fast on a GPU and very slow on most CPUs."""
+    """Dtype of matrix products in the layers; bfloat16 is several times as fast on a GPU and very slow on most CPUs."""
     placement: Annotated[Placement, one_of(*names(Placement))] = "auto"
-    """What of the model stays on a device between two uses; by default what its memory holds."""
+    """Which weights stay on the device between two uses; by default as many as its memory holds."""
 
 
 class TrainingMachine(Machine):
@@ -54,17 +54,17 @@ class TrainingMachine(Machine):
     dtype: str | None = None
     """The dtype of the written weights; by default each tensor's own in the model."""
     teacher_device: str | None = None
-    """Where the teacher computes; by default where the model does."""
+    """Device of the teacher; by default that of the model."""
     teacher_dtype: str | None = None
-    """In which dtype; by default float32 on a CPU, the stored one elsewhere."""
+    """Dtype in which the teacher computes; by default float32 on a CPU, the stored one elsewhere."""
     teacher_cache: Path | None = None
-    """A folder for what the teacher's head reads; the teacher is then not in memory while the model is trained."""
+    """Folder for the teacher's last hidden states; the teacher is then not in memory during training."""
     log_every: int = 1
     """Steps between two lines of train_log.jsonl."""
     trackers: tuple[str, ...] = ()
     """`tensorboard`, `wandb`."""
     tracker_folder: Path = Path("runs")
-    """Where trackers write, in a folder named after the output."""
+    """Folder in which trackers write, each run in a subfolder named after the output."""
 
     @model_validator(mode="after")
     def _some_log(self) -> TrainingMachine:

@@ -11,7 +11,7 @@ class Preset:
     """The stages of a preset; the refinement is kept only if it lowers the loss on held-out text."""
 
     cost: str
-    """What it does and what it costs, in forward passes over the calibration text."""
+    """The work of the preset and its cost in forward passes over the calibration text."""
     end_loss_probes: Literal["few", "all"] | None = None
     """Counts whose cost is measured by the end loss; `few`: powers of two (mathematics.md section 8.4)."""
     model_passes: float = 0.0

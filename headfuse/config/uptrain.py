@@ -41,7 +41,7 @@ class UptrainConfig(Options):
     tokens: Annotated[int, BeforeValidator(_tokens), Field(ge=1, strict=True)]
     """How many tokens to train on; a text that is shorter is read again, shuffled anew."""
     packing: Annotated[str, one_of(*names(Packing))] = "joined"
-    """joined: a token sees earlier documents in its window; separate: its own document alone."""
+    """joined: a token attends to earlier documents in its window; separate: only to its own document."""
     sequence_length: Annotated[int, Field(ge=2, strict=True)] = 512
     """Tokens in a window."""
     batch_size: Count | None = None
@@ -61,31 +61,33 @@ class UptrainConfig(Options):
     lora_rank: Count = 16
     """Rank of the adapters."""
     lora_alpha: Count = 32
-    """Scale of the adapters, divided by the rank."""
+    """Scale of the adapters (alpha), which is divided by the rank."""
     learning_rate: Rate | None = None
-    """Peak; null: 2e-4 below 50 million parameters, 1e-4 below a billion, else 2e-5; 4 times that with lora."""
+    """Peak learning rate; null: 2e-4 below 50 million parameters, 1e-4 below a billion, else 2e-5; 4 times that with
+    lora.
+    """
     fused_learning_rate: Rate = 2.0
     """Multiple of the learning rate for key and value projections (2 in mha2gqa)."""
     warmup: Share = 0.03
     """Share of the steps in which the learning rate rises to its peak."""
     final_learning_rate: Share = 0.1
-    """Share of the peak at the last step; a cosine leads there."""
+    """Learning rate at the last step, as a share of the peak; it falls along a cosine."""
     weight_decay: Weight = 0.0
     """Weight decay of AdamW."""
     gradient_clip: Rate = 1.0
-    """Largest norm of the gradient."""
+    """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = False
     """Compute each layer again in the backward pass: less memory for longer windows, a third more time."""
     validation_data: str | None = None
     """Text for validation; null: sections of `data` are held out."""
     validation_windows: Count = 16
-    """Windows of a validation."""
+    """Number of windows in a validation."""
     checkpoint_every: Count | None = None
     """Steps between two states, each with a validation; null: about a tenth of the run."""
     patience: Count | None = None
     """Stop after this many validations without a better one; null: never."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
-    """Chooses the order of the text."""
+    """Seed of the order of the text."""
 
     @property
     def distilled(self) -> bool:
@@ -93,7 +95,7 @@ class UptrainConfig(Options):
         return self.loss == "kl" or self.hidden > 0 or self.layerwise > 0
 
     def named(self) -> dict[str, Any]:
-        """Plain data in which texts have their names alone, as an output may hold it."""
+        """Plain data for outputs, in which each text is reduced to its name."""
         names = _distinct(self.data, data_name)
         validation = self.validation_data and data_name(self.validation_data)
         return {**self.model_dump(mode="json"), "data": names, "validation_data": validation}
@@ -122,7 +124,7 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> UptrainConfig
 
 
 def _distinct(data: Mapping[str, float], name_of: Callable[[str], str]) -> dict[str, float]:
-    """The weights by shorter names, which get a number where two are the same."""
+    """The weights by shorter names; equal names get a number."""
     names: dict[str, float] = {}
     for text, weight in data.items():
         short = name = name_of(text)

@@ -64,7 +64,7 @@ def parse_head_dim(text: str) -> int | str:
     if text == "auto":
         return text
     if not re.fullmatch(r"\d{1,6}", text) or int(text) < 2 or int(text) % 2:
-        raise ValueError(f"{text!r} is no width of heads: give an even number of channels, like 96, or auto")
+        raise ValueError(f"{text!r} is not a head width: give an even number of channels, like 96, or auto")
     return int(text)
 
 
@@ -102,7 +102,7 @@ def parse_memory(text: str) -> int:
 
 
 def data_name(data: str) -> str:
-    """How an output may name the data: a hub id, or a file's name without its folders."""
+    """The name of the data for outputs: a hub id, or a file's name without its folders."""
     return Path(data).name if Path(data).exists() else data
 
 
@@ -134,7 +134,7 @@ def parse_data(data: str | Sequence[str] | Mapping[str, float]) -> dict[str, flo
 
 
 def mixture_name(data: Mapping[str, float]) -> str:
-    """How an output may name texts and their weights."""
+    """The name of texts and their weights for outputs."""
     if len(data) == 1:
         return data_name(next(iter(data)))
     return ", ".join(f"{data_name(name)}={weight:g}" for name, weight in data.items())

@@ -94,7 +94,7 @@ def with_possible_width(config: FuseConfig, source: Source) -> FuseConfig:
     try:
         slot_table.check(source.config)
     except UnsupportedModelError as reason:
-        logger.info("--head-dim auto is the source's %d channels: %s", source.heads.head_dim, reason.what)
+        logger.info("--head-dim auto keeps the source's %d channels: %s", source.heads.head_dim, reason.what)
         own = source.heads.head_dim
     else:
         own = plan_options(config).rules.one_width(source.heads)[1]
