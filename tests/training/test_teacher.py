@@ -62,7 +62,7 @@ def test_teacher_is_found_beside_the_model_or_in_the_working_directory(
     assert train(fused, data).teacher == "source"
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "source").rename(tmp_path / "elsewhere" / "source")
-    with pytest.raises(ConfigError, match="source, the teacher, was not found"):
+    with pytest.raises(ConfigError, match="the teacher was not found"):
         train(fused, data, overwrite=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert train(fused, data, overwrite=True).teacher == "source"
