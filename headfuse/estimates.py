@@ -21,7 +21,7 @@ class Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean of independent items; not a number where there are none."""
+    """The mean of independent items; NaN if there are none."""
     count = len(values)
     centre = math.fsum(values) / count if count else math.nan
     squares = math.fsum((value - centre) * (value - centre) for value in values)

@@ -1,4 +1,4 @@
-"""What is fused with what: the data that budget, grouping, conversion and plan.json share. No torch, no I/O."""
+"""Which heads are fused: the data shared by budget, grouping, conversion and plan.json. No torch, no I/O."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def parse_hub_id(model: str) -> tuple[str, str | None] | None:
 
 
 def at_revision(model: str, revision: str | None) -> str:
-    """The MODEL argument that stands for a hub id at a revision.
+    """The MODEL argument for a hub id at a revision.
 
     Raises:
         ConfigError: for a local folder, and for a hub id that has a revision already.

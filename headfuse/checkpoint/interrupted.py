@@ -1,4 +1,4 @@
-"""What an interrupted run leaves in its folder, for `--resume`."""
+"""The record of an interrupted run in its folder, for `--resume`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATE = "state"
 
 
 def read_resume(partial: Path, command: str) -> dict[str, Any] | None:
-    """What `write_resume` kept of the interrupted run in this folder; None where there is no such run.
+    """The record that `write_resume` made of the interrupted run in this folder; None if there is none.
 
     Raises:
         OutputError: when it is damaged, or of another command.

@@ -25,7 +25,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class FuseResult:
-    """What a conversion wrote and what it did to the held-out calibration text."""
+    """What a conversion wrote, and the NLL of held-out calibration text before and after."""
 
     output: Path
     plan: FusionPlan

@@ -55,7 +55,7 @@ def _invertible_values(values: torch.Tensor) -> torch.Tensor:
 
 
 def _turned(own: AttentionWeights, keys: torch.Tensor, values: torch.Tensor, heads: HeadLayout) -> AttentionWeights:
-    """Weights with the heads in the bases `[n, d, d]` of keys and of values, and with what reads them turned back."""
+    """Weights with keys and values in the bases `[n, d, d]`, and the projections that read them turned back."""
     reads = [heads.source_head(query) for query in range(heads.num_attention_heads)]
     queries, key, value = own.query_bias, own.key_bias, own.value_bias
     return replace(

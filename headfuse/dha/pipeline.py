@@ -63,7 +63,7 @@ def train(
         config: its `calibration.data` is what is trained on.
         text: windows for those statistics.
         partial: where states and the log go.
-        plan: groups that somebody reviewed, in the place of search and grouping.
+        plan: reviewed groups, instead of search and grouping.
         on_progress: called with phase, done and total steps.
         trust_remote_code: allow the source's own code.
 

@@ -1,6 +1,6 @@
 """`dha`: learned ratios of the heads of a group (DHA, arXiv 2406.06567, section 4); equation numbers are the paper's.
 
-Untrained, at the identity, what it collapses to is the mean of the group. Groups are partitions of m heads; `readers
+Untrained ratios, the identity, collapse to the mean of the group. Groups are partitions of m heads; `readers
 [n_q]` is the head that each query head reads; ratios `omega [n_q, m, d]` are one number per channel.
 """
 

@@ -1,4 +1,4 @@
-"""Quality gates: limits on the figures of `headfuse eval` and `fuse`, for CI. Pure but for reading the YAML file.
+"""Quality gates: limits on the figures of `headfuse eval` and `fuse`, for CI. Pure, except for reading the YAML file.
 
 Grammar: `FIGURE<=NUMBER` or `FIGURE>=NUMBER`, several joined by commas; `NUMBER*baseline` stands for that multiple of
 the baseline's figure. `FIGURE@PART` is the figure of a domain, a position, a length or task of prompts, or a

@@ -120,7 +120,7 @@ def predict(model: PreTrainedModel, windows: torch.Tensor) -> Predictions:
 
 
 def token_chunks(predictions: Predictions) -> Iterator[slice]:
-    """Slices over all predictions in a row, as many at once as keep the logits small."""
+    """Slices over all predictions in order, sized to keep the logits small."""
     tokens, size = predictions.states.shape[:2].numel(), chunk_tokens(len(predictions.weight))
     return (slice(start, start + size) for start in range(0, tokens, size))
 

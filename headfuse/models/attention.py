@@ -108,7 +108,7 @@ class AttentionWeights:
         heads: HeadLayout,
         stored: Architecture | None = None,
     ) -> dict[str, torch.Tensor]:
-        """A layer's tensors with these projections in the place of its own, `stored` as another family has them."""
+        """A layer's tensors with these projections instead of its own; `stored`: in the form of another family."""
         stored = stored or arch
         others = {name: tensor for name, tensor in tensors.items() if not arch.owns(name)}
         others = module_tensors(others, arch) if arch.stacked and not stored.stacked else others

@@ -6,8 +6,8 @@ between two uses is the placement:
 | placement | layers' weights | weights that are refined, with Adam's moments |
 |---|---|---|
 | `resident` | stay on the device, in their stored dtype | on the device |
-| `streamed` | travel to the device at every use | on the device |
-| `host` | travel to the device at every use | on the host, in mapped files |
+| `streamed` | are copied to the device at every use | on the device |
+| `host` | are copied to the device at every use | on the host, in mapped files |
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def batch_tokens(device: torch.device, hidden_size: int) -> int:
 
 
 def batch_windows(device: torch.device, windows: int, length: int, tokens: int) -> int:
-    """How many of `windows` of this length go through a layer at once, given how many tokens may."""
+    """Number of `windows` of this length that go through a layer at once, given the limit of tokens."""
     most = max(1, tokens // length)
     return most if device.type == "cpu" else min(most, -(-windows // BATCHES))
 
@@ -144,7 +144,7 @@ def factories_on(device: torch.device) -> AbstractContextManager[object]:
 
 
 class Copies:
-    """The host's tensors on a device, as narrow as they are: each travels once while the host has it.
+    """Device copies of host tensors, in their own dtype; each is copied once while the host tensor exists.
 
     Args:
         device: where layers are computed; on a CPU every tensor is its own copy.

@@ -41,7 +41,7 @@ def model_states(
         batch: token ids `[windows, length]`.
         positions: of the tokens in their documents (see `document_positions`); None for one document a window.
         layers: keep the inputs and outputs of the layers.
-        inputs: what each layer reads in the place of the output of the layer before it.
+        inputs: what each layer reads instead of the output of the layer before it.
     """
     recording = _recorded(model, inputs) if layers or inputs is not None else contextlib.nullcontext(_Seen())
     with recording as seen:

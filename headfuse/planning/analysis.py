@@ -64,7 +64,7 @@ def analyze(
         config: a `FuseConfig`, a YAML file or the name of a packaged config.
         curves: predict what every layout loses at every budget, too; takes a survey more for each kind of layout.
         on_progress: called with phase, done and total layers.
-        **options: those of `headfuse.fuse` by name, but for `dtype`; they win over `config`.
+        **options: those of `headfuse.fuse` by name, except `dtype`; they win over `config`.
 
     Raises:
         HeadfuseError: for every kind of bad input.

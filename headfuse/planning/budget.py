@@ -288,8 +288,8 @@ def _head_count(budget: Fraction, source: int, choices: Choices, where: str, cou
     count, least = math.floor(budget * source + Fraction(1, 2)), sum(row[0] for row in choices)
     if count < least:
         raise BudgetError(
-            f"{float(budget):.4g} keeps {count} of {source} {counted}, and at least {least} are needed "
-            f"for the fewest {counted} of every layer",
+            f"{float(budget):.4g} keeps {count} of {source} {counted}, but at least {least} are needed "
+            f"to give every layer its fewest {counted}",
             where=where,
             fix=f"the smallest budget that works here is {Fraction(least, source)}",
         )

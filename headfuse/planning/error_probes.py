@@ -20,7 +20,7 @@ ERRORS_WORTH = 1000.0
 tokens (docs/experiments.md).
 """
 WIDE_ERRORS_WORTH = 100.0
-"""The weight for the widths of wide heads. Their range is larger, and errors would give the first layer far too much.
+"""Weight of the output error for widths of wide heads: a higher weight would give the first layer far too much.
 """
 TINY = 1e-30
 

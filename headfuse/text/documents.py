@@ -53,7 +53,7 @@ def check_data(data: str) -> None:
 
 
 def open_document(data: str, tokenizer: PreTrainedTokenizerBase | None, piece: int | None = None) -> Iterator[str]:
-    """Documents; with `piece`, a .txt file comes in pieces of so many characters, never whole."""
+    """Documents; with `piece`, a .txt file comes in pieces of this many characters, never whole."""
     if not data:  # Path("") would be the working directory: an unset variable of a script
         raise DataError("the name of the text is empty", where="--data", fix="give a text file, or leave it out")
     if data == DEFAULT_DATA:

@@ -78,7 +78,7 @@ def _parts(folder: Path) -> Iterator[Path]:
 
 
 def read_file(path: Path, tokenizer: PreTrainedTokenizerBase | None, piece: int | None) -> Iterator[str]:
-    """The documents of one file; with `piece`, those of a .txt file are pieces of so many characters.
+    """The documents of one file; with `piece`, those of a .txt file are pieces of this many characters.
 
     Raises:
         DataError: while reading, where it cannot be understood.
@@ -169,7 +169,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _read_text(path: Path, limit: int | None) -> Iterator[str]:
-    """One document; with a limit, in pieces of so many characters."""
+    """One document; with a limit, in pieces of this many characters."""
     with _opened(path) as stream:
         if limit is None:
             yield _without_nul(_decoded(stream.read(), str(path)).removeprefix("\ufeff"), path)

@@ -32,7 +32,7 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: o
     """The keys of a tokenizer; tokens are padded, or cut, to the rows of the model's embeddings.
 
     Raises:
-        UnsupportedModelError: for a tokenizer that llama.cpp does not have, saying what it has in its stead.
+        UnsupportedModelError: for a tokenizer that llama.cpp does not have, naming those that can be exported.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
