@@ -41,15 +41,15 @@ Passkey = Annotated[
 ]
 Ruler = Annotated[
     str | None,
-    typer.Option(metavar="N,N", help="Tasks after RULER at these context lengths.", rich_help_panel=HOW),
+    typer.Option(metavar="N,N", help="Long-context tasks like RULER's, at these context lengths.", rich_help_panel=HOW),
 ]
 RulerTasks = Annotated[
     str | None,
-    typer.Option(metavar="A,B", help=f"Which of {', '.join(names(RulerTask))}; by default all.", rich_help_panel=HOW),
+    typer.Option(
+        metavar="A,B", help=f"Tasks of --ruler: {', '.join(names(RulerTask))}; by default all.", rich_help_panel=HOW
+    ),
 ]
-RulerTrials = Annotated[
-    int, typer.Option(min=1, help="Prompts of each of these tasks and lengths.", rich_help_panel=HOW)
-]
+RulerTrials = Annotated[int, typer.Option(min=1, help="Prompts for each --ruler task and length.", rich_help_panel=HOW)]
 Trials = Annotated[int, typer.Option(min=1, help="Prompts of each passkey length.", rich_help_panel=HOW)]
 Memory = Annotated[
     int | None,
@@ -62,7 +62,7 @@ Memory = Annotated[
 ]
 CacheNumbers = Annotated[
     CacheDtype | None,
-    typer.Option(help="Simulate a KV cache of these numbers; the baseline keeps its own.", rich_help_panel=HOW),
+    typer.Option(help="Simulate a KV cache of this dtype; the baseline keeps its own.", rich_help_panel=HOW),
 ]
 Stride = Annotated[
     int | None,

@@ -13,7 +13,7 @@ from headfuse.errors import ConfigError
 
 
 def _listed(value: Any, option: str) -> Any:
-    """What lies between commas, where an option is written as text."""
+    """The items of a comma-separated option."""
     if not isinstance(value, str):
         return value
     names = [name.strip() for name in value.split(",") if name.strip()]
@@ -70,13 +70,13 @@ class EvalConfig(Options):
     passkey_trials: Count = 10
     """Prompts of each length."""
     ruler: Annotated[tuple[int, ...], BeforeValidator(_lengths)] = ()
-    """Context lengths of the tasks after RULER, in tokens, with room for the answer."""
+    """Context lengths of long-context tasks like RULER's, in tokens, answer included."""
     ruler_tasks: Annotated[tuple[RulerTask, ...], BeforeValidator(_names)] = get_args(RulerTask)
-    """Which of them: needle retrieval (niah_..), variable tracking (vt), common words (cwe)."""
+    """Tasks at these lengths: needle retrieval (niah_..), variable tracking (vt), common words (cwe)."""
     ruler_trials: Count = 10
-    """Prompts of each of these tasks and lengths."""
+    """Prompts for each of these tasks and lengths."""
     cache_dtype: CacheDtype | None = None
-    """Simulate a KV cache of these numbers: fp8, int8, int4, int3 or int2; the baseline keeps its own."""
+    """Simulate a KV cache of this dtype: fp8, int8, int4, int3 or int2; the baseline keeps its own."""
     memory: Annotated[int | None, BeforeValidator(_memory)] = Field(default=None, ge=0)
     """Memory, such as 24GB: reports the longest context and the largest batch that fit beside the weights."""
     speed: bool = False

@@ -1,4 +1,4 @@
-"""The figures of one model, and of a model against its baseline, from what was measured. No model runs here."""
+"""Computes the figures of one model, and of a model against its baseline, from measurements; runs no model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model_figures(
     nll: Estimate,
     quantised: tuple[CacheDtype, StoredBytes] | None,
 ) -> ModelFigures:
-    """What a model predicts and weighs.
+    """The figures of a model: its predictions and its size.
 
     Args:
         name: how the result may name it.
@@ -49,7 +49,7 @@ def model_figures(
 
 
 def with_fit(figures: ModelFigures, memory: int, context: int, max_context: int | None) -> ModelFigures:
-    """The same with what fits into a memory beside the weights."""
+    """These figures, with the context and batch that fit into a memory beside the weights."""
     fits = fit(memory, figures.weight_bytes, figures.kv_bytes_per_token, context, max_context)
     return replace(figures, fit=fits)
 
@@ -82,5 +82,5 @@ def retrieved(length: int, model: Sequence[Retrieval], baseline: Sequence[Retrie
 
 
 def exponential(value: float) -> float | None:
-    """The exponential, None where it is beyond a float."""
+    """The exponential; None if it overflows a float."""
     return math.exp(value) if value < 700 else None

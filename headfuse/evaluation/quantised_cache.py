@@ -1,4 +1,4 @@
-"""A quantised KV cache, simulated: a model reads its keys and values as a cache of few bits would give them back.
+"""Simulates a quantised KV cache: a model reads its keys and values as a cache with few bits would return them.
 
 Every state is rounded when it is cached, token by token and head by head, and every query reads rounded states, those
 of its own token included: so vLLM reads its cache of fp8 or int8. transformers' `QuantizedCache` instead hands the
@@ -20,7 +20,7 @@ from headfuse.errors import UnsupportedModelError
 from headfuse.models.states import cache_argument
 
 GROUP = 64
-"""Channels that share a scale: a head, or of a wider head so many at once."""
+"""Channels that share a scale; a head with more channels has several groups."""
 _BITS: dict[str, int] = {"fp8": 8, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
 _SCALE = torch.float16
 _TINY = 2.0**-24
@@ -30,14 +30,14 @@ _LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """What a token takes in a cache: the numbers themselves, and what is stored to read them."""
+    """Bytes of a token in a cache: the numbers, and the scales and offsets stored with them."""
 
     numbers: int
     scales: int
 
 
 def stored_bytes(width: int, dtype: CacheDtype) -> StoredBytes:
-    """What one head of `width` channels takes: groups are packed into whole bytes, scales are float16."""
+    """Bytes of one head of `width` channels: groups are packed into whole bytes, scales are float16."""
     groups = [min(GROUP, width - start) for start in range(0, width, GROUP)]
     per_group = _SCALE.itemsize * (1 if dtype == "fp8" else 2)
     return StoredBytes(sum(math.ceil(size * _BITS[dtype] / 8) for size in groups), per_group * len(groups))
@@ -102,7 +102,7 @@ class QuantisedCache(DynamicCache):
 
 @dataclass
 class QuantisedCaches:
-    """Gives a model a `QuantisedCache` in every call from now on, whoever calls it."""
+    """Makes every later call of a model use a `QuantisedCache`."""
 
     model: PreTrainedModel
     dtype: CacheDtype
@@ -123,7 +123,7 @@ class QuantisedCaches:
         return args, {**kwargs, self._name: self.last, "use_cache": True}
 
     def bytes_per_token(self) -> StoredBytes:
-        """What a token takes over all layers, by the shapes that the model cached.
+        """Bytes of a token over all layers, by the shapes that the model cached.
 
         Raises:
             UnsupportedModelError: where it has cached none in this way.

@@ -58,7 +58,7 @@ def evaluate(folder: Path, *args: object, code: int = 0) -> str:
 
 
 def test_old_code_is_said_on_loading_and_by_verify(old: Path, current: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert "model code is the installed headfuse's." in evaluate(current, "--verify")
+    assert "model code is that of the installed headfuse." in evaluate(current, "--verify")
     assert not [record for record in caplog.records if "model code" in record.message]
     headfuse.load(old)
     headfuse.load(old)

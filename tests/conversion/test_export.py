@@ -115,7 +115,7 @@ def test_families_that_store_their_heads_otherwise(tmp_path: Path, family: str) 
 def test_a_norm_over_all_keys_needs_each_of_them_as_often(tmp_path: Path) -> None:
     keys, values = [[0, 1, 2, 3], [4, 5], [6, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]
     folder = planned(tmp_path, [(keys, values)], "olmo2", kv_heads=8)
-    assert "norm is over all key heads" in run("export", folder, "--to", "gqa", "-o", tmp_path / "out", code=1)
+    assert "norm runs over all key heads" in run("export", folder, "--to", "gqa", "-o", tmp_path / "out", code=1)
 
 
 @pytest.mark.parametrize("layout", ["decoupled", "layerwise"])

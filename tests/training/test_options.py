@@ -81,7 +81,7 @@ def test_logits_that_the_loss_does_not_know_are_refused(tmp_path: Path, monkeypa
     model = load_model(tmp_path / "gemma2")
     check_head(model, tmp_path / "gemma2")
     monkeypatch.setattr("headfuse.training.teacher.softcap", lambda config: None)
-    with pytest.raises(UnsupportedModelError, match="makes logits in a way"):
+    with pytest.raises(UnsupportedModelError, match="computes its logits in a way"):
         check_head(model, tmp_path / "gemma2")
 
 
