@@ -40,8 +40,8 @@ def stages(console: Console, first: str) -> Iterator[Report]:
 
 
 def is_live(console: Console) -> bool:
-    """Whether a line can be written again and again."""
-    return console.is_terminal and not console.is_dumb_terminal
+    """Whether a line can be written again and again. FORCE_COLOR makes rich call a log a terminal."""
+    return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
 
 
 @contextmanager
