@@ -103,7 +103,7 @@ def export(  # a parameter an option: Typer reads them
 def _announce(log: Console, architecture: str, counts: Sequence[int], before: int, after: int) -> None:
     """Say what will be written."""
     say(log, f"{architecture}, KV heads per layer: {' '.join(map(str, counts))}")
-    log.print(f"KV bytes per token: {before} -> {after}", highlight=False)
+    log.print(f"KV bytes per token: {before:,} -> {after:,}", highlight=False)
     if after > before:
         log.print(
             "The cache grows: this layout needs equal groups shared by keys and values, so some heads are stored twice."
@@ -126,10 +126,11 @@ def render(document: Mapping[str, Any], console: Console) -> None:
         console.print(text, soft_wrap=True, highlight=False)
         return
     table = Table()
-    for column in ("", "before", "after"):
-        table.add_column(column)
+    table.add_column("")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
     kv = document["kv_bytes_per_token"]
-    table.add_row("KV bytes per token", str(kv["before"]), str(kv["after"]))
+    table.add_row("KV bytes per token", f"{kv['before']:,}", f"{kv['after']:,}")
     console.print(table)
     console.print(f"loads as {document['architecture']}", soft_wrap=True, highlight=False)
     console.print(f"wrote {document['output']}", soft_wrap=True, highlight=False)

@@ -95,7 +95,7 @@ def fuse(  # a parameter an option: Typer reads them
         if dry_run:
             return _dry_run(source, settings, place)
         result = _fuse(source, settings, place, log_console(quiet or json_output))
-        document = {**_document(result), **_sizes(source, result.output), "next": _next(model, result.output)}
+        document = {**_document(result), **_sizes(source, result.output), "next": _next(model, result.output, runtime)}
         document["gates"] = [judged.to_dict() for judged in judge(gates, _gated(result))]
         write_verdicts(document, junit, github_summary)
         return document
@@ -155,12 +155,13 @@ def _sizes(model: str, output: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def _next(model: str, output: Path) -> list[str]:
+def _next(model: str, output: Path, runtime: str | None) -> list[str]:
     """The commands that a user may want to run now."""
     fused, source = shlex.quote(str(output)), shlex.quote(model)
     return [
         f"headfuse eval {fused} --baseline {source} --data TEXT",
         f"headfuse uptrain {fused} --teacher {source} --data TEXT --tokens 50M",
+        *([f"headfuse export {fused} --to gguf --output {fused}.gguf"] if runtime == "llama.cpp" else []),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -216,6 +217,9 @@ def render(document: dict[str, Any], console: Console) -> None:
         f" peak learning rate {recipe['learning_rate']:g}.",
     )
     console.print(f"wrote {document['output']}", highlight=False, soft_wrap=True)
+    trained, teacher = shlex.quote(str(document["output"])), shlex.quote(str(document["teacher"] or "SOURCE"))
+    following = f"headfuse eval {trained} --baseline {teacher} --data TEXT"
+    console.print(f"next:\n  {following}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

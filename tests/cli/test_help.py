@@ -148,3 +148,10 @@ def test_a_log_in_colour_has_a_line_for_each_stage() -> None:
 def test_a_log_keeps_a_sentence_on_one_line() -> None:
     text = "a sentence that is longer than the forty columns of this console"
     assert _said(text, terminal=False) == text + "\n"
+
+
+def test_fuse_for_llama_cpp_names_the_export(tmp_path: Path) -> None:
+    """llama.cpp loads a file that `fuse` does not write."""
+    document = fuse(tiny_model(tmp_path / "model"), tmp_path / "out", "--for", "llama.cpp", "--preset", "fast")
+    assert document["next"][-1] == f"headfuse export {tmp_path / 'out'} --to gguf --output {tmp_path / 'out'}.gguf"
+    assert "after `headfuse export --to gguf`" in document["loads_in"]
