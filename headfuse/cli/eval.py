@@ -63,7 +63,11 @@ Memory = Annotated[
 ]
 CacheNumbers = Annotated[
     CacheDtype | None,
-    typer.Option(help="Simulate a KV cache of these numbers; the baseline keeps its own.", rich_help_panel=HOW),
+    typer.Option(
+        metavar=one_of(CacheDtype),
+        help="Simulate a KV cache of these numbers; the baseline keeps its own.",
+        rich_help_panel=HOW,
+    ),
 ]
 Stride = Annotated[
     int | None,
