@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from rich.table import Table
 from headfuse.choices import WIDE
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
+from headfuse.cli.say import say
 from headfuse.reporting.progress import stages
 
 _BAR_WIDTH = 8
@@ -155,8 +157,17 @@ def render(document: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     if document["curves"] is not None:
         console.print(_curves_table(document["curves"]))
+    say(
+        console,
+        "CKA compares the weights of two heads, aligned what they compute; at 1 they can be fused without loss."
+        f" The {counted} are what each layer keeps.",
+    )
     if document["output"]:
-        console.print(f"wrote {document['output']}", soft_wrap=True)
+        plan = shlex.quote(str(Path(document["output"], "plan.json")))
+        console.print(f"wrote {document['output']}", highlight=False, soft_wrap=True)
+        console.print(f"next:\n  headfuse fuse MODEL --plan {plan}", highlight=False, soft_wrap=True)
+    else:
+        say(console, "With --output FOLDER it writes the plan, for `headfuse fuse --plan`, and a report.")
 
 
 def _curves_table(curves: Mapping[str, list[Mapping[str, float]]]) -> Table:

@@ -17,6 +17,7 @@ from rich.table import Table
 from headfuse import __version__
 from headfuse.cli import options
 from headfuse.cli.execute import Document, execute
+from headfuse.cli.say import say
 
 SHOWN = ("torch", "transformers", "safetensors", "accelerate", "datasets", "huggingface_hub")
 """Required packages whose versions are shown."""
@@ -137,6 +138,7 @@ def render(document: Mapping[str, Any], console: Console) -> None:
         table.add_row(f"extra {extra}", version or f"not installed: pip install 'headfuse[{extra}]'")
     console.print(table, highlight=False)
     for fault in document["faults"]:
-        console.print(f"fault: {fault['what']}\n  {fault['fix']}", highlight=False, soft_wrap=True)
+        say(console, f"fault: {fault['what']}")
+        say(console, f"  {fault['fix']}")
     if not document["faults"]:
         console.print("No faults found.")

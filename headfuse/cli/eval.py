@@ -13,9 +13,10 @@ from rich.table import Table
 from headfuse.choices import CacheDtype, Dtype, RulerTask, names
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
-from headfuse.cli.options import CI, HOW, MACHINE, TEXT
+from headfuse.cli.options import CI, HOW, MACHINE, TEXT, one_of
+from headfuse.cli.say import say
 from headfuse.reporting.progress import is_live, stages
-from headfuse.reporting.tables import figure_rows, shown_estimate
+from headfuse.reporting.tables import figure_rows, protocol, shown_estimate
 
 _NAME_WIDTH = 18
 """Characters of a model's name per line of the table head: as many as a figure with its error."""
@@ -62,7 +63,11 @@ Memory = Annotated[
 ]
 CacheNumbers = Annotated[
     CacheDtype | None,
-    typer.Option(help="Simulate a KV cache of this dtype; the baseline keeps its own.", rich_help_panel=HOW),
+    typer.Option(
+        metavar=one_of(CacheDtype),
+        help="Simulate a KV cache of this dtype; the baseline keeps its own.",
+        rich_help_panel=HOW,
+    ),
 ]
 Stride = Annotated[
     int | None,
@@ -110,7 +115,9 @@ def evaluate(  # a parameter an option: Typer reads them
     sequence_length: options.SequenceLength = 512,
     stride: Stride = None,
     device: options.Device = "auto",
-    dtype: Annotated[Dtype | None, typer.Option(help="Dtype to compute in.", rich_help_panel=MACHINE)] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(metavar=one_of(Dtype), help="Dtype to compute in.", rich_help_panel=MACHINE)
+    ] = None,
     threads: options.Threads = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
@@ -192,17 +199,17 @@ def render(document: dict[str, Any], console: Console) -> None:
     for name, cells, ratio in figure_rows(document):
         table.add_row(name, *cells, *([ratio] if comparison is not None else []))
     console.print(table)
-    console.print(f"{document['data']}: {document['protocol']}.", highlight=False, soft_wrap=True)
+    say(console, protocol(document))
     if document["cache_protocol"]:
-        console.print(f"{document['cache_protocol']}.", highlight=False, soft_wrap=True)
+        say(console, f"{document['cache_protocol']}.")
     if document["memory_formula"]:
-        console.print(f"Memory: {document['memory_formula']}.", highlight=False, soft_wrap=True)
+        say(console, f"Memory: {document['memory_formula']}.")
     if document["verified"]:
         from headfuse.models.model_code import describe
 
         state = document["model_code"]
         code = f"; {describe(state, 'FOLDER')}" if state else ""
-        console.print(f"Verified: every file is as headfuse wrote it{code}.", highlight=False, soft_wrap=True)
+        say(console, f"Verified: every file is as headfuse wrote it{code}.")
     agreement = document["agreement"]
     if agreement is not None:
         parts = Table(title="agreement with the baseline")
@@ -213,4 +220,4 @@ def render(document: dict[str, Any], console: Console) -> None:
             parts.add_row(part["part"], f"{part['kl']['samples']:,}", *values)
         console.print(parts)
     for judged in document["gates"]:
-        console.print(str(GateResult(**judged)), highlight=False, soft_wrap=True)
+        say(console, str(GateResult(**judged)))

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from headfuse.cli.say import say
 from headfuse.errors import HeadfuseError
 
 Document = dict[str, Any]
@@ -36,7 +37,7 @@ def execute(
         if document.get("output"):
             typer.echo(document["output"])
     else:
-        render(document, Console(markup=False))  # names may hold brackets
+        render(document, Console(markup=False, emoji=False))  # names may hold brackets and colons
     failed = [gate["gate"] for gate in document.get("gates", []) if not gate["passed"]]
     if failed:
         typer.echo(f"error: gates failed: {', '.join(failed)}", err=True)
@@ -50,7 +51,7 @@ def is_first_process() -> bool:
 
 def log_console(silent: bool) -> Console:
     """Where the stages of a command are shown."""
-    return Console(stderr=True, quiet=silent, markup=False)
+    return Console(stderr=True, quiet=silent, markup=False, emoji=False)
 
 
 def calm_libraries(verbose: bool) -> None:
@@ -97,7 +98,8 @@ def _document(work: Callable[[], Document], as_json: bool, verbose: bool) -> Doc
         expected = error if isinstance(error, HeadfuseError) else _explained(error)
         unforeseen = verbose and error is not expected
         if not unforeseen:
-            typer.echo(f"error: {expected}", err=True)
+            for line in f"error: {expected}".splitlines():
+                say(log_console(silent=False), line)
         if as_json:
             print_failure(expected.what, expected.where, expected.fix)
         if unforeseen:

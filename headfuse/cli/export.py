@@ -13,7 +13,8 @@ from rich.table import Table
 from headfuse import choices
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
-from headfuse.cli.options import OUTPUT
+from headfuse.cli.options import OUTPUT, one_of
+from headfuse.cli.say import say
 from headfuse.reporting.progress import stages
 
 
@@ -21,11 +22,20 @@ def export(  # a parameter an option: Typer reads them
     model: options.Model,
     to: Annotated[
         choices.Target | None,
-        typer.Option(help="Layout of the output folder, or gguf: one file for llama.cpp.", rich_help_panel=OUTPUT),
+        typer.Option(
+            metavar=one_of(choices.Target),
+            help="Layout of the output folder, or gguf: one file for llama.cpp.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     file_type: Annotated[
         choices.FileType | None,
-        typer.Option("--type", help="Number format in a GGUF file; by default f16.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--type",
+            metavar=one_of(choices.FileType),
+            help="Number format in a GGUF file; by default f16.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     refresh: Annotated[
         bool,
@@ -92,8 +102,8 @@ def export(  # a parameter an option: Typer reads them
 
 def _announce(log: Console, architecture: str, counts: Sequence[int], before: int, after: int) -> None:
     """Print what will be written."""
-    log.print(f"{architecture}, KV heads per layer: {' '.join(map(str, counts))}", soft_wrap=True, highlight=False)
-    log.print(f"KV bytes per token: {before} -> {after}", highlight=False)
+    say(log, f"{architecture}, KV heads per layer: {' '.join(map(str, counts))}")
+    log.print(f"KV bytes per token: {before:,} -> {after:,}", highlight=False)
     if after > before:
         log.print(
             "The cache grows: this layout needs equal groups shared by keys and values, so some heads are stored twice."
@@ -116,10 +126,11 @@ def render(document: Mapping[str, Any], console: Console) -> None:
         console.print(text, soft_wrap=True, highlight=False)
         return
     table = Table()
-    for column in ("", "before", "after"):
-        table.add_column(column)
+    table.add_column("")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
     kv = document["kv_bytes_per_token"]
-    table.add_row("KV bytes per token", str(kv["before"]), str(kv["after"]))
+    table.add_row("KV bytes per token", f"{kv['before']:,}", f"{kv['after']:,}")
     console.print(table)
     console.print(f"loads as {document['architecture']}", soft_wrap=True, highlight=False)
     console.print(f"wrote {document['output']}", soft_wrap=True, highlight=False)

@@ -16,6 +16,7 @@ from headfuse.choices import LAYOUT_FOR, WIDE
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
 from headfuse.cli.options import KEEP, OUTPUT
+from headfuse.cli.say import say
 from headfuse.estimates import mean
 from headfuse.reporting.progress import stages
 
@@ -94,7 +95,7 @@ def fuse(  # a parameter an option: Typer reads them
         if dry_run:
             return _dry_run(source, settings, place)
         result = _fuse(source, settings, place, log_console(quiet or json_output))
-        document = {**_document(result), **_sizes(source, result.output), "next": _next(model, result.output)}
+        document = {**_document(result), **_sizes(source, result.output), "next": _next(model, result.output, runtime)}
         document["gates"] = [judged.to_dict() for judged in judge(gates, _gated(result))]
         write_verdicts(document, junit, github_summary)
         return document
@@ -107,10 +108,7 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
     from headfuse.conversion.convert import fuse
 
     if settings.calibration.data == "default":
-        log.print(
-            "Calibrating on the bundled prose sample. Pass --data with text like your inputs for better quality.",
-            soft_wrap=True,
-        )
+        say(log, "Calibrating on the bundled prose sample. Pass --data with text like your inputs for better quality.")
     with stages(log, "reading") as show:
 
         def on_progress(phase: str, done: int, total: int) -> None:
@@ -157,12 +155,13 @@ def _sizes(model: str, output: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def _next(model: str, output: Path) -> list[str]:
+def _next(model: str, output: Path, runtime: str | None) -> list[str]:
     """Suggested next commands."""
     fused, source = shlex.quote(str(output)), shlex.quote(model)
     return [
         f"headfuse eval {fused} --baseline {source} --data TEXT",
         f"headfuse uptrain {fused} --teacher {source} --data TEXT --tokens 50M",
+        *([f"headfuse export {fused} --to gguf --output {fused}.gguf"] if runtime == "llama.cpp" else []),
     ]
 
 
@@ -229,7 +228,7 @@ def render(document: Mapping[str, Any], console: Console) -> None:
             f"about {cost['memory_bytes'] / 1e9:.1f} GB of memory and {duration(cost['seconds'])} on this machine"
         )
         if document["advice"]:
-            console.print(f"long: {document['advice']}", highlight=False, soft_wrap=True)
+            say(console, f"long: {document['advice']}")
         if cost["device"]:
             on = cost["device"]
             console.print(f"about {on['memory_bytes'] / 1e9:.1f} GB on {on['name']}, placement {on['placement']}")
@@ -237,13 +236,14 @@ def render(document: Mapping[str, Any], console: Console) -> None:
     console.print(_table(document))
     for stage in document["stages"]:
         if not stage["kept"]:
-            console.print(f"undone: {stage['name']}, as it did not lower the held-out NLL: {stage['nll']:.4f} after it")
+            say(console, f"Stage '{stage['name']}' is undone: with it, the held-out NLL was {stage['nll']:.4f}.")
     counted = "channels" if document["layout"] in WIDE else "heads"
-    console.print(f"key {counted} per layer:   " + " ".join(map(str, document[f"key_{counted}"])), soft_wrap=True)
-    console.print(f"value {counted} per layer: " + " ".join(map(str, document[f"value_{counted}"])), soft_wrap=True)
+    say(console, f"key {counted} per layer:   " + " ".join(map(str, document[f"key_{counted}"])))
+    say(console, f"value {counted} per layer: " + " ".join(map(str, document[f"value_{counted}"])))
     for judged in document["gates"]:
-        console.print(str(GateResult(**judged)), highlight=False, soft_wrap=True)
-    console.print(f"wrote {document['output']}, which loads in {document['loads_in']}", highlight=False, soft_wrap=True)
+        say(console, str(GateResult(**judged)))
+    console.print(f"wrote {document['output']}", highlight=False, soft_wrap=True)
+    say(console, f"loads in {document['loads_in']}")
     console.print("next:", *document["next"], sep="\n  ", highlight=False, soft_wrap=True)
 
 

@@ -46,6 +46,11 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def one_of(choice: Any) -> str:
+    """The names that an option takes, as `--help` shows them: spaces let a narrow terminal break between them."""
+    return " | ".join(choices.names(choice))
+
+
 def _budget(text: str) -> str:
     from headfuse.config.values import parse_budget
 
@@ -74,7 +79,10 @@ Budget = Annotated[
         rich_help_panel=KEEP,
     ),
 ]
-Layout = Annotated[choices.Layout | None, typer.Option(help="Format of the output; see --for.", rich_help_panel=KEEP)]
+Layout = Annotated[
+    choices.Layout | None,
+    typer.Option(metavar=one_of(choices.Layout), help="Format of the output; see --for.", rich_help_panel=KEEP),
+]
 HeadDim = Annotated[
     str | None,
     typer.Option(
@@ -87,7 +95,12 @@ HeadDim = Annotated[
 ]
 For = Annotated[
     choices.Runtime | None,
-    typer.Option("--for", help="Choose a layout that this runtime loads.", rich_help_panel=KEEP),
+    typer.Option(
+        "--for",
+        metavar=one_of(choices.Runtime),
+        help="Choose a layout that this runtime loads.",
+        rich_help_panel=KEEP,
+    ),
 ]
 
 # These three stay text: the config names the near one of a misspelt name.
@@ -111,14 +124,16 @@ Grouping = Annotated[
 Preset = Annotated[
     choices.Preset | None,
     typer.Option(
-        help="; ".join(f"{name}: {preset.cost}" for name, preset in PRESETS.items()) + ".", rich_help_panel=HOW
+        metavar=one_of(choices.Preset),
+        help="; ".join(f"{name}: {preset.cost}" for name, preset in PRESETS.items()) + ".",
+        rich_help_panel=HOW,
     ),
 ]
 Config = Annotated[
     str | None,
     typer.Option("--config", "-c", help="YAML file of options, or the name of a packaged one.", rich_help_panel=HOW),
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of every random choice.", rich_help_panel=HOW)]
+Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Seed of every random choice.", rich_help_panel=HOW)]
 
 Data = Annotated[
     str | None,
@@ -139,20 +154,33 @@ Overwrite = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=OUTPUT)]
 
-Device = Annotated[choices.Device, typer.Option(help="Device to compute on.", rich_help_panel=MACHINE)]
+Device = Annotated[
+    choices.Device,
+    typer.Option(metavar=one_of(choices.Device), help="Device to compute on.", rich_help_panel=MACHINE),
+]
 Placement = Annotated[
     choices.Placement,
-    typer.Option(help="Weights that stay on the device between uses; auto: as many as fit.", rich_help_panel=MACHINE),
+    typer.Option(
+        metavar=one_of(choices.Placement),
+        help="Weights that stay on the device between uses; auto: as many as fit.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 ComputeDtype = Annotated[
     choices.ComputeDtype,
     typer.Option(
-        help="Dtype of products in layers; bfloat16 is several times as fast on a GPU.", rich_help_panel=MACHINE
+        metavar=one_of(choices.ComputeDtype),
+        help="Dtype of products in layers; bfloat16 is several times as fast on a GPU.",
+        rich_help_panel=MACHINE,
     ),
 ]
 WrittenDtype = Annotated[
     choices.Dtype | None,
-    typer.Option(help="Dtype of the written weights; by default that of the source.", rich_help_panel=MACHINE),
+    typer.Option(
+        metavar=one_of(choices.Dtype),
+        help="Dtype of the written weights; by default that of the source.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Number of CPU threads.", rich_help_panel=MACHINE)]
 Trust = Annotated[

@@ -73,4 +73,4 @@ def _report(folder: Path, figures: Path | None, analysis: Path | None, output: P
 
 def render(document: Mapping[str, Any], console: Console) -> None:
     """Print where it is."""
-    console.print(f"wrote {document['output']}", soft_wrap=True)
+    console.print(f"wrote {document['output']}", highlight=False, soft_wrap=True)

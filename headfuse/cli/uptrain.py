@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ from rich.table import Table
 from headfuse import choices
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, is_first_process, log_console
-from headfuse.cli.options import HOW, MACHINE, OUTPUT, TEXT
+from headfuse.cli.options import HOW, MACHINE, OUTPUT, TEXT, one_of
+from headfuse.cli.say import say
 from headfuse.reporting.progress import is_live, stages
 
 if TYPE_CHECKING:
@@ -50,26 +52,37 @@ Teacher = Annotated[
 ]
 Loss = Annotated[
     choices.Loss | None,
-    typer.Option(help="kl (default): divergence from the teacher; ce: cross-entropy.", rich_help_panel=HOW),
+    typer.Option(
+        metavar=one_of(choices.Loss),
+        help="kl (default): divergence from the teacher; ce: cross-entropy.",
+        rich_help_panel=HOW,
+    ),
 ]
 Trained = Annotated[
     choices.Trained | None,
     typer.Option(
-        help="Weights to train: all (default), attention, or lora (adapters on the attention).", rich_help_panel=HOW
+        metavar="PART", help="Weights to train: all (default), attention, or lora: adapters.", rich_help_panel=HOW
     ),
 ]
-LearningRate = Annotated[float | None, typer.Option(min=0, help="Peak learning rate.", rich_help_panel=HOW)]
-BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Windows per forward pass and process.", rich_help_panel=HOW)
+LearningRate = Annotated[
+    float | None, typer.Option(metavar="RATE", min=0, help="Peak learning rate.", rich_help_panel=HOW)
 ]
-Accumulation = Annotated[int | None, typer.Option(min=1, help="Forward passes per step.", rich_help_panel=HOW)]
+BatchSize = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Windows per forward pass and process.", rich_help_panel=HOW)
+]
+Accumulation = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Forward passes per step.", rich_help_panel=HOW)
+]
 Patience = Annotated[
     int | None,
-    typer.Option(min=1, help="Stop after this many validations without a better one.", rich_help_panel=HOW),
+    typer.Option(
+        metavar="N", min=1, help="Stop after this many validations without a better one.", rich_help_panel=HOW
+    ),
 ]
 Packing = Annotated[
     choices.Packing | None,
     typer.Option(
+        metavar=one_of(choices.Packing),
         help="joined (default): tokens attend to earlier documents in their window; separate: only to their own.",
         rich_help_panel=TEXT,
     ),
@@ -96,9 +109,13 @@ TrackerFolder = Annotated[
     Path,
     typer.Option(parser=options.path, metavar="PATH", help="Folder that trackers write to.", rich_help_panel=OUTPUT),
 ]
-TeacherDevice = Annotated[choices.Device | None, typer.Option(help="Device of the teacher.", rich_help_panel=MACHINE)]
+TeacherDevice = Annotated[
+    choices.Device | None,
+    typer.Option(metavar=one_of(choices.Device), help="Device of the teacher.", rich_help_panel=MACHINE),
+]
 TeacherDtype = Annotated[
-    choices.Dtype | None, typer.Option(help="Dtype in which the teacher computes.", rich_help_panel=MACHINE)
+    choices.Dtype | None,
+    typer.Option(metavar=one_of(choices.Dtype), help="Dtype in which the teacher computes.", rich_help_panel=MACHINE),
 ]
 TeacherCache = Annotated[
     Path | None,
@@ -194,15 +211,17 @@ def render(document: dict[str, Any], console: Console) -> None:
     recipe, windows = document["recipe"], document["validation_windows"]
     text = recipe["validation_data"] or f"{document['data']}, held out"
     best = f", of which step {document['best_step']} was the best" * (document["best_step"] != document["steps"])
-    console.print(
+    say(
+        console,
         f"NLL per token on {windows} windows of {recipe['sequence_length']} tokens of {text}."
         f" Trained on {document['tokens']:,} tokens in {document['steps']} steps{best} and {document['seconds']:.0f} s"
         f" ({document['tokens_per_second']:,.0f} tokens/s), loss {recipe['loss']},"
         f" peak learning rate {recipe['learning_rate']:g}.",
-        highlight=False,
-        soft_wrap=True,
     )
     console.print(f"wrote {document['output']}", highlight=False, soft_wrap=True)
+    trained, teacher = shlex.quote(str(document["output"])), shlex.quote(str(document["teacher"] or "SOURCE"))
+    following = f"headfuse eval {trained} --baseline {teacher} --data TEXT"
+    console.print(f"next:\n  {following}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ LAYOUTS: dict[str, LayoutFormat] = {
     "gqa": LayoutFormat(
         gqa.config,
         gqa.arrange,
-        "transformers, vLLM, SGLang, TensorRT-LLM, llama.cpp (stock class)",
+        "transformers, vLLM, SGLang and TensorRT-LLM (stock class), llama.cpp after `headfuse export --to gguf`",
         gqa.check,
         sized=gqa.sized,
         one_count=True,

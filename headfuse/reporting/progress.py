@@ -40,8 +40,8 @@ def stages(console: Console, first: str) -> Iterator[Report]:
 
 
 def is_live(console: Console) -> bool:
-    """Whether the console can rewrite a line."""
-    return console.is_terminal and not console.is_dumb_terminal
+    """Whether the console can rewrite a line. FORCE_COLOR makes rich call a log a terminal."""
+    return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from headfuse.checkpoint.plan_file import read_plan
 from headfuse.errors import CheckpointError, ConfigError, OutputError
 from headfuse.plan import FusionPlan
 from headfuse.reporting.charts import agreement_chart, heads_chart, training_chart
-from headfuse.reporting.tables import figure_rows, gate_rows, kept
+from headfuse.reporting.tables import figure_rows, gate_rows, kept, protocol
 from headfuse.reporting.templating import render
 
 
@@ -55,6 +55,7 @@ def write_report(
         group_rows=_group_rows,
         kept=kept,
         quality_rows=_quality_rows,
+        protocol=protocol,
         heads_chart=heads_chart,
         agreement_chart=agreement_chart,
     )

@@ -64,6 +64,12 @@ def figure_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], str]]
     return rows
 
 
+def protocol(document: Mapping[str, Any]) -> str:
+    """On what text the NLL was measured, and how."""
+    text = "the bundled prose sample" if document["data"] == "default" else document["data"]
+    return f"Text: {text}. {document['protocol']}."
+
+
 def gate_rows(gates: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Gate, verdict, value, threshold, standard error and sample of each gate."""
     return [
