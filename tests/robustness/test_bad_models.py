@@ -113,7 +113,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is a list": (config("[]"), "JSON object"),
     "config is binary": (lambda m: (m / "config.json").write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
     "no model_type": (config("{}"), "model_type"),
-    "unsupported family": (lambda m: edit_json(m / "config.json", model_type="mpt"), "llama, mistral,"),
+    "unsupported family": (
+        lambda m: edit_json(m / "config.json", model_type="mpt"),
+        "model_type 'mpt' is not supported: its attention has",
+    ),
     "unknown family": (lambda m: edit_json(m / "config.json", model_type="nosuch"), "nosuch"),
     "quantised": (lambda m: edit_json(m / "config.json", quantization_config={"quant_method": "gptq"}), "quantised"),
     "other hidden size": (lambda m: edit_json(m / "config.json", hidden_size=64), "config.json makes it"),
