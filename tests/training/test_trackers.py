@@ -51,6 +51,8 @@ def test_live_line_is_on_terminals_alone(fused: Path, data: str, monkeypatch: py
     assert "tokens/s, left" not in plain
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "150")
+    for place in ("headfuse.reporting.progress", "headfuse.cli.uptrain"):  # a runner's stream is no terminal
+        monkeypatch.setattr(f"{place}.is_live", lambda console: console.is_terminal and not console.quiet)
     shown = re.sub(r"\x1b\[[0-9;?]*\w", "", CliRunner().invoke(app, command, color=True).stderr)
     assert re.search(r"loss \d\.\d+, validation NLL \d\.\d+ [\d,]+ tokens/s, left", shown)
     assert "validation NLL" not in CliRunner().invoke(app, [*command, "--quiet"]).stderr
