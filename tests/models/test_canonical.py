@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,18 +13,27 @@ from headfuse.models.source import Source
 from tests.support.tiny_models import tiny_model
 
 
-def test_two_threads_read_packed_projections(tmp_path: Path) -> None:
-    """Each gets the layer that it asks for, whatever the other one reads between its lines."""
-    source = Source.open(str(tiny_model(tmp_path / "model", "gpt2")))
-    checkpoint = CanonicalCheckpoint(source.checkpoint, architecture_of("gpt2"), source.heads)
-    names = [name for name in checkpoint.parts if name.endswith("weight")]
-    alone = {name: checkpoint.read(name) for name in names}
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            halves = names[: len(names) // 2], names[len(names) // 2 :]  # of other layers
-            found = list(pool.map(lambda half: [(name, checkpoint.read(name)) for name in half * 200], halves))
-    finally:
-        sys.setswitchinterval(interval)
-    assert all(torch.equal(tensor, alone[name]) for half in found for name, tensor in half)
+class Interrupted(CanonicalCheckpoint):
+    """Another layer is read as soon as a split is kept, as a thread may do."""
+
+    other: str | None = None
+
+    @property
+    def _split(self) -> Any:
+        return self._kept
+
+    @_split.setter
+    def _split(self, value: Any) -> None:
+        self._kept = value
+        other, self.other = self.other, None
+        if other is not None:
+            self.read(other)
+
+
+def test_a_read_is_of_its_own_layer_whatever_a_thread_reads(tmp_path: Path) -> None:
+    source = Source.open(str(tiny_model(tmp_path / "model", "bloom")))
+    arguments = source.checkpoint, architecture_of("bloom"), source.heads
+    alone, checkpoint = CanonicalCheckpoint(*arguments), Interrupted(*arguments)
+    first, *_, last = (name for name in alone.parts if name.endswith("weight"))
+    checkpoint.other = last
+    assert torch.equal(checkpoint.read(first), alone.read(first))
