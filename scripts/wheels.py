@@ -5,10 +5,24 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from headfuse.errors import CheckpointError
+from headfuse.checkpoint.output import output_folder
+from headfuse.errors import CheckpointError, HeadfuseError
+
+
+def write_whole_folder(out: Path, write: Callable[[Path], object]) -> int:
+    """Let `write` fill a folder that appears only when complete; returns the exit code of a script."""
+    try:
+        with output_folder(out) as folder:
+            write(folder)
+    except HeadfuseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {out}")
+    return 0
 
 
 def download(requirement: str, folder: Path, sha256: str | None = None) -> Path:
