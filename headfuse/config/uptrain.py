@@ -72,6 +72,8 @@ class UptrainConfig(Options):
     """Share of the steps in which the learning rate rises to its peak."""
     final_learning_rate: Share = 0.1
     """Learning rate at the last step, as a share of the peak; it falls along a cosine."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay per step of the average of the weights (EMA) that is validated and written; 0: the weights themselves."""
     weight_decay: Weight = 0.0
     """Weight decay of AdamW."""
     gradient_clip: Rate = 1.0

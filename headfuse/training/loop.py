@@ -21,6 +21,7 @@ from headfuse.errors import HeadfuseError
 from headfuse.models.logits import nll_in_batches, window_nll
 from headfuse.models.states import States, document_positions
 from headfuse.text.stream import Batch, TrainingText
+from headfuse.training.averaging import averaged, swap_averages
 from headfuse.training.objective import Objective
 from headfuse.training.run import Run
 from headfuse.training.schedule import divide, learning_rate_at
@@ -97,7 +98,10 @@ class TrainingLoop:
         self.began = self.saved = 0.0
 
     def train(self, monitor: Monitor) -> tuple[nn.Module, float, int]:
-        """Take the remaining steps, then restore the best state; return the wrapped objective, seconds and tokens.
+        """Take the remaining steps, then restore the best state, with the averages as weights.
+
+        Returns:
+            The wrapped objective, seconds and tokens.
 
         Raises:
             HeadfuseError: when the loss is not finite, or a state cannot be written.
@@ -129,6 +133,7 @@ class TrainingLoop:
         if run.best and run.best != run.step:
             logger.info("the best validation was after step %d: restoring its weights", run.best)
             run.load(self.accelerator, run.best)
+        swap_averages(self.optimizer)
         self.wrapped.eval()
         return self.wrapped, seconds, (run.step - self.start) * self.steps.tokens
 
@@ -232,7 +237,8 @@ class TrainingLoop:
         return loss
 
     def _validate(self, step: int) -> None:
-        nll = student_nll(self.accelerator, self.wrapped, self.text.validation)
+        with averaged(self.optimizer):
+            nll = student_nll(self.accelerator, self.wrapped, self.text.validation)
         assert nll is not None
         _check_finite(self.run, step, nll, 0.0)
         self.run.validated(step, nll)

@@ -13,6 +13,7 @@ from headfuse.errors import ConfigError, MissingExtraError
 from headfuse.models.attention import packed_keys_and_values
 from headfuse.models.heads import head_layout
 from headfuse.models.weights import stored_architecture
+from headfuse.training.averaging import keep_averages
 
 MATRICES = (torch.nn.Linear, Conv1D)
 """Modules that autocast runs in its own dtype, regardless of the dtype of their weights."""
@@ -91,6 +92,8 @@ def make_optimizer(model: PreTrainedModel, recipe: UptrainConfig, sharded: bool 
                 rows = packed_keys_and_values(arch, heads, parameter.shape[dim])
                 packed.append((parameter, dim, rows.to(parameter.device)))
         _scale_steps(optimizer, packed, rate)
+    if recipe.ema_decay:
+        keep_averages(optimizer, recipe.ema_decay)  # after the hook that scales steps
     return optimizer
 
 

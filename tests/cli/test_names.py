@@ -47,7 +47,7 @@ YAML_ALONE = {
     "fuse": {"calibration", "dha"},
     "uptrain": {
         "cross_entropy", "hidden", "layerwise", "lora_rank", "lora_alpha", "fused_learning_rate", "warmup",
-        "final_learning_rate", "weight_decay", "gradient_clip", "gradient_checkpointing",
+        "final_learning_rate", "ema_decay", "weight_decay", "gradient_clip", "gradient_checkpointing",
     },
     "eval": set(),
 }  # fmt: skip
