@@ -22,6 +22,7 @@ _BAR_WIDTH = 8
 
 if TYPE_CHECKING:
     from headfuse.planning.analysis import Analysis
+    from headfuse.planning.spectrum import SideSpectrum, Spectrum
 
 
 def analyze(  # a parameter an option: Typer reads them
@@ -34,6 +35,12 @@ def analyze(  # a parameter an option: Typer reads them
     curves: Annotated[
         bool,
         typer.Option("--curves", help="Predict what every layout loses at every budget.", rich_help_panel=options.KEEP),
+    ] = False,
+    spectrum: Annotated[
+        bool,
+        typer.Option(
+            "--spectrum", help="Compare weights with random ones, and ranks with costs.", rich_help_panel=options.KEEP
+        ),
     ] = False,
     method: options.Method = None,
     allocator: options.Allocator = None,
@@ -69,7 +76,7 @@ def analyze(  # a parameter an option: Typer reads them
         source = at_revision(model, revision)
         calm_libraries(verbose)
         settings = options.settings_for(runtime, settings, source)
-        arguments = {"config": settings, "curves": curves, **dict(machine)}
+        arguments = {"config": settings, "curves": curves, "spectrum": spectrum, **dict(machine)}
         return _analyze(source, output, overwrite, log_console(quiet or json_output), **arguments)
 
     execute(work, render, json_output, quiet, verbose)
@@ -81,6 +88,7 @@ def _analyze(model: str, output: Path | None, overwrite: bool, log: Console, **a
     from headfuse.checkpoint.output import check_output, output_folder
     from headfuse.planning.analysis import analyze, plot
     from headfuse.planning.curves import plot_curves
+    from headfuse.planning.spectrum import plot_spectrum
     from headfuse.reporting.report import write_report
 
     reads = [resolve_model(model)]
@@ -99,6 +107,9 @@ def _analyze(model: str, output: Path | None, overwrite: bool, log: Console, **a
             write_report(partial / "report.html", partial, analysis=partial, name=f"plan for {result.plan.source.name}")
             if result.curves is not None:
                 plot_curves(result.curves, partial / "curves.png")
+            if result.spectrum is not None:
+                kept = {"key": result.plan.key_channels, "value": result.plan.value_channels}
+                plot_spectrum(result.spectrum, kept, partial / "spectrum.png")
     return _document(result, output)
 
 
@@ -133,7 +144,18 @@ def _document(result: Analysis, output: Path | None) -> Document:
         "curves": None
         if result.curves is None
         else {name: [vars(point) for point in points] for name, points in result.curves.items()},
+        "spectrum": None if result.spectrum is None else _spectrum(result.spectrum),
     }
+
+
+def _spectrum(found: Spectrum) -> Document:
+    from headfuse.planning.spectrum import FIGURES
+
+    def figures(side: SideSpectrum) -> Document:
+        return {**{name: getattr(side, name) for name in FIGURES}, **vars(side)}
+
+    layers = [{"key": figures(layer.key), "value": figures(layer.value)} for layer in found.layers]
+    return {"correlation": found.correlation, "layers": layers}
 
 
 def _bar(kept: int, most: int) -> str:
@@ -157,6 +179,16 @@ def render(document: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     if document["curves"] is not None:
         console.print(_curves_table(document["curves"]))
+    if document["spectrum"] is not None:
+        for side in ("key", "value"):
+            console.print(_spectrum_table(document, side))
+        say(
+            console,
+            "Above the edge: singular values of a layer's projection, and of the product with queries or output (the"
+            " mean over heads), that no random matrix has. In use and 99%: channels of the cache by their energy. The"
+            " last line ranks the layers by a column and by their measured cost: 1 where both agree, 0 where the column"
+            " says nothing.",
+        )
     say(
         console,
         "CKA compares the weights of two heads, aligned what they compute; at 1 they can be fused without loss."
@@ -179,4 +211,22 @@ def _curves_table(curves: Mapping[str, list[Mapping[str, float]]]) -> Table:
     cells = {name: {round(p["kv_ratio"], 3): f"{p['nll_gap']:.3f}" for p in points} for name, points in curves.items()}
     for kept in sorted(set().union(*cells.values())):
         table.add_row(f"{kept:.3f}", *(column.get(kept, "") for column in cells.values()))
+    return table
+
+
+def _spectrum_table(document: Mapping[str, Any], side: str) -> Table:
+    """The figures of one side's spectra, a row for each layer, and their rank correlation with its costs."""
+    found, names = document["spectrum"], {
+        "rank_above_edge": "above edge", "product_rank": "product", "effective_rank": "in use",
+        "channels_99": "99%", "outlier_channels": "outliers",
+    }  # fmt: skip
+    table = Table(title=f"Spectra of {side}s")
+    for column in ("layer", *names.values(), "plan"):
+        table.add_column(column, justify="right")
+    for layer, spectra in zip(document["layers"], found["layers"], strict=True):
+        cells = [f"{spectra[side][name]:.1f}".removesuffix(".0") for name in names]
+        table.add_row(str(layer["layer_idx"]), *cells, str(layer[side]["channels"]))
+    table.add_section()
+    agree = [found["correlation"][side][name] for name in names]
+    table.add_row("cost", *("" if value is None else f"{value:+.2f}" for value in agree), "")
     return table

@@ -93,7 +93,7 @@ FUSE = Command(
         "sequence_length": "calibration.sequence_length",
     },
 )
-ANALYZE = Command(FuseConfig, Processor, ("config", "curves", "on_progress"), short=FUSE.short)
+ANALYZE = Command(FuseConfig, Processor, ("config", "curves", "spectrum", "on_progress"), short=FUSE.short)
 UPTRAIN = Command(
     UptrainConfig,
     TrainingMachine,

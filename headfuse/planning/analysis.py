@@ -18,7 +18,9 @@ from headfuse.plan import FusionPlan
 from headfuse.planning.curves import Point, check_curves
 from headfuse.planning.curves import curves as predicted_curves
 from headfuse.planning.planner import (
+    PlanOptions,
     ProgressCallback,
+    Survey,
     check_budget,
     make_plan,
     plan_options,
@@ -26,6 +28,7 @@ from headfuse.planning.planner import (
     with_possible_width,
 )
 from headfuse.planning.similarity import aligned_similarity, linear_cka, redundancy
+from headfuse.planning.spectrum import LayerSpectrum, Spectrum, layer_spectrum, predictions
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Analysis:
     plan: FusionPlan
     curves: dict[str, list[Point]] | None = None
     """Of planning/curves.py, where they were asked for."""
+    spectrum: Spectrum | None = None
+    """Of planning/spectrum.py, where it was asked for."""
 
 
 def analyze(
@@ -54,6 +59,7 @@ def analyze(
     config: FuseConfig | str | Path | None = None,
     *,
     curves: bool = False,
+    spectrum: bool = False,
     on_progress: ProgressCallback = lambda phase, done, total: None,
     **options: Any,
 ) -> Analysis:
@@ -63,6 +69,7 @@ def analyze(
         model: folder or hub id of a model of a supported family.
         config: a `FuseConfig`, a YAML file or the name of a packaged config.
         curves: predict what every layout loses at every budget, too; takes a survey more for each kind of layout.
+        spectrum: decompose the projections and the cache of every layer, and compare that with the measured costs.
         on_progress: called with phase, done and total layers.
         **options: those of `headfuse.fuse` by name, except `dtype`; they win over `config`.
 
@@ -80,16 +87,32 @@ def analyze(
     text = source.calibration_text(config.calibration, config.seed, machine.trust_remote_code)
     streamed = StreamedModel(source.checkpoint, source.config, pick_device(machine.device))
     planned, cka = plan_options(config), list[tuple[torch.Tensor, torch.Tensor]]()
+    spectra = list[LayerSpectrum]()
 
     def measure(layer: SourceLayer) -> None:
         cka.append((linear_cka(layer.weights.key), linear_cka(layer.weights.value)))
+        if spectrum:
+            spectra.append(layer_spectrum(layer, source.heads))
 
-    found = survey(streamed, text, planned, on_progress, measure)
+    found = survey(streamed, text, planned, on_progress, measure, every_cost=spectrum)
     layers = list(zip(cka, found.layers, strict=True))
     keys = [_side(each, layer.key_pairs, layer.key_energy) for (each, _), layer in layers]
     values = [_side(each, layer.value_pairs, layer.value_energy) for (_, each), layer in layers]
     every = predicted_curves(source, streamed, text, config, on_progress) if curves else None
-    return Analysis(keys, values, make_plan(source, planned, found), every)
+    decomposed = Spectrum(spectra, predictions(spectra, _equal_costs(source, planned, found))) if spectrum else None
+    return Analysis(keys, values, make_plan(source, planned, found), every, decomposed)
+
+
+def _equal_costs(source: Source, options: PlanOptions, found: Survey) -> dict[str, list[float]] | None:
+    """What each layer's sides cost at the plan's budget with equal counts; None where costs were not measured."""
+    if found.costs is None or not found.measured:
+        return None
+    equal = options.rules.allocate("uniform", source.heads)
+    sides = {"key": (found.costs.key, equal.key_heads), "value": (found.costs.value, equal.value_heads)}
+    return {
+        side: [row[count - 1] for row, count in zip(rows, counts, strict=True)]
+        for side, (rows, counts) in sides.items()
+    }
 
 
 def _side(cka: torch.Tensor, pairs: list[list[float]], energy: list[float]) -> SideAnalysis:
