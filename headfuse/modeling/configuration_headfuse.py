@@ -100,7 +100,7 @@ FAMILIES: dict[str, Family] = {
     "opt": Family("decoder.layers", output="out_proj", rotary="none"),
     "phi": Family(output="dense", norm="head", norm_names=("q_layernorm", "k_layernorm"), norm_option="qk_layernorm"),
     "phi3": Family(packed="qkv_proj"),
-    "phimoe": Family(not_in_vllm=FAILS + "as its router of experts returns two values for three"),
+    "phimoe": Family(not_in_vllm=FAILS + "which takes its router of experts for a linear layer"),
     "qwen2": Family(),
     "qwen2_moe": Family(),
     "qwen3": Family(norm="head"),
