@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
-from headfuse.choices import ONE_COUNT, ONE_HEAD, ONE_WIDTH, SHARED_PARTITION, WIDE, Layout, Side
+from headfuse.choices import ONE_COUNT, ONE_WIDTH, SHARED_PARTITION, WIDE, Layout, Side
 from headfuse.errors import ConfigError, validation_summary
 
 Groups = tuple[tuple[int, ...], ...]
@@ -198,12 +198,6 @@ class FusionPlan(_Frozen):
         """Channels of values that each layer caches."""
         return [layer.channels("value", self.heads.head_dim) for layer in self.layers]
 
-    def channels_in(self, runtime: str) -> int:
-        """Numbers that the cache of a runtime holds of one token, over all layers."""
-        if self.layout not in ONE_HEAD.get(runtime, ()):
-            return self.kv_channels
-        return 2 * sum(map(one_head_width, self.key_channels, self.value_channels))
-
     @property
     def kv_ratio(self) -> float:
         """Kept share of the source's KV cache bytes."""
@@ -235,11 +229,6 @@ class FusionPlan(_Frozen):
             raise ConfigError(
                 validation_summary(error), where=where, fix="write a new plan with `headfuse analyze`"
             ) from None
-
-
-def one_head_width(key_channels: int, value_channels: int) -> int:
-    """Channels of a single head that can hold this many of keys, or this many of values; as in modeling."""
-    return max(32, -(-max(key_channels, value_channels) // 8) * 8)
 
 
 def check_partition(groups: Sequence[Sequence[int]], num_heads: int, where: str) -> None:

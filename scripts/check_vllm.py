@@ -3,8 +3,9 @@
     python scripts/check_vllm.py FOLDER ...        (in the environment that scripts/check_vllm.sh makes)
 
 Prints one JSON document per folder: the class that vLLM took, the tokens that it generates greedily with the
-log-probability of each, and from its own configuration of the KV cache the bytes that a token takes in each layer. A
-folder that vLLM or the model code refuses gives the reason instead. One process runs all folders, until one is refused.
+log-probability of each, and from its own configuration of the KV cache the bytes that a token takes in each layer and
+in all its blocks. A folder that vLLM or the model code refuses gives the reason instead. One process runs all folders,
+until one is refused.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def generate(folder: str) -> dict[str, Any]:
                 [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
                 for output in outputs
             ],
-            "cache_bytes": cache_bytes(engine),
+            **cache_bytes(engine),
         }
     finally:
         del engine
@@ -72,24 +73,28 @@ def generate(folder: str) -> dict[str, Any]:
         cleanup_dist_env_and_memory()
 
 
-def cache_bytes(engine: Any) -> list[int]:
-    """Bytes that a token takes in the cache of each layer, from the memory that vLLM has laid out for its blocks.
+def cache_bytes(engine: Any) -> dict[str, Any]:
+    """Bytes that a token takes in the cache of each layer, and in the blocks that it has, from the memory laid out.
+
+    Layers of several kinds take turns in one memory: each kind fills blocks of its own, and a block that has places for
+    more layers than there are leaves them empty.
 
     Raises:
-        ValueError: where a block of one layer does not lie in one piece, or the layers are not all of the memory.
+        ValueError: where a block of one layer does not lie in one piece, or blocks hold more than was allocated.
     """
     config = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
-    block_size = config.kv_cache_groups[0].kv_cache_spec.block_size
+    tokens = {name: group.kv_cache_spec.block_size for group in config.kv_cache_groups for name in group.layer_names}
     layers: dict[int, int] = {}
     for tensor in config.kv_cache_tensors:
         if tensor.layer_stride != tensor.block_stride * config.num_blocks:
             raise ValueError(f"the blocks of {tensor.layers} are not in one piece: {tensor}")
         for name in tensor.layers:
-            layers[int(re.search(r"\.(\d+)\.", name)[1])] = tensor.block_stride // block_size  # type: ignore[index]
-    allocated = config.kv_cache_tensors[0].size
-    if sum(layers.values()) * block_size * config.num_blocks != allocated:
-        raise ValueError(f"the layers take {layers} bytes, and {allocated} were allocated: {config}")
-    return [layers[layer] for layer in sorted(layers)]
+            layers[int(re.search(r"\.(\d+)\.", name)[1])] = tensor.block_stride // tokens[name]  # type: ignore[index]
+    block = config.kv_cache_tensors[0].size // config.num_blocks
+    together = sum(block // group.kv_cache_spec.block_size for group in config.kv_cache_groups)
+    if sum(layers.values()) > together:
+        raise ValueError(f"the layers take {layers} bytes, and {together} were allocated: {config}")
+    return {"cache_bytes": [layers[layer] for layer in sorted(layers)], "cache_bytes_together": together}
 
 
 def reason(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from headfuse.choices import LAYOUT_FOR, WIDE
+from headfuse.choices import WIDE
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
 from headfuse.cli.options import KEEP, OUTPUT
@@ -120,7 +120,7 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
 def _document(result: FuseResult) -> Document:
     from headfuse.layouts import LAYOUTS
 
-    budget, itemsize = result.plan.head_budget, result.kv_bytes_after // result.plan.kv_channels
+    budget = result.plan.head_budget
     return {
         "schema_version": 1,
         "command": "fuse",
@@ -129,11 +129,8 @@ def _document(result: FuseResult) -> Document:
         "loads_in": LAYOUTS[result.plan.layout].runtimes,
         "kv_ratio": result.plan.kv_ratio,
         "kv_bytes_per_token": {"before": result.kv_bytes_before, "after": result.kv_bytes_after},
-        "kv_bytes_per_token_in": {
-            runtime: itemsize * result.plan.channels_in(runtime)
-            for runtime, layouts in LAYOUT_FOR.items()
-            if result.plan.layout in layouts
-        },
+        "kv_bytes_per_token_in": {runtime: after for runtime, (_, after) in result.kv_bytes_in.items()},
+        "source_kv_bytes_per_token_in": {runtime: before for runtime, (before, _) in result.kv_bytes_in.items()},
         "nll": {"before": result.nll_before, "after": result.nll_after, "text": "held-out calibration windows"},
         "stages": [{"name": stage.name, "nll": stage.nll, "kept": stage.kept} for stage in result.stages],
         "key_heads": list(budget.key_heads),
@@ -260,7 +257,7 @@ def _table(document: Mapping[str, Any]) -> Table:
         table.add_row(name, *(f"{document[key][side]:,}" for side in ("before", "after")))
         for runtime, kept in document["kv_bytes_per_token_in"].items() if key == "kv_bytes_per_token" else ():
             if kept != document[key]["after"]:
-                table.add_row(f"  in {runtime}", f"{document[key]['before']:,}", f"{kept:,}")
+                table.add_row(f"  in {runtime}", f"{document['source_kv_bytes_per_token_in'][runtime]:,}", f"{kept:,}")
     nll = document["nll"]
     if nll["before"] is not None:
         table.add_row("NLL, held-out calibration text", f"{nll['before']:.4f}", f"{nll['after']:.4f}")

@@ -29,6 +29,7 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.fusion.layer import fuse_layer
 from headfuse.fusion.wide_layer import fuse_wide_layer
 from headfuse.layouts import LAYOUTS
+from headfuse.layouts.served import channels_in_runtimes
 from headfuse.models.decoder_layers import DecoderLayers, HiddenStates
 from headfuse.models.families import Architecture
 from headfuse.models.placement import factories_on
@@ -110,8 +111,10 @@ def _finish(
 ) -> FuseResult:
     """Write the files beside the weights; return the result, under the folder's final name."""
     itemsize = next(iter(written.writer.dtypes.values())).itemsize
-    kv_bytes = [shape.kv_bytes_per_token(itemsize) for shape in (conversion.source.heads, written.plan)]
-    result = FuseResult(output, written.plan, written.stages, written.held_out_before, *kv_bytes)
+    before, after = (shape.kv_bytes_per_token(itemsize) for shape in (conversion.source.heads, written.plan))
+    served = channels_in_runtimes(written.plan, conversion.source.config)
+    kv_bytes_in = {runtime: (itemsize * source, itemsize * fused) for runtime, (source, fused) in served.items()}
+    result = FuseResult(output, written.plan, written.stages, written.held_out_before, before, after, kv_bytes_in)
     checksums = written.writer.checksums()
     write_beside_weights(conversion.folder, conversion.source, result, config, dtype, checksums)
     Checkpoint(conversion.folder)  # what was written opens again: headers and index agree

@@ -34,6 +34,8 @@ class FuseResult:
     """NLL of each held-out window with the source's weights."""
     kv_bytes_before: int
     kv_bytes_after: int
+    kv_bytes_in: dict[str, tuple[int, int]]
+    """Cache bytes of a token in each runtime that loads the layout: of the source, and of the fused model."""
 
     @property
     def held_out_after(self) -> tuple[float, ...]:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from headfuse.modeling.configuration_headfuse import one_head_width
-from headfuse.plan import one_head_width as planned_width
+from headfuse.layouts.served import in_blocks
 from tests.support.commands import fuse, run
 from tests.support.tiny_models import tiny_model
 
@@ -53,6 +52,26 @@ def test_a_family_that_vllm_does_not_run_is_refused_before_the_work(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
-def test_the_plan_and_the_model_code_count_the_same() -> None:
-    shapes = [(keys, values) for keys in range(1, 300, 7) for values in range(1, 300, 11)]
-    assert [planned_width(*shape) for shape in shapes] == [one_head_width(*shape) for shape in shapes]
+@pytest.mark.parametrize(
+    ("channels", "kinds", "expected"),
+    [
+        ([96, 128, 64], "sss", 288),  # layers of one kind: each its own size
+        ([96, 128, 64], "sfs", 320),  # 96 does not divide 128
+        ([64] * 5, "sfsfs", 64 * 6),  # two layers in a block: three of a kind need two blocks
+        ([64] * 7, "sfsfsfs", 64 * 8),  # four in a block
+        ([64, 64, 32, 64, 64], "sfsff", 64 * 4 + 32),  # one in a block
+    ],
+)
+def test_layers_of_several_kinds_share_blocks_in_vllm(channels: list[int], kinds: str, expected: int) -> None:
+    assert in_blocks(channels, kinds) == expected
+
+
+def test_what_vllm_pads_is_counted_where_full_attention_and_windows_are_mixed(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "model", "gemma3_text", layers=5, head_dim=32)
+    (tmp_path / "options.yaml").write_text(
+        "budget: {key_heads: [1, 2, 1, 2, 3], value_heads: [3, 2, 3, 4, 3]}\npreset: fast\n"
+    )
+    document = fuse(source, tmp_path / "out", "--config", tmp_path / "options.yaml")
+    assert document["kv_bytes_per_token_in"]["vllm"] == 4 * 2 * (3 * 128 + 128 + 64)  # windows: 96 channels in 128
+    assert document["source_kv_bytes_per_token_in"]["vllm"] == 4 * 2 * 128 * 6  # two blocks of two for three layers
+    assert "| KV bytes per token in vLLM | 6144 | 4608 |" in (tmp_path / "out/README.md").read_text()

@@ -40,6 +40,8 @@ class Folder:
     architecture: str
     channels: tuple[int, ...]
     """Numbers that a token takes in the cache of each layer."""
+    empty: int = 0
+    """Numbers that a token takes in places of its blocks that no layer has."""
 
 
 def heads(*counts: int) -> tuple[int, ...]:
@@ -52,6 +54,8 @@ DECOUPLED = "budget: {key_heads: [2, 4, 1], value_heads: [3, 1, 2]}"
 LATENT = "budget: {total: {key: 0.75, value: 0.5}, allocator: uniform, keep_layers: [1]}"  # 80 and 32 channels, or all
 BY_TRANSFORMERS = "TransformersForCausalLM"  # vLLM's backend for transformers' models
 WIDE = (80, 128, 80)
+MIXED = ("cohere2", "cwm", "exaone4", "gemma2", "gemma3_text", "ministral", "olmo3", "vaultgemma")
+"""Families with windows in some layers: a layer whose 3 heads do not divide the largest one's 4 is padded to it."""
 FOLDERS = {
     "source": Folder("llama", "gqa", "", "LlamaForCausalLM", heads(4, 4, 4)),
     "gqa": Folder("llama", "gqa", "budget: {total: 0.5}", "LlamaForCausalLM", heads(2, 2, 2)),
@@ -60,7 +64,9 @@ FOLDERS = {
     "layerwise-qwen2": Folder("qwen2", "layerwise", LAYERWISE, "DeciLMForCausalLM", heads(2, 4, 1)),
     # one wide head in each layer, whose keys and values are as wide as the wider of both
     **{
-        f"decoupled-{family}": Folder(family, "decoupled", DECOUPLED, BY_TRANSFORMERS, heads(3, 4, 2))
+        f"decoupled-{family}": Folder(
+            family, "decoupled", DECOUPLED, BY_TRANSFORMERS, heads(4, 4, 2) if family in MIXED else heads(3, 4, 2)
+        )
         for family, entry in FAMILIES.items()
         if entry.not_in_vllm is None
     },
@@ -68,6 +74,20 @@ FOLDERS = {
         f"latent-{family}": Folder(family, "latent", LATENT, BY_TRANSFORMERS, tuple(2 * width for width in WIDE))
         for family in ("llama", "mistral", "qwen2", "gpt2", "phi")
     },
+    # three layers with windows and two without: two blocks with two places for the three
+    "source-five-layers": Folder("gemma3_text", "gqa", "", "Gemma3ForCausalLM", heads(4, 4, 4, 4, 4), 2 * 4 * HEAD_DIM),
+    "gqa-five-layers": Folder(
+        "gemma3_text", "gqa", "budget: {total: 0.5}", "Gemma3ForCausalLM", heads(2, 2, 2, 2, 2), 2 * 2 * HEAD_DIM
+    ),
+    "decoupled-five-layers": Folder(
+        "gemma3_text",
+        "decoupled",
+        "budget: {key_heads: [2, 2, 2, 2, 2], value_heads: [1, 2, 1, 2, 2]}",
+        BY_TRANSFORMERS,
+        heads(2, 2, 2, 2, 2),
+        2 * 2 * HEAD_DIM,
+    ),
+    "latent-gemma2": Folder("gemma2", "latent", LATENT, BY_TRANSFORMERS, (256, 256, 256)),
 }
 REFUSED = {
     family: Folder(family, "decoupled", DECOUPLED, "", ())
@@ -79,18 +99,19 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What scripts/check_vllm.py says of every folder; one process for all, as importing vLLM takes long."""
-    home, paths = tmp_path_factory.mktemp("vllm"), {}
+    home, paths, said = tmp_path_factory.mktemp("vllm"), {}, {}
     for name, folder in {**FOLDERS, **REFUSED}.items():
-        model = home / "sources" / folder.family / "model"
+        layers = len(folder.channels) or 3
+        model = home / "sources" / f"{folder.family}-{layers}" / "model"
         if not model.exists():
-            tiny_model(model, folder.family, layers=3, head_dim=HEAD_DIM)
+            tiny_model(model, folder.family, layers=layers, head_dim=HEAD_DIM)
             if folder.family == "qwen2":
                 without_windows(model)
         paths[name] = model
         if folder.options:
             (home / "options.yaml").write_text(f"{folder.options}\nlayout: {folder.layout}\npreset: fast\n")
             paths[name] = home / name
-            fuse(model, paths[name], "--config", home / "options.yaml")
+            said[name] = fuse(model, paths[name], "--config", home / "options.yaml")["kv_bytes_per_token_in"]["vllm"]
     environment = {**os.environ, "HF_HOME": str(home / "hf"), "LD_PRELOAD": str(VLLM / "lib/libiomp5.so")}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
@@ -99,7 +120,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     documents = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    return dict(zip(paths, documents, strict=True))
+    return {name: {**document, "said": said.get(name)} for name, document in zip(paths, documents, strict=True)}
 
 
 def without_windows(model: Path) -> None:
@@ -127,7 +148,10 @@ def test_vllm_generates_what_transformers_does(served: dict[str, dict[str, Any]]
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_vllm_allocates_what_each_layer_keeps(served: dict[str, dict[str, Any]], name: str) -> None:
-    assert served[name]["cache_bytes"] == [BYTES * channels for channels in FOLDERS[name].channels]
+    folder, document = FOLDERS[name], served[name]
+    assert document["cache_bytes"] == [BYTES * channels for channels in folder.channels]
+    assert document["cache_bytes_together"] == BYTES * (sum(folder.channels) + folder.empty)
+    assert document["said"] in (None, document["cache_bytes_together"]), "`fuse` says what vLLM allocates"
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -46,7 +46,7 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "granite": _GRANITE,
     "granitemoe": {**_EXPERTS, **_GRANITE},
     "granitemoeshared": {**_EXPERTS, **_GRANITE, "shared_intermediate_size": 16},
-    "hunyuan_v1_moe": {**_EXPERTS, "moe_topk": 2, "moe_intermediate_size": 16},
+    "hunyuan_v1_moe": {**_EXPERTS, "moe_topk": 2},
     "hyperclovax": _GRANITE,
     "mellum": {**_EXPERTS, "moe_intermediate_size": 16, "sliding_window": 16, "layer_types": _MIXED},
     "minimax_m2": _EXPERTS,

@@ -1,0 +1,65 @@
+"""What runtimes cache of a token, where that is not what the layout keeps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from headfuse.choices import LAYOUT_FOR, ONE_HEAD
+from headfuse.modeling.configuration_headfuse import one_head_width
+from headfuse.plan import FusionPlan
+
+
+def channels_in_runtimes(plan: FusionPlan, config: Any) -> dict[str, tuple[int, int]]:
+    """Numbers of one token in the cache of each runtime that loads the layout, over all layers.
+
+    Args:
+        plan: of the fused model.
+        config: of the source model.
+
+    Returns:
+        By the runtime's name, those of the source and those of the fused model.
+    """
+    source = [2 * plan.heads.num_key_value_heads * plan.heads.head_dim] * plan.heads.num_hidden_layers
+    sides = list(zip(plan.key_channels, plan.value_channels, strict=True))
+    found = {}
+    for runtime, layouts in LAYOUT_FOR.items():
+        if plan.layout not in layouts:
+            continue
+        one_head = plan.layout in ONE_HEAD.get(runtime, ())
+        fused = [2 * one_head_width(*side) if one_head else sum(side) for side in sides]
+        if runtime == "vllm":
+            found[runtime] = in_blocks(source, attention_kinds(config)), in_blocks(fused, attention_kinds(config))
+        else:
+            found[runtime] = sum(source), sum(fused)
+    return found
+
+
+def attention_kinds(config: Any) -> list[str]:
+    """The kind of attention of each layer, as vLLM tells them apart: with the window of the config or without."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or getattr(config, "sliding_window", None) is None:
+        return ["full_attention"] * config.num_hidden_layers
+    return list(kinds)
+
+
+def in_blocks(channels: Sequence[int], kinds: Sequence[str]) -> int:
+    """Numbers of one token in vLLM's blocks, which its layers of all kinds share.
+
+    Layers of one kind lie side by side, each with its own size. Of several kinds, a block holds the same number of
+    layers of one kind and size, each as large as the largest: of a smaller layer with as many tokens more as fit, or
+    padded where its size does not divide the largest (vLLM 0.32, `unify_kv_cache_spec_page_size` and
+    `_get_kv_cache_groups_uniform_page_size` in v1/core/kv_cache_utils.py).
+
+    Args:
+        channels: numbers of one token in each layer.
+        kinds: the kind of attention of each layer.
+    """
+    if len(set(kinds)) == 1:
+        return sum(channels)
+    largest, counts = max(channels), Counter(zip(channels, kinds, strict=True))
+    fewest, most = min(counts.values()), max(counts.values())
+    in_a_block = most if most < 1.5 * fewest else fewest
+    places = {own: -(-count // in_a_block) * in_a_block for own, count in counts.items()}
+    return sum((size if largest % size == 0 else largest) * places[size, kind] for size, kind in places)
