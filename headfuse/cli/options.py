@@ -233,13 +233,13 @@ def settings_for(runtime: choices.Runtime | None, settings: FuseConfig, model: s
         UnsupportedModelError: for a family that the runtime does not run in this layout.
         CheckpointError: for a model that cannot be read.
     """
-    if runtime is None or settings.layout not in choices.ONE_HEAD.get(runtime, ()):
+    if runtime != "vllm":
         return settings
     from headfuse.checkpoint.folder import resolve_model
-    from headfuse.layouts.decoupled import check_served
+    from headfuse.layouts.served import check_served
     from headfuse.models.config import read_config
 
-    check_served(read_config(resolve_model(model), trust_remote_code=False), runtime, settings.layout)
-    if settings.budget.shares is None:  # counts of heads, given one by one
+    check_served(read_config(resolve_model(model), trust_remote_code=False), runtime, settings)
+    if settings.layout not in choices.ONE_HEAD[runtime] or settings.budget.shares is None:  # or counts, one by one
         return settings
     return settings.model_copy(update={"budget": settings.budget.model_copy(update={"layerwise": True})})

@@ -48,23 +48,6 @@ def check(config: Any) -> None:
         )
 
 
-def check_served(config: Any, runtime: str, layout: str) -> None:
-    """Refuse a family whose model code a runtime does not run.
-
-    Raises:
-        UnsupportedModelError: naming the reason.
-    """
-    from headfuse.modeling.configuration_headfuse import FAMILIES
-
-    family = FAMILIES.get(config.model_type)
-    if runtime == "vllm" and family is not None and family.not_in_vllm is not None:
-        raise UnsupportedModelError(
-            f"vLLM does not run model_type {config.model_type!r} in layout {layout}: {family.not_in_vllm}",
-            where="--for",
-            fix="choose --for transformers",
-        )
-
-
 def stored(arch: Architecture) -> Architecture:
     """Separate projections, and channels in the canonical order, whatever the source's class has."""
     return arch.decoupled()

@@ -1,4 +1,4 @@
-"""What runtimes cache of a token, where that is not what the layout keeps."""
+"""What runtimes do not run of a layout, and what they cache of a token where that is not what the layout keeps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,38 @@ from collections.abc import Sequence
 from typing import Any
 
 from headfuse.choices import LAYOUT_FOR, ONE_HEAD
-from headfuse.modeling.configuration_headfuse import one_head_width
+from headfuse.config.fuse import FuseConfig
+from headfuse.errors import UnsupportedModelError
+from headfuse.modeling.configuration_headfuse import FAMILIES, one_head_width
+from headfuse.models.heads import head_layout
 from headfuse.plan import FusionPlan
+
+ONE_WIDTH_IN_VLLM = ("qwen2", "qwen2_moe")
+"""Families whose class in vLLM 0.32 has hidden_size / num_attention_heads channels a head, whatever its config says."""
+
+
+def check_served(config: Any, runtime: str, settings: FuseConfig) -> None:
+    """Refuse a model that a runtime does not run once it is fused so.
+
+    Raises:
+        UnsupportedModelError: naming the reason.
+    """
+    if runtime != "vllm":
+        return
+    family, layout, where, fix = FAMILIES.get(config.model_type), settings.layout, "--for", "choose --for transformers"
+    reason = None
+    if layout in ONE_HEAD[runtime]:
+        reason = None if family is None else family.not_in_vllm
+    elif layout == "gqa" and config.model_type in ONE_WIDTH_IN_VLLM:
+        width = config.hidden_size // config.num_attention_heads
+        if settings.budget.head_dim is not None:
+            where, fix = "--head-dim", "leave it out, or choose --layout latent or --for transformers"
+        if settings.budget.head_dim is not None or head_layout(config).head_dim != width:
+            reason = f"its class there has heads of hidden_size / num_attention_heads = {width} channels only"
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"vLLM does not run model_type {config.model_type!r} in layout {layout}: {reason}", where=where, fix=fix
+        )
 
 
 def channels_in_runtimes(plan: FusionPlan, config: Any) -> dict[str, tuple[int, int]]:

@@ -52,6 +52,24 @@ def test_a_family_that_vllm_does_not_run_is_refused_before_the_work(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
+def test_heads_of_a_width_that_vllms_class_does_not_have_are_refused_before_the_work(
+    tmp_path: Path, family: str
+) -> None:
+    source = tiny_model(tmp_path / "model", family, query_heads=4, head_dim=8)
+    options = ("--for", "vllm", "--layout", "gqa", "--head-dim", "16", "-o", tmp_path / "out")
+    for command in ("fuse", "analyze"):
+        output = " ".join(run(command, source, *options, code=1).split())
+        assert f"vLLM does not run model_type '{family}' in layout gqa: its class there has heads of" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_with_such_heads_is_refused(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "model", "qwen2", head_dim=16)  # hidden_size 32, 4 query heads
+    output = " ".join(run("fuse", source, "--for", "vllm", "-o", tmp_path / "out", code=1).split())
+    assert "hidden_size / num_attention_heads = 8 channels only" in output
+
+
 @pytest.mark.parametrize(
     ("channels", "kinds", "expected"),
     [
