@@ -42,6 +42,9 @@ COLD_BYTES = 64 * 2**20
 """Layers take turns until their caches are this large, so that none is still in the processor's own cache."""
 PARTS = ("attention", "step", "llama.cpp")
 
+LATENT = "\n## Layout latent\n"
+"""Where the part of the page begins that benchmarks/decode_latent.py writes."""
+
 
 def main() -> None:
     """Run what is missing, then write the tables."""
@@ -72,7 +75,8 @@ def main() -> None:
                 print(json.dumps(done[-1]), flush=True)
                 with options.results.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(done[-1]) + "\n")
-    options.page.write_text(document(done), encoding="utf-8")
+    kept = options.page.read_text(encoding="utf-8").partition(LATENT)[1:] if options.page.exists() else ()
+    options.page.write_text(document(done) + "".join(kept), encoding="utf-8")
 
 
 Row = tuple[dict[str, Any], Callable[[], dict[str, Any]]]

@@ -15,13 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import COLD_BYTES, layer_config, milliseconds, paired, random_caches, random_model, ratio
+from decode import COLD_BYTES, LATENT, layer_config, milliseconds, paired, random_caches, random_model, ratio
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headfuse.modeling.configuration_latent import LatentConfig
 
 SHAPES = {"llama-2-7b": (32, 32, 128), "smollm2-135m": (9, 3, 64), "mha-6m": (8, 8, 32)}
 """Query heads, KV heads and head_dim of one layer of each model."""
+INTRODUCTION = """\
+Written by `python benchmarks/decode_latent.py --shape smollm2-135m mha-6m --steps 41` from
+benchmarks/results/decode_latent.jsonl: one layer's attention in a decode step, with one group of all heads, relative to
+SDPA on the source's own heads. As above it is float32 on one thread; other work ran on the machine, and the ratios are
+medians of paired runs. Every query head reads the whole width, so fewer bytes are not always less time: at a half,
+a query head of mha-6m reads 128 channels, where its source reads 32. Its step becomes slower.
+"""
 
 
 def main() -> None:
@@ -34,6 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--max-mib", type=int, default=600, help="source caches above this are left out")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/decode_latent.jsonl"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results/decode.md"))
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
@@ -52,7 +60,8 @@ def main() -> None:
                 options.results.parent.mkdir(exist_ok=True)
                 with options.results.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(row) + "\n")
-    print(table(done))
+    before = options.page.read_text(encoding="utf-8").partition(LATENT)[0]
+    options.page.write_text(f"{before}{LATENT}{INTRODUCTION}\n{table(done)}\n", encoding="utf-8")
 
 
 def race(
