@@ -14,6 +14,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationMixin
 
 from .configuration_latent import LatentConfig
+from .modeling_cross_layer import ReadingAttention, SharedStates
 from .modeling_headfuse import HeadfuseAttention, HeadfusePreTrainedModel, probabilities, rotate
 from .modeling_one_head import as_one_head
 
@@ -48,6 +49,8 @@ class LatentAttention(HeadfuseAttention):
     head_order: torch.Tensor | None
     frequencies: Any
     num_planes: int
+    shared: SharedStates | None = None
+    """Where later layers look for what this one caches, if some do."""
 
     def decouple(self, config: Any) -> None:
         """Give a stock attention module, whose class has just become this one, the groups of its layer."""
@@ -116,6 +119,15 @@ class LatentAttention(HeadfuseAttention):
     def _cache_shape(self, cache: Cache | None) -> tuple[int, int]:
         """One row holds all groups side by side."""
         return 1, -1
+
+    def _with_past(
+        self, key: torch.Tensor, value: torch.Tensor, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states of all positions, which later layers may read as well."""
+        states = super()._with_past(key, value, cache)
+        if self.shared is not None:
+            self.shared[self.layer_idx] = states
+        return states
 
     def _expanded(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the source heads [b, n_s, s, d] that the cached ones [b, 1, s, w] give back."""
@@ -248,6 +260,18 @@ class LatentPreTrainedModel(HeadfusePreTrainedModel):
 
     config_class = LatentConfig
     attention_class: ClassVar[type] = LatentAttention
+
+    def __init__(self, config: LatentConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        shared = SharedStates()
+        for attention in self.modules():
+            reads = isinstance(attention, ReadingAttention)
+            if reads or (isinstance(attention, LatentAttention) and config.is_read(attention.layer_idx)):
+                attention.shared = shared
+
+    def attention_of(self, config: Any, layer_idx: int) -> type:
+        """Layers that read other layers have an attention of their own."""
+        return ReadingAttention if any(source is not None for source in config.sources(layer_idx)) else LatentAttention
 
 
 class LatentModel(LatentPreTrainedModel):
