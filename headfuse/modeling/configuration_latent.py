@@ -28,7 +28,7 @@ class LatentConfig(FusedConfig):
         value_widths: for each layer, the channels of each group's cached value.
         rotary_slots: for each layer, the rotary frequency that each slot of each group's cached key carries. Slot s of
             S is the pair of channels (s, s + S); the channels after the slots are not rotated.
-        key_sources: None, or for each layer None or the earlier layer whose cached keys it reads beside its own.
+        key_sources: None, or for each layer the earlier layers whose cached keys it reads beside its own, in order.
         value_sources: likewise of values. A layer that reads has one group, whose width may be 0 on that side.
 
     Raises:
@@ -55,27 +55,28 @@ class LatentConfig(FusedConfig):
         heads = getattr(source, "num_key_value_heads", None) or source.num_attention_heads
         names = ("groups", "key_widths", "value_widths", "rotary_slots")
         for layer_idx, layer in enumerate(zip(*map(self._per_layer, names), strict=True)):
+            self._check_sources(layer_idx)
             for name, entry in zip(names, layer, strict=True):
                 if not isinstance(entry, list | tuple) or len(entry) != len(layer[0]):
                     raise ValueError(f"{name}[{layer_idx}]: must be a list with one entry per group")
             self._check_layer(layer_idx, heads, *layer)
-            self._check_sources(layer_idx)
         self._give_layers_one_head()
 
-    def sources(self, layer_idx: int) -> tuple[int | None, int | None]:
+    def sources(self, layer_idx: int) -> tuple[list[int], list[int]]:
         """The layers whose cached keys and whose cached values a layer reads."""
-        keys, values = ((names or {layer_idx: None})[layer_idx] for names in (self.key_sources, self.value_sources))
-        return keys, values
+        keys, values = ([] if read is None else read[layer_idx] for read in (self.key_sources, self.value_sources))
+        return list(keys), list(values)
 
-    def is_read(self, layer_idx: int) -> bool:
-        """Whether a later layer reads what this one caches."""
-        return layer_idx in {*(self.key_sources or ()), *(self.value_sources or ())}
+    def is_read(self, layer_idx: int, after: int = -1) -> bool:
+        """Whether a later layer, after layer `after`, reads what this one caches."""
+        later = (*(self.key_sources or ())[after + 1 :], *(self.value_sources or ())[after + 1 :])
+        return any(layer_idx in read for read in later)
 
     @property
     def last_reader(self) -> int | None:
         """The last layer that reads another one's cache."""
         layers = range(self.source_config.num_hidden_layers)
-        return max((i for i in layers if self.sources(i) != (None, None)), default=None)
+        return max((i for i in layers if any(self.sources(i))), default=None)
 
     @property
     def one_head_widths(self) -> list[int]:
@@ -111,20 +112,15 @@ class LatentConfig(FusedConfig):
                 )
 
     def _check_sources(self, layer_idx: int) -> None:
-        """A source is an earlier layer of the same kind that reads no other one on that side."""
         kinds = layer_kinds(self.source_config)
         for name in ("key_sources", "value_sources"):
-            sources = self._per_layer(name) if getattr(self, name) is not None else None
-            source = None if sources is None else sources[layer_idx]
-            if sources is None or source is None:
-                continue
-            if type(source) is not int or not 0 <= source < layer_idx or sources[source] is not None:
-                raise ValueError(f"{name}[{layer_idx}]: must be an earlier layer that reads no other one")
-            if kinds[source] != kinds[layer_idx]:
-                raise ValueError(
-                    f"{name}[{layer_idx}]: layer {source} has another window, or positions of another kind"
-                )
-            if len(self.groups[layer_idx]) > 1:
+            sources = [] if getattr(self, name) is None else self._per_layer(name)[layer_idx]
+            earlier = isinstance(sources, list | tuple) and all(type(s) is int and 0 <= s < layer_idx for s in sources)
+            if not earlier or len(set(sources)) < len(sources):
+                raise ValueError(f"{name}[{layer_idx}]: must be a list of different earlier layers, not {sources!r}")
+            if any(kinds[source] != kinds[layer_idx] for source in sources):
+                raise ValueError(f"{name}[{layer_idx}]: a source has another window, or positions of another kind")
+            if sources and len(self.groups[layer_idx]) != 1:
                 raise ValueError(f"groups[{layer_idx}]: a layer that reads another one has one group")
 
 

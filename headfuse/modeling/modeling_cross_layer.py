@@ -1,4 +1,4 @@
-"""Attention that reads what an earlier layer caches, beside a cache of its own or instead of one (MLKV, 2406.09297).
+"""Attention that reads what earlier layers cache, beside a cache of its own or instead of one (MLKV, 2406.09297).
 
 This file is shipped beside the weights, so it imports only torch, transformers and the standard library.
 """
@@ -29,17 +29,33 @@ class SharedStates(dict[int, States]):
         return self.__reduce__()
 
 
-class ReadingAttention(HeadfuseAttention):
-    """Attention of a layer that reads the cached keys, the cached values or both of an earlier layer.
-
-    Its own cache holds `[b, 1, s, w]` for each side, where w may be 0. Every query head reads both parts. Parameters
-    besides the projections: `key_read` [n_s S, 2], the complex factor with which each source head reads each slot, own
-    slots first; `key_read_plain` [n_s c, d - 2 p] and `value_read` [n_s w, d], likewise of channels.
-    """
+class SharingAttention(HeadfuseAttention):
+    """Attention whose cached states later layers may read."""
 
     shared: SharedStates
-    key_source: int | None
-    value_source: int | None
+    is_read: bool
+
+    def _with_past(
+        self, key: torch.Tensor, value: torch.Tensor, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states of all positions, which later layers find in `shared`."""
+        states = super()._with_past(key, value, cache)
+        if self.is_read:
+            self.shared[self.layer_idx] = states
+        return states
+
+
+class ReadingAttention(SharingAttention):
+    """Attention of a layer that reads the cached keys, the cached values or both of earlier layers.
+
+    Its own cache holds `[b, 1, s, w]` for each side, where w may be 0. Every query head reads all parts. Parameters
+    besides the projections: `key_read` [n_s S, 2], the complex factor with which each source head reads each slot, own
+    slots first, then those of the sources; `key_read_plain` [n_s c, d - 2 p] and `value_read` [n_s w, d], likewise of
+    channels.
+    """
+
+    key_sources: list[int]
+    value_sources: list[int]
     is_last: bool
     num_planes: int
     num_source_heads: int
@@ -57,20 +73,16 @@ class ReadingAttention(HeadfuseAttention):
         """Give a stock attention module, whose class has just become this one, the widths of its layer."""
         self.adopt(config)
         layer = self.layer_idx
-        self.key_source, self.value_source = config.sources(layer)
+        self.key_sources, self.value_sources = config.sources(layer)
         self.is_last = layer == config.last_reader
         self.num_planes = config.rotary_planes
         self.num_source_heads = sum(map(len, config.groups[layer]))
         self.num_key_value_groups = config.num_attention_heads // self.num_source_heads
         self.own_slots = len(config.rotary_slots[layer][0])
         own = config.key_widths[layer][0], config.value_widths[layer][0]
-        read = [
-            [] if source is None else [sum(widths[source])]
-            for source, widths in (
-                (self.key_source, config.key_widths), (self.value_source, config.value_widths),
-            )
-        ]  # fmt: skip
-        self.parts = [own[0], *read[0]], [own[1], *read[1]]
+        keys = [sum(config.key_widths[source]) for source in self.key_sources]
+        values = [sum(config.value_widths[source]) for source in self.value_sources]
+        self.parts = [own[0], *keys], [own[1], *values]
         self.replace_projections(*own)
         tables, n, like = self._index_tables(), self.num_source_heads, self.q_proj.weight
         sizes = n * len(tables["frequencies"]), n * len(tables["plain"]), n * sum(self.parts[1])
@@ -93,9 +105,7 @@ class ReadingAttention(HeadfuseAttention):
         """Of the slots that this layer reads, the channels and the frequency; of the others the channels."""
         config, layer, start = self.config, self.layer_idx, 0
         first, second, plain, frequencies = list[int](), list[int](), list[int](), list[int]()
-        for source in (layer, self.key_source):
-            if source is None:
-                continue
+        for source in (layer, *self.key_sources):
             for width, table in zip(config.key_widths[source], config.rotary_slots[source], strict=True):
                 middle, rest = start + len(table), start + 2 * len(table)
                 first += range(start, middle)
@@ -141,11 +151,8 @@ class ReadingAttention(HeadfuseAttention):
 
     def _read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What this layer caches and what it reads of other layers, of each side; the last reader lets go of it."""
-        keys, values = [key], [value]
-        if self.key_source is not None:
-            keys.append(self.shared[self.key_source][0].to(key.device))
-        if self.value_source is not None:
-            values.append(self.shared[self.value_source][1].to(value.device))
+        keys = [key, *(self.shared[source][0].to(key.device) for source in self.key_sources)]
+        values = [value, *(self.shared[source][1].to(value.device) for source in self.value_sources)]
         if self.is_last and not torch.is_grad_enabled():  # else a checkpoint may compute the layer again
             self.shared.clear()
         return keys, values

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationMixin
 
 from .configuration_latent import LatentConfig
-from .modeling_cross_layer import ReadingAttention, SharedStates
-from .modeling_headfuse import HeadfuseAttention, HeadfusePreTrainedModel, probabilities, rotate
+from .modeling_cross_layer import ReadingAttention, SharedStates, SharingAttention
+from .modeling_headfuse import HeadfusePreTrainedModel, probabilities, rotate
 from .modeling_one_head import as_one_head
 
 
@@ -34,7 +34,7 @@ class Group(NamedTuple):
     """Slots of the layer; `heads * slots` rows of `key_read`."""
 
 
-class LatentAttention(HeadfuseAttention):
+class LatentAttention(SharingAttention):
     """Attention whose cache holds one wide key and one wide value per group of source heads.
 
     Parameters besides the projections, rows in the order of (group, source head of the group, channel of the cache):
@@ -49,8 +49,6 @@ class LatentAttention(HeadfuseAttention):
     head_order: torch.Tensor | None
     frequencies: Any
     num_planes: int
-    shared: SharedStates | None = None
-    """Where later layers look for what this one caches, if some do."""
 
     def decouple(self, config: Any) -> None:
         """Give a stock attention module, whose class has just become this one, the groups of its layer."""
@@ -119,15 +117,6 @@ class LatentAttention(HeadfuseAttention):
     def _cache_shape(self, cache: Cache | None) -> tuple[int, int]:
         """One row holds all groups side by side."""
         return 1, -1
-
-    def _with_past(
-        self, key: torch.Tensor, value: torch.Tensor, cache: Cache | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states of all positions, which later layers may read as well."""
-        states = super()._with_past(key, value, cache)
-        if self.shared is not None:
-            self.shared[self.layer_idx] = states
-        return states
 
     def _expanded(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the source heads [b, n_s, s, d] that the cached ones [b, 1, s, w] give back."""
@@ -265,13 +254,12 @@ class LatentPreTrainedModel(HeadfusePreTrainedModel):
         super().__init__(config, *args, **kwargs)
         shared = SharedStates()
         for attention in self.modules():
-            reads = isinstance(attention, ReadingAttention)
-            if reads or (isinstance(attention, LatentAttention) and config.is_read(attention.layer_idx)):
-                attention.shared = shared
+            if isinstance(attention, SharingAttention):
+                attention.shared, attention.is_read = shared, config.is_read(attention.layer_idx)
 
     def attention_of(self, config: Any, layer_idx: int) -> type:
         """Layers that read other layers have an attention of their own."""
-        return ReadingAttention if any(source is not None for source in config.sources(layer_idx)) else LatentAttention
+        return ReadingAttention if any(config.sources(layer_idx)) else LatentAttention
 
 
 class LatentModel(LatentPreTrainedModel):

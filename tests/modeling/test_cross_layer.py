@@ -18,11 +18,12 @@ HEADS_APART = ([[0], [1], [2], [3]], [8] * 4, [8] * 4, [[0, 1, 2, 3]] * 4)
 NARROW = (WHOLE, [4], [3], [[1, 2]])
 NOTHING: Any = (WHOLE, [0], [0], [[]])
 VALUES_ALONE: Any = (WHOLE, [0], [13], [[]])
-MODELS: dict[str, tuple[list[Any], list[int | None], list[int | None]]] = {
-    "beside its own": ([SOURCE, NARROW, SOURCE, NARROW], [None, 0, None, 2], [None, 0, None, 0]),
-    "instead of its own": ([SOURCE, NOTHING, NOTHING], [None, 0, 0], [None, 0, 0]),
-    "keys alone": ([SOURCE, VALUES_ALONE], [None, 0], [None, None]),
-    "values of untouched heads": ([HEADS_APART, SOURCE, NARROW], [None, None, 0], [None, None, 0]),
+MODELS: dict[str, tuple[list[Any], list[list[int]], list[list[int]]]] = {
+    "beside its own": ([SOURCE, NARROW, SOURCE, NARROW], [[], [0], [], [2]], [[], [0], [], [0]]),
+    "instead of its own": ([SOURCE, NOTHING, NOTHING], [[], [0], [0]], [[], [0], [0]]),
+    "keys alone": ([SOURCE, VALUES_ALONE], [[], [0]], [[], []]),
+    "values of untouched heads": ([HEADS_APART, SOURCE, NARROW], [[], [], [0]], [[], [], [0]]),
+    "all layers before": ([HEADS_APART, NARROW, NARROW, NOTHING], [[], [0], [0, 1], [1, 2]], [[], [0], [1, 0], [0, 1]]),
 }
 
 
@@ -109,9 +110,9 @@ def test_gradients_reach_the_source_through_its_readers(checkpoints: bool) -> No
 
 
 BAD: dict[str, dict[str, Any]] = {
-    "an earlier layer": {"key_sources": [None, 1]},
-    "one entry per|one per layer": {"key_sources": [0]},
-    "from 1 to 32": {"key_widths": [[20], [0]]},
+    "different earlier layers": {"key_sources": [[], [1]]},
+    "one entry per|one per layer": {"key_sources": [[]]},
+    "from 1 to 32": {"key_widths": [[20], [0]], "rotary_slots": [SOURCE[3], [[]]]},
 }
 
 
