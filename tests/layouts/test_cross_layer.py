@@ -96,6 +96,10 @@ def test_a_reader_of_equal_keys_and_values_is_exact(
     assert document["key_channels"] == [32, 0 if side in ("both", "key") else 32]
     assert document["value_channels"] == [32, 0 if side in ("both", "value") else 32]
     torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=2e-4, atol=2e-4)
+    text = ("--data", tmp_path / "text.txt", "--samples", 2, "--sequence-length", 32)
+    line = run("eval", tmp_path / "out", *text, "--cache-dtype", "int8", "--json").splitlines()[-1]
+    cached = sum(document["key_channels"] + document["value_channels"])
+    assert json.loads(line)["model"]["kv_bytes_per_token"] in range(cached, 2 * cached)  # and scales
     tokens = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(2))
     assert_decoding_equals_forward(headfuse.load(tmp_path / "out"), tokens, torch.ones_like(tokens), [9, 9])
 
