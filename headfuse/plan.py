@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
@@ -12,10 +11,12 @@ from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from headfuse.choices import ONE_COUNT, ONE_WIDTH, SHARED_PARTITION, WIDE, Layout, Side
 from headfuse.errors import ConfigError, validation_summary
+from headfuse.plan_checks import check_one_width, check_partition, check_slots, check_sources, check_wide
 
 Groups = tuple[tuple[int, ...], ...]
 """A partition of a layer's source heads: one tuple of source head indices per fused head."""
 _Count = Annotated[int, Field(ge=1)]
+_Width = Annotated[int, Field(ge=0)]
 
 
 class _Frozen(BaseModel):
@@ -80,10 +81,14 @@ class LayerPlan(_Frozen):
     """The frequency that each slot of each fused key head carries, `[key heads, rotary_dim / 2]`; None: stock order.
 
     A key head with a width of its own has as many slots as its group was given."""
-    key_widths: tuple[_Count, ...] | None = None
-    """Channels of each fused key head; None: `head_dim`."""
-    value_widths: tuple[_Count, ...] | None = None
-    """Channels of each fused value head; None: `head_dim`."""
+    key_widths: tuple[_Width, ...] | None = None
+    """Channels of each fused key head; None: `head_dim`. 0 only where another layer's are read."""
+    value_widths: tuple[_Width, ...] | None = None
+    """Channels of each fused value head; None: `head_dim`. 0 only where another layer's are read."""
+    key_sources: tuple[_Width, ...] = ()
+    """The earlier layers whose cached keys this one reads beside its own."""
+    value_sources: tuple[_Width, ...] = ()
+    """The earlier layers whose cached values this one reads beside its own."""
 
     @property
     def untouched(self) -> bool:
@@ -95,6 +100,11 @@ class LayerPlan(_Frozen):
         """True when its heads have widths of their own, and every query head reads all of one."""
         return self.key_widths is not None or self.value_widths is not None
 
+    @property
+    def reads(self) -> bool:
+        """True when it reads what earlier layers cache."""
+        return bool(self.key_sources or self.value_sources)
+
     def channels(self, side: Side, head_dim: int) -> int:
         """Numbers that the cache holds of one token's keys or values."""
         groups, widths = (self.key_groups, self.key_widths) if side == "key" else (self.value_groups, self.value_widths)
@@ -103,7 +113,7 @@ class LayerPlan(_Frozen):
     @model_serializer(mode="wrap")
     def _as_before_without_widths(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
-        return {name: value for name, value in fields.items() if not name.endswith("_widths") or value is not None}
+        return {name: value for name, value in fields.items() if not name.endswith(("_widths", "_sources")) or value}
 
 
 class SourceModel(_Frozen):
@@ -147,11 +157,11 @@ class FusionPlan(_Frozen):
             for side, groups in (("key", layer.key_groups), ("value", layer.value_groups)):
                 check_partition(groups, heads.num_key_value_heads, f"layer {layer.layer_idx}, {side}_groups")
             if self.layout in WIDE or (layer.wide and self.layout in ONE_WIDTH):
-                _check_wide(layer, heads)
+                check_wide(layer, heads)
             elif layer.wide:
                 raise ValueError(f"layer {layer.layer_idx}: layout {self.layout} has heads of the source's width only")
             elif layer.rotary_slots is not None:
-                _check_slots(layer, heads.rotary_dim // 2)
+                check_slots(layer, heads.rotary_dim // 2)
             if self.layout in SHARED_PARTITION:
                 where = f"layer {layer.layer_idx}: layout {self.layout}"
                 if layer.rotary_slots is not None and not layer.wide:
@@ -160,16 +170,22 @@ class FusionPlan(_Frozen):
                     raise ValueError(f"{where} needs key_groups equal to value_groups")
                 if len({len(group) for group in layer.key_groups}) > 1:
                     raise ValueError(f"{where} needs groups of one size")
+        check_sources(self.layers, self.layout, self.layout in WIDE)
         if self.layout in ONE_COUNT and len({len(layer.key_groups) for layer in self.layers}) > 1:
             raise ValueError(f"layout {self.layout} needs the same number of heads in every layer")
         if self.layout in ONE_WIDTH and any(layer.wide for layer in self.layers):
-            _check_one_width(self.layers, self.layout)
+            check_one_width(self.layers, self.layout)
         return self
 
     @property
     def head_width(self) -> int | None:
         """Channels of every head of a model whose heads have one width of their own; None for all others."""
         return next(iter(self.layers[0].key_widths or ()), None) if self.layout in ONE_WIDTH else None
+
+    @property
+    def sources(self) -> set[int]:
+        """The layers whose cache later ones read."""
+        return {source for layer in self.layers for source in (*layer.key_sources, *layer.value_sources)}
 
     @property
     def written_heads(self) -> HeadLayout:
@@ -229,57 +245,6 @@ class FusionPlan(_Frozen):
             raise ConfigError(
                 validation_summary(error), where=where, fix="write a new plan with `headfuse analyze`"
             ) from None
-
-
-def check_partition(groups: Sequence[Sequence[int]], num_heads: int, where: str) -> None:
-    """Raise ValueError unless `groups` holds each of `num_heads` heads exactly once."""
-    if not all(groups):
-        raise ValueError(f"{where}: a group is empty")
-    members = sorted(head for group in groups for head in group)
-    if len(members) != num_heads or members != list(range(len(members))):  # a damaged number may be beyond any list
-        raise ValueError(f"{where}: each source head 0 to {num_heads - 1} must occur in exactly one group")
-
-
-def _check_slots(layer: LayerPlan, frequencies: int) -> None:
-    slots = layer.rotary_slots or ()
-    if len(slots) != len(layer.key_groups) or any(
-        len(head) != frequencies or not all(0 <= f < frequencies for f in head) for head in slots
-    ):
-        needed = (
-            f"each of {len(layer.key_groups)} key heads needs {frequencies} frequencies from 0 to {frequencies - 1}"
-        )
-        raise ValueError(f"layer {layer.layer_idx}, rotary_slots: {needed}")
-
-
-def _check_wide(layer: LayerPlan, heads: HeadLayout) -> None:
-    """Raise ValueError for groups, widths and slots that a layer of wide heads cannot have."""
-    where, groups, planes = f"layer {layer.layer_idx}", layer.key_groups, heads.rotary_dim // 2
-    if groups != layer.value_groups:
-        raise ValueError(f"{where}: wide heads need key_groups equal to value_groups")
-    keys, values, slots = layer.key_widths, layer.value_widths, layer.rotary_slots
-    if keys is None and values is None and slots is None and layer.untouched:
-        return
-    if keys is None or values is None or slots is None or {len(keys), len(values), len(slots)} != {len(groups)}:
-        raise ValueError(f"{where}: key_widths, value_widths or rotary_slots are missing: each has one entry per group")
-    for group, key, value, table in zip(groups, keys, values, slots, strict=True):
-        size, plain = len(group), key - 2 * len(table)
-        if max(key, value) > size * heads.head_dim:
-            raise ValueError(f"{where}: a group of {size} heads has widths up to {size * heads.head_dim}")
-        if not all(0 <= f < planes and table.count(f) <= size for f in set(table)):
-            raise ValueError(f"{where}, rotary_slots: planes are from 0 to {planes - 1}, each at most {size} times")
-        if not 0 <= plain <= size * (heads.head_dim - heads.rotary_dim):
-            raise ValueError(f"{where}: a key of width {key} cannot have {len(table)} rotary slots")
-
-
-def _check_one_width(layers: Sequence[LayerPlan], layout: Layout) -> None:
-    """Raise ValueError unless all heads of all layers have one width and one table of rotary slots."""
-    widths = {width for layer in layers for width in (layer.key_widths or (None,)) + (layer.value_widths or (None,))}
-    tables = {table for layer in layers for table in layer.rotary_slots or (None,)}
-    if len(widths) > 1 or len(tables) > 1:
-        raise ValueError(f"layout {layout} needs one width and one table of rotary slots for all heads of all layers")
-    width, table = next(iter(widths)), next(iter(tables))
-    if width is None or table is None or 2 * len(table) != width:
-        raise ValueError(f"layout {layout}: heads of {width} channels need half as many rotary slots")
 
 
 def head_of_source(groups: Groups) -> list[int]:

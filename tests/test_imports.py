@@ -16,6 +16,7 @@ PACKAGE = Path(headfuse.__file__).parent
 # A room imports only from rooms above its own line.
 ORDER = [
     ["errors", "choices", "estimates"],
+    ["plan_checks"],
     ["plan", "modeling"],
     ["config", "checkpoint"],
     ["text"],

@@ -31,6 +31,7 @@ def analyze(  # a parameter an option: Typer reads them
     budget: options.Budget = None,
     layout: options.Layout = None,
     head_dim: options.HeadDim = None,
+    cross_layer: options.CrossLayer = None,
     runtime: options.For = None,
     curves: Annotated[
         bool,

@@ -31,6 +31,7 @@ def fuse(  # a parameter an option: Typer reads them
     budget: options.Budget = None,
     layout: options.Layout = None,
     head_dim: options.HeadDim = None,
+    cross_layer: options.CrossLayer = None,
     runtime: options.For = None,
     plan: Annotated[
         Path | None, typer.Option(help="Apply this plan.json instead of making one.", rich_help_panel=KEEP)
@@ -118,7 +119,7 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
 
 
 def _document(result: FuseResult) -> Document:
-    from headfuse.layouts import LAYOUTS
+    from headfuse.layouts import loads_in
 
     budget = result.plan.head_budget
     return {
@@ -126,7 +127,7 @@ def _document(result: FuseResult) -> Document:
         "command": "fuse",
         "output": str(result.output),
         "layout": result.plan.layout,
-        "loads_in": LAYOUTS[result.plan.layout].runtimes,
+        "loads_in": loads_in(result.plan),
         "kv_ratio": result.plan.kv_ratio,
         "kv_bytes_per_token": {"before": result.kv_bytes_before, "after": result.kv_bytes_after},
         "kv_bytes_per_token_in": {runtime: after for runtime, (_, after) in result.kv_bytes_in.items()},

@@ -93,6 +93,16 @@ HeadDim = Annotated[
         rich_help_panel=KEEP,
     ),
 ]
+CrossLayer = Annotated[
+    int | None,
+    typer.Option(
+        "--cross-layer",
+        min=1,
+        metavar="LAYERS",
+        help="Layout latent: layers before it whose cache a layer reads, too; the same bytes, less loss.",
+        rich_help_panel=KEEP,
+    ),
+]
 For = Annotated[
     choices.Runtime | None,
     typer.Option(
@@ -233,6 +243,8 @@ def settings_for(runtime: choices.Runtime | None, settings: FuseConfig, model: s
         UnsupportedModelError: for a family that the runtime does not run in this layout.
         CheckpointError: for a model that cannot be read.
     """
+    if runtime is not None and settings.budget.cross_layer:
+        check_cross_layer(runtime)
     if runtime != "vllm":
         return settings
     from headfuse.checkpoint.folder import resolve_model
@@ -243,3 +255,18 @@ def settings_for(runtime: choices.Runtime | None, settings: FuseConfig, model: s
     if settings.layout not in choices.ONE_HEAD[runtime] or settings.budget.shares is None:  # or counts, one by one
         return settings
     return settings.model_copy(update={"budget": settings.budget.model_copy(update={"layerwise": True})})
+
+
+def check_cross_layer(runtime: choices.Runtime) -> None:
+    """Refuse a runtime that gives no layer the cache of another one.
+
+    Raises:
+        UnsupportedModelError: for all but transformers.
+    """
+    from headfuse.errors import UnsupportedModelError
+
+    if runtime != "transformers":
+        raise UnsupportedModelError(
+            f"{runtime} gives no layer the cache of another one", where="--cross-layer",
+            fix="leave one of --cross-layer and --for out",
+        )  # fmt: skip

@@ -88,6 +88,7 @@ FUSE = Command(
         "budget": "budget.total",
         "allocator": "budget.allocator",
         "head_dim": "budget.head_dim",
+        "cross_layer": "budget.cross_layer",
         "data": "calibration.data",
         "samples": "calibration.samples",
         "sequence_length": "calibration.sequence_length",

@@ -36,6 +36,8 @@ class BudgetConfig(Options):
     """Give every layer as many value heads as key heads (layout latent: values as wide as keys). `--for vllm` does."""
     head_dim: HeadDim | None = None
     """Width of the fused heads of layout gqa in channels, or auto; by default the source's."""
+    cross_layer: Count | None = None
+    """Layout latent: how many layers before it a layer reads, beside what it caches itself; by default none."""
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> BudgetConfig:

@@ -27,6 +27,8 @@ from headfuse.conversion.resume import FinishedLayers, resumed_plan
 from headfuse.dha import pipeline as dha
 from headfuse.fusion import FUSION_METHODS
 from headfuse.fusion.layer import fuse_layer
+from headfuse.fusion.reading import Cached
+from headfuse.fusion.reading_layer import fuse_latent_layer
 from headfuse.fusion.wide_layer import fuse_wide_layer
 from headfuse.layouts import LAYOUTS
 from headfuse.layouts.served import channels_in_runtimes
@@ -36,7 +38,8 @@ from headfuse.models.placement import factories_on
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.planning.planner import PlanOptions, ProgressCallback, make_plan, plan_options, survey
+from headfuse.planning.cross_layer import with_sources
+from headfuse.planning.planner import SURVEYED, PlanOptions, ProgressCallback, make_plan, plan_options, survey
 from headfuse.planning.review import adopt
 from headfuse.text.calibration import START_WEIGHT
 
@@ -124,7 +127,11 @@ def _finish(
 def _plan(conversion: Conversion, options: PlanOptions) -> FusionPlan:
     """Survey the source and plan every layer."""
     found = survey(conversion.streamed, conversion.text, options, conversion.on_progress)
-    return make_plan(conversion.source, options, found)
+    plan = make_plan(conversion.source, options, found)
+    part = conversion.text.part(SURVEYED)
+    return (
+        with_sources(plan, conversion.streamed, part, options.reach, conversion.on_progress) if options.reach else plan
+    )
 
 
 def _train(
@@ -173,13 +180,16 @@ def _convert(
     streamed, text, layers = conversion.streamed, conversion.text, fused.plan.layers
     statistics = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
     before = after = streamed.embed(text.held_out)
-    windows = statistics[0]
+    windows, kept = statistics[0], dict[int, Cached]()
     with InTurn(thread=streamed.device.type != "cpu") as write:
         for layer in streamed.walk(statistics, [before]):
             windows, _, before = layer.outputs
             written = on_host = {}
-            if layer.index not in done.layers:
-                written = _fused(streamed.arch, layer, fused.plan, done.writer.dtypes)
+            if layer.index in done.layers:
+                if layer.index in fused.plan.sources:  # what it caches is read by layers that may not be done
+                    _fused(streamed.arch, layer, fused.plan, done.writer.dtypes, kept)
+            else:
+                written = _fused(streamed.arch, layer, fused.plan, done.writer.dtypes, kept)
                 on_host = {name: tensor.cpu() for name, tensor in written.items()}
                 write(functools.partial(done.write, layer.index, on_host))
             fused.layers.keep(written)
@@ -192,14 +202,20 @@ def _convert(
 
 
 def _fused(
-    arch: Architecture, source: SourceLayer, plan: FusionPlan, dtypes: Mapping[str, torch.dtype]
+    arch: Architecture,
+    source: SourceLayer,
+    plan: FusionPlan,
+    dtypes: Mapping[str, torch.dtype],
+    kept: dict[int, Cached],
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one fused layer, by full name."""
+    """The tensors of one fused layer, by full name; `kept`: what layers cache of the windows, while others read it."""
     layout, layer, weights = LAYOUTS[plan.layout], plan.layers[source.index], source.weights
     prefix = arch.layer_prefix(source.index) + "."
     with factories_on(weights.query.device):
-        if layer.wide:
-            weights = fuse_wide_layer(weights, source.captures, layer, plan.heads)
+        if layout.wide:
+            weights = fuse_latent_layer(weights, source.captures, plan, source.index, kept)
+        elif layer.wide:
+            weights, _ = fuse_wide_layer(weights, source.captures, layer, plan.heads)
         elif not layer.untouched:
             weights = fuse_layer(weights, source.captures, layer, plan.heads, FUSION_METHODS[plan.method])
         tensors = layout.arrange(weights, layer, plan).in_layer(

@@ -119,8 +119,9 @@ def refine_model(
         release_freed_blocks()  # of the layers, then of the logits
         gradient, now = streamed.end_gradient(states, divergence), rate * _schedule(step, steps)
         release_freed_blocks()
+        of_shared = dict[int, list[torch.Tensor]]()
         for layer_idx in reversed(range(streamed.num_layers)):
-            gradient, of_weights = layers.backward(layer_idx, inputs.pop(), gradient, optimizer.weights)
+            gradient, of_weights = layers.backward(layer_idx, inputs.pop(), gradient, optimizer.weights, of_shared)
             for name, value in of_weights.items():
                 optimizer.step(name, value, now, step)
         on_step(step, steps)

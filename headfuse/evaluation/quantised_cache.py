@@ -49,6 +49,8 @@ def rounded(states: torch.Tensor, dtype: CacheDtype) -> torch.Tensor:
     Each group of channels of a token is rounded by itself: `fp8` to e4m3 numbers times a scale that puts the largest at
     448; `intN` to one of 2^N values in equal steps from the smallest number to the largest.
     """
+    if not states.numel():  # of a layer that caches nothing on this side
+        return states
     of_group = _rounded_fp8 if dtype == "fp8" else _rounded_int
     parts = [of_group(part.float(), _BITS[dtype]) for part in states.split(GROUP, dim=-1)]
     return torch.cat(parts, dim=-1).to(states.dtype)

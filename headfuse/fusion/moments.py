@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -132,23 +132,48 @@ def value_moments(
         key_maps: maps and groups of the fused keys.
     """
     n, d = heads.num_key_value_heads, heads.head_dim
-    covariance = torch.zeros(n * d, n * d, dtype=torch.float64, device=exact(captures[0].key.device))
+
+    def keys(index: int) -> torch.Tensor:
+        key = captures[index].key
+        return key if key_maps is None else key_maps[0].reconstruct(key, key_maps[1])
+
+    covariance = averaged(captures, lambda index: captures[index].value.transpose(1, 2).flatten(2), keys, n * d)
+    return ValueMoments(covariance.view(n, d, n, d), output_gram(output, heads))
+
+
+def averaged(
+    captures: Sequence[AttentionCapture],
+    states: Callable[[int], torch.Tensor],
+    keys: Callable[[int], torch.Tensor],
+    width: int,
+) -> torch.Tensor:
+    """Moments `[w, w]` of states averaged by a layer's attention.
+
+    Args:
+        captures: the layer on the calibration windows.
+        states: of each capture `[B, T, w]`, at least the source's values.
+        keys: of each capture, for the attention, `[B, n, T, d]`.
+        width: of the source's values.
+    """
+    total, covariance = 0.0, torch.zeros((), dtype=torch.float64, device=exact(captures[0].key.device))
     rows = sum(c.query.shape[0] * c.query.shape[1] * c.query.shape[2] for c in captures)
-    stride, total = max(1, rows // max(MAX_ROWS, 16 * n * d)), 0.0
-    for capture in captures:
-        key = capture.key if key_maps is None else key_maps[0].reconstruct(capture.key, key_maps[1])
+    stride = max(1, rows // max(MAX_ROWS, 16 * width))
+    for index, capture in enumerate(captures):
         step = stride if capture.query.shape[2] > 8 * stride else 1  # short windows are few: keep every row
-        attention = capture.probabilities(key, step)  # [B, n_q, T', T]
-        stacked = capture.value.transpose(1, 2).flatten(2)  # [B, T, n d]
+        attention, stacked = capture.probabilities(keys(index), step), states(index)  # [B, n_q, T', T], [B, T, w]
         count = attention.shape[:3].numel()
-        if n * d < capture.value.shape[2]:
+        if stacked.shape[2] < stacked.shape[1]:
             left = right = widened((attention @ stacked[:, None]).flatten(0, 2))
         else:  # MHA: the same sum, all heads' attention first
             attention, left = widened(attention.flatten(1, 2)), widened(stacked)
             left, right = left.flatten(0, 1), (attention.mT @ attention @ left).flatten(0, 1)
-        covariance += capture.weight * step * (left.T @ right)  # float32 sums leave noise above the eigenvalue cut
+        covariance = covariance + capture.weight * step * (left.T @ right)  # float32 sums leave noise above the cut
         total += capture.weight * step * count
+    return covariance / total
+
+
+def output_gram(output: torch.Tensor, heads: HeadLayout) -> torch.Tensor:
+    """`[n, d, d]`: the sum of Wo_h^T Wo_h over the query heads that read each source head."""
     weight = widened(output)
-    per_head = weight.view(weight.shape[0], n, -1, d)  # [D, n, q, d]
-    output_gram = torch.einsum("Dnqc,Dnqe->nce", per_head, per_head)
-    return ValueMoments((covariance / total).view(n, d, n, d), output_gram)
+    per_head = weight.view(weight.shape[0], heads.num_key_value_heads, -1, heads.head_dim)  # [D, n, q, d]
+    return torch.einsum("Dnqc,Dnqe->nce", per_head, per_head)

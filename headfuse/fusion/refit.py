@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -42,16 +42,23 @@ def refit_output(output: torch.Tensor, captures: Sequence[AttentionCapture], fus
     Returns:
         `[D, n_q, d]`, float64.
     """
+    return refit_to(output, captures, lambda index: reconstructed_outputs(captures[index], fused))
 
-    def rows(capture: AttentionCapture) -> tuple[torch.Tensor, torch.Tensor]:
-        z = reconstructed_outputs(capture, fused).transpose(1, 2).flatten(2).flatten(0, 1)  # [B T, n_q d]
+
+def refit_to(
+    output: torch.Tensor, captures: Sequence[AttentionCapture], outputs: Callable[[int], torch.Tensor]
+) -> torch.Tensor:
+    """The same, given the head outputs `[B, n_q, T, d]` of each capture as the fused layer computes them."""
+
+    def rows(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        capture, z = captures[index], outputs(index).transpose(1, 2).flatten(2).flatten(0, 1)  # [B T, n_q d]
         # a difference of head outputs, not of two products: it vanishes on heads that are truly redundant
         return z, capture.output.flatten(2).flatten(0, 1) - z
 
     count, size = sum(capture.output.shape[:2].numel() for capture in captures), output[0].numel()
     wanted = output.double().to(exact(captures[0].output.device)).flatten(1)
     if count < size:  # the same solution from the smaller Gram matrix
-        pairs = [[x * capture.weight**0.5 for x in rows(capture)] for capture in captures]
+        pairs = [[x * capture.weight**0.5 for x in rows(index)] for index, capture in enumerate(captures)]
         z, missing = (torch.cat(part) for part in zip(*pairs, strict=True))
         gram = widened(z @ z.T)
         gram.diagonal().add_((REFIT_RIDGE * gram.diagonal().mean()).clamp_min(1e-300))
@@ -60,8 +67,8 @@ def refit_output(output: torch.Tensor, captures: Sequence[AttentionCapture], fus
         return (wanted + widened(change)).view_as(output).to(output.device)
     gram = torch.zeros(size, size, dtype=torch.float64, device=wanted.device)
     cross = torch.zeros_like(gram)
-    for capture in captures:
-        z, missing = rows(capture)
+    for index, capture in enumerate(captures):
+        z, missing = rows(index)
         gram += capture.weight * widened(z.T @ z)
         cross += capture.weight * widened(z.T @ missing)
     gram.diagonal().add_((REFIT_RIDGE * size / count * gram.diagonal().mean()).clamp_min(1e-300))

@@ -86,7 +86,7 @@ class WideValues:
 
 def fuse_wide_layer(
     weights: AttentionWeights, captures: Sequence[AttentionCapture], layer: LayerPlan, heads: HeadLayout
-) -> AttentionWeights:
+) -> tuple[AttentionWeights, tuple[WideKeys, WideValues]]:
     """Give one layer wide heads: the query projection is unchanged, and read maps are stored beside the projections.
 
     Args:
@@ -96,7 +96,8 @@ def fuse_wide_layer(
         heads: the source's heads.
 
     Returns:
-        `key [1, w_k, D]` and `value [1, w_v, D]` of all groups side by side, the read maps, and the refitted `output`.
+        `key [1, w_k, D]` and `value [1, w_v, D]` of all groups side by side, the read maps, and the refitted `output`;
+        and the maps of what it caches.
     """
     groups = layer.key_groups
     assert layer.key_widths is not None
@@ -112,12 +113,14 @@ def fuse_wide_layer(
     values = WideValues(tuple(plain_basis(averaged.of(group)).narrowed(width) for group, width in widths))
     keys, values = keys.even(captures, groups), values.even(captures, groups)
     output = refit_output(weights.output, captures, {"key": (keys, groups), "value": (values, groups)})
-    key, key_bias = _written(weights.key, weights.key_bias, keys, groups)
-    value, value_bias = _written(weights.value, weights.value_bias, values, groups)
-    return replace(
+    key, key_bias = written(weights.key, weights.key_bias, keys, groups)
+    value, value_bias = written(weights.value, weights.value_bias, values, groups)
+    fused = replace(
         weights, key=key, key_bias=key_bias, value=value, value_bias=value_bias, output=output,
-        **_reads(keys, values),  # type: ignore[arg-type]
+        value_read=torch.cat([basis.read.mT.flatten(0, 1) for basis in values.bases]),
+        **reads_of(keys.bases),  # type: ignore[arg-type]
     )  # fmt: skip
+    return fused, (keys, values)
 
 
 def _largest(states: Sequence[torch.Tensor], basis: KeyBasis | PlainBasis) -> torch.Tensor:
@@ -129,7 +132,7 @@ def _largest(states: Sequence[torch.Tensor], basis: KeyBasis | PlainBasis) -> to
     return largest.to(basis.energy.device).to(basis.energy.dtype)  # the device first: not all have float64
 
 
-def _written(
+def written(
     weight: torch.Tensor, bias: torch.Tensor | None, maps: WideKeys | WideValues, groups: Groups
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Projections `[1, w, D]` and biases `[1, w]` of what is cached, from those of the source's heads."""
@@ -137,18 +140,14 @@ def _written(
     return wide, None if bias is None else maps.cached(bias.double()[:, None], groups)
 
 
-def _reads(keys: WideKeys, values: WideValues) -> dict[str, torch.Tensor | None]:
-    """The read maps as the model code has them: rows in the order of (group, source head, channel of the cache)."""
-    slots = [torch.view_as_real(basis.read.T.contiguous()).flatten(0, 1) for basis in keys.bases]  # [g S, 2]
-    plain = [basis.plain.read.mT.flatten(0, 1) for basis in keys.bases if basis.plain is not None]  # [g c, d - 2 p]
-    return {
-        "key_read": _rows(slots),
-        "key_read_plain": _rows(plain),
-        "value_read": torch.cat([basis.read.mT.flatten(0, 1) for basis in values.bases]),
-    }
+def reads_of(bases: Sequence[KeyBasis]) -> dict[str, torch.Tensor | None]:
+    """The read maps of keys as the model code has them: rows in the order of (group, source head, channel)."""
+    slots = [torch.view_as_real(basis.read.T.contiguous()).flatten(0, 1) for basis in bases]  # [g S, 2]
+    plain = [basis.plain.read.mT.flatten(0, 1) for basis in bases if basis.plain is not None]  # [g c, d - 2 p]
+    return {"key_read": rows_of(slots), "key_read_plain": rows_of(plain)}
 
 
-def _rows(parts: list[torch.Tensor]) -> torch.Tensor | None:
+def rows_of(parts: list[torch.Tensor]) -> torch.Tensor | None:
     """The rows of all parts; None where there are none, which no file has a place for."""
     rows = torch.cat(parts) if parts else torch.empty(0)
     return rows if len(rows) else None

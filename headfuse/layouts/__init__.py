@@ -14,7 +14,7 @@ from headfuse.plan import FusionPlan, LayerPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["LAYOUTS", "LayoutFormat"]
+__all__ = ["LAYOUTS", "LayoutFormat", "loads_in"]
 
 
 def _with_fewer_heads(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
@@ -48,10 +48,8 @@ class LayoutFormat:
     """Heads may have another width than the source's (`--head-dim`), one for the whole model."""
 
 
-_BY_MODEL_CODE = (
-    "transformers (import headfuse.modeling, or trust_remote_code=True), "
-    "vLLM (trust_remote_code=True, without tensor parallelism)"
-)
+_IN_TRANSFORMERS = "transformers (import headfuse.modeling, or trust_remote_code=True)"
+_BY_MODEL_CODE = f"{_IN_TRANSFORMERS}, vLLM (trust_remote_code=True, without tensor parallelism)"
 
 LAYOUTS: dict[str, LayoutFormat] = {
     "decoupled": LayoutFormat(
@@ -92,3 +90,8 @@ LAYOUTS: dict[str, LayoutFormat] = {
         wide=True,
     ),
 }
+
+
+def loads_in(plan: FusionPlan) -> str:
+    """The runtimes that load a model of this plan."""
+    return _IN_TRANSFORMERS if plan.sources else LAYOUTS[plan.layout].runtimes

@@ -29,6 +29,17 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
         "key_widths": list(keys),
         "value_widths": list(values),
         "rotary_slots": list(slots),
+        **_sources(plan),
+    }
+
+
+def _sources(plan: FusionPlan) -> dict[str, Any]:
+    """The layers that each layer reads; nothing where none reads another one."""
+    if not plan.sources:
+        return {}
+    return {
+        "key_sources": [list(layer.key_sources) for layer in plan.layers],
+        "value_sources": [list(layer.value_sources) for layer in plan.layers],
     }
 
 
@@ -61,20 +72,26 @@ def sized(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> Atte
     def wide(tensor: Any, width: int) -> Any:
         return None if tensor is None else tensor.new_empty((1, width, *tensor.shape[2:]))
 
-    def rows(widths: list[int], columns: int) -> torch.Tensor | None:
+    read = [_widths(plan.layers[source], heads) for source in layer.key_sources]
+    read_values = sum(sum(_widths(plan.layers[source], heads)[1]) for source in layer.value_sources)
+
+    def rows(widths: list[int], others: int, columns: int) -> torch.Tensor | None:
         count = sum(len(group) * width for group, width in zip(layer.key_groups, widths, strict=True))
+        count += heads.num_key_value_heads * others
         return weights.key.new_empty((count, columns)) if count else None
 
     plain = [width - 2 * len(table) for width, table in zip(keys, slots, strict=True)]
+    read_slots = sum(len(table) for _, _, tables in read for table in tables)
+    read_plain = sum(map(sum, (widths for widths, _, _ in read))) - 2 * read_slots
     return replace(
         weights,
         key=wide(weights.key, sum(keys)),
         key_bias=wide(weights.key_bias, sum(keys)),
         value=wide(weights.value, sum(values)),
         value_bias=wide(weights.value_bias, sum(values)),
-        key_read=rows([len(table) for table in slots], 2),
-        key_read_plain=rows(plain, heads.head_dim - heads.rotary_dim),
-        value_read=rows(values, heads.head_dim),
+        key_read=rows([len(table) for table in slots], read_slots, 2),
+        key_read_plain=rows(plain, read_plain, heads.head_dim - heads.rotary_dim),
+        value_read=rows(values, read_values, heads.head_dim),
     )
 
 

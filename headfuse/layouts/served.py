@@ -55,7 +55,7 @@ def channels_in_runtimes(plan: FusionPlan, config: Any) -> dict[str, tuple[int, 
     sides = list(zip(plan.key_channels, plan.value_channels, strict=True))
     found = {}
     for runtime, layouts in LAYOUT_FOR.items():
-        if plan.layout not in layouts:
+        if plan.layout not in layouts or (plan.sources and runtime != "transformers"):
             continue
         one_head = plan.layout in ONE_HEAD.get(runtime, ())
         fused = [2 * one_head_width(*side) if one_head else sum(side) for side in sides]

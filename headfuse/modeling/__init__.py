@@ -8,6 +8,7 @@ from headfuse.modeling import (
     configuration_headfuse,
     configuration_latent,
     configuration_layerwise,
+    modeling_cross_layer,
     modeling_headfuse,
     modeling_latent,
     modeling_layerwise,
@@ -28,7 +29,12 @@ MODELING_FILES = (
 """The files to put beside decoupled weights, under their own names, for `trust_remote_code`."""
 LAYERWISE_FILES = (Path(configuration_layerwise.__file__), Path(modeling_layerwise.__file__))
 """The same for layerwise weights."""
-LATENT_FILES = (*MODELING_FILES, Path(configuration_latent.__file__), Path(modeling_latent.__file__))
+LATENT_FILES = (
+    *MODELING_FILES,
+    Path(configuration_latent.__file__),
+    Path(modeling_cross_layer.__file__),
+    Path(modeling_latent.__file__),
+)
 """The same for latent weights."""
 CODE = {
     HeadfuseConfig.model_type: MODELING_FILES,

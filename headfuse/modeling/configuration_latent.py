@@ -28,6 +28,8 @@ class LatentConfig(FusedConfig):
         value_widths: for each layer, the channels of each group's cached value.
         rotary_slots: for each layer, the rotary frequency that each slot of each group's cached key carries. Slot s of
             S is the pair of channels (s, s + S); the channels after the slots are not rotated.
+        key_sources: None, or for each layer the earlier layers whose cached keys it reads beside its own, in order.
+        value_sources: likewise of values. A layer that reads has one group, whose width may be 0 on that side.
 
     Raises:
         ValueError: naming the field and the layer that do not fit.
@@ -40,6 +42,8 @@ class LatentConfig(FusedConfig):
     key_widths: Any = None
     value_widths: Any = None
     rotary_slots: Any = None
+    key_sources: Any = None
+    value_sources: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the groups and widths of every layer."""
@@ -51,11 +55,28 @@ class LatentConfig(FusedConfig):
         heads = getattr(source, "num_key_value_heads", None) or source.num_attention_heads
         names = ("groups", "key_widths", "value_widths", "rotary_slots")
         for layer_idx, layer in enumerate(zip(*map(self._per_layer, names), strict=True)):
+            self._check_sources(layer_idx)
             for name, entry in zip(names, layer, strict=True):
                 if not isinstance(entry, list | tuple) or len(entry) != len(layer[0]):
                     raise ValueError(f"{name}[{layer_idx}]: must be a list with one entry per group")
             self._check_layer(layer_idx, heads, *layer)
         self._give_layers_one_head()
+
+    def sources(self, layer_idx: int) -> tuple[list[int], list[int]]:
+        """The layers whose cached keys and whose cached values a layer reads."""
+        keys, values = ([] if read is None else read[layer_idx] for read in (self.key_sources, self.value_sources))
+        return list(keys), list(values)
+
+    def is_read(self, layer_idx: int, after: int = -1) -> bool:
+        """Whether a later layer, after layer `after`, reads what this one caches."""
+        later = (*(self.key_sources or ())[after + 1 :], *(self.value_sources or ())[after + 1 :])
+        return any(layer_idx in read for read in later)
+
+    @property
+    def last_reader(self) -> int | None:
+        """The last layer that reads another one's cache."""
+        layers = range(self.source_config.num_hidden_layers)
+        return max((i for i in layers if any(self.sources(i))), default=None)
 
     @property
     def one_head_widths(self) -> list[int]:
@@ -75,8 +96,13 @@ class LatentConfig(FusedConfig):
         head_dim, planes = self.source_head_dim, self.rotary_planes
         for group, key, value, table in zip(groups, keys, values, slots, strict=True):
             for name, width in (("key_widths", key), ("value_widths", value)):
-                if type(width) is not int or not 0 < width <= len(group) * head_dim:
-                    raise ValueError(f"{name}[{layer_idx}]: must be from 1 to {len(group) * head_dim}, not {width!r}")
+                reads = (
+                    dict(zip(("key_widths", "value_widths"), self.sources(layer_idx), strict=True))[name] is not None
+                )
+                if type(width) is not int or not 1 - reads <= width <= len(group) * head_dim:
+                    raise ValueError(
+                        f"{name}[{layer_idx}]: must be from {1 - reads} to {len(group) * head_dim}, not {width!r}"
+                    )
             fits = isinstance(table, list | tuple) and all(type(f) is int and 0 <= f < planes for f in table)
             if not fits or 2 * len(table) > key:
                 raise ValueError(f"rotary_slots[{layer_idx}]: must be at most {key // 2} integers in [0, {planes})")
@@ -84,3 +110,22 @@ class LatentConfig(FusedConfig):
                 raise ValueError(
                     f"key_widths[{layer_idx}]: {key} is more than {len(table)} slots and the other channels"
                 )
+
+    def _check_sources(self, layer_idx: int) -> None:
+        kinds = layer_kinds(self.source_config)
+        for name in ("key_sources", "value_sources"):
+            sources = [] if getattr(self, name) is None else self._per_layer(name)[layer_idx]
+            earlier = isinstance(sources, list | tuple) and all(type(s) is int and 0 <= s < layer_idx for s in sources)
+            if not earlier or len(set(sources)) < len(sources):
+                raise ValueError(f"{name}[{layer_idx}]: must be a list of different earlier layers, not {sources!r}")
+            if any(kinds[source] != kinds[layer_idx] for source in sources):
+                raise ValueError(f"{name}[{layer_idx}]: a source has another window, or positions of another kind")
+            if sources and len(self.groups[layer_idx]) != 1:
+                raise ValueError(f"groups[{layer_idx}]: a layer that reads another one has one group")
+
+
+def layer_kinds(config: Any) -> list[tuple[Any, ...]]:
+    """The attention window of each layer of a source model, and whether it rotates: a reader's are its source's."""
+    layers = config.num_hidden_layers
+    options = (getattr(config, name, None) or [None] * layers for name in ("layer_types", "no_rope_layers"))
+    return list(zip(*options, strict=True))

@@ -184,8 +184,7 @@ class HeadfuseAttention(nn.Module):
             sin, cos = self.embed_positions[position_ids].chunk(2, dim=-1)
             position_embeddings = sin, cos
         query, key, value = self._laid_out(*self._states(hidden_states, position_embeddings), cache)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+        key, value = self._with_past(key, value, cache)
 
         if alibi is not None:
             attention_mask = with_bias(
@@ -215,6 +214,12 @@ class HeadfuseAttention(nn.Module):
         output = getattr(self, self.family.output)(output.reshape(batch, length, -1).contiguous())
         output = nn.functional.dropout(output, self.residual_dropout, self.training)
         return output if residual is None else residual + output, weights
+
+    def _with_past(
+        self, key: torch.Tensor, value: torch.Tensor, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states of all positions, given those to cache."""
+        return (key, value) if cache is None else cache.update(key, value, self.layer_idx)
 
     def _states(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
@@ -548,9 +553,13 @@ class HeadfusePreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         for layer in self.base_model.get_submodule(config.family.layers):
             attention = getattr(layer, config.family.attention)
-            attention.__class__ = _specialise(self.attention_class, attention.__class__)
+            attention.__class__ = _specialise(self.attention_of(config, attention.layer_idx), attention.__class__)
             attention.decouple(config)
         self.post_init()
+
+    def attention_of(self, config: Any, layer_idx: int) -> type:
+        """The class of a layer's attention."""
+        return self.attention_class
 
     def initialize_weights(self) -> None:
         """Initialise what was not loaded, index buffers included."""

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationMixin
 
 from .configuration_latent import LatentConfig
-from .modeling_headfuse import HeadfuseAttention, HeadfusePreTrainedModel, probabilities, rotate
+from .modeling_cross_layer import ReadingAttention, SharedStates, SharingAttention
+from .modeling_headfuse import HeadfusePreTrainedModel, probabilities, rotate
 from .modeling_one_head import as_one_head
 
 
@@ -33,7 +34,7 @@ class Group(NamedTuple):
     """Slots of the layer; `heads * slots` rows of `key_read`."""
 
 
-class LatentAttention(HeadfuseAttention):
+class LatentAttention(SharingAttention):
     """Attention whose cache holds one wide key and one wide value per group of source heads.
 
     Parameters besides the projections, rows in the order of (group, source head of the group, channel of the cache):
@@ -248,6 +249,17 @@ class LatentPreTrainedModel(HeadfusePreTrainedModel):
 
     config_class = LatentConfig
     attention_class: ClassVar[type] = LatentAttention
+
+    def __init__(self, config: LatentConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        shared = SharedStates()
+        for attention in self.modules():
+            if isinstance(attention, SharingAttention):
+                attention.shared, attention.is_read = shared, config.is_read(attention.layer_idx)
+
+    def attention_of(self, config: Any, layer_idx: int) -> type:
+        """Layers that read other layers have an attention of their own."""
+        return ReadingAttention if any(config.sources(layer_idx)) else LatentAttention
 
 
 class LatentModel(LatentPreTrainedModel):

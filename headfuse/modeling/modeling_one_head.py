@@ -20,8 +20,8 @@ def check_runtime(config: Any) -> None:
     """Refuse a runtime that would compute something else.
 
     Raises:
-        NotImplementedError: for one that does not read the heads of single layers, and for families that vLLM's backend
-            for transformers' models does not run.
+        NotImplementedError: for one that does not read the heads of single layers, for models whose layers read other
+            layers' caches, and for families that vLLM's backend for transformers' models does not run.
     """
     runtime, way_out = config._attn_implementation, "fuse the source again with `headfuse fuse --layout gqa`"
     if runtime not in RUNTIMES:
@@ -29,6 +29,11 @@ def check_runtime(config: Any) -> None:
     if runtime != "vllm":
         raise NotImplementedError(
             f"layout {config.layout}: {runtime} gives every layer of this model the same KV heads; {way_out}"
+        )
+    if getattr(config, "last_reader", None) is not None:
+        raise NotImplementedError(
+            f"layout {config.layout}: vLLM gives no layer the cache of another one, which this model reads; fuse the "
+            "source again without --cross-layer"
         )
     if config.family.not_in_vllm is not None:
         raise NotImplementedError(

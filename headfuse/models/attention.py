@@ -136,7 +136,7 @@ class AttentionWeights:
                     None if norm is None else norm if arch.norm_form == "rows" else norm.flatten()
                 )
         tensors |= {name: getattr(own, name) for name in (SINKS, *READ_MAPS)}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel()}
 
     def double(self) -> AttentionWeights:
         """These weights in float64."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from headfuse.checkpoint.background import ReadAhead
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.checkpoint.writer import SafetensorsWriter
+from headfuse.modeling.modeling_cross_layer import SharedStates, SharingAttention
 from headfuse.modeling.modeling_headfuse import HeadfuseAttention
 from headfuse.models.attention import module_tensors
 from headfuse.models.canonical import CanonicalCheckpoint
@@ -27,16 +28,25 @@ from headfuse.models.placement import Copies, batch_windows
 class HiddenStates:
     """Windows of one length on their way through the layers.
 
-    `hidden [n, T, D]`; `args` and `kwargs` hold each layer's mask and positions; `weight` as in AttentionCapture.
+    `hidden [n, T, D]`; `args` and `kwargs` hold each layer's mask and positions; `weight` as in AttentionCapture;
+    `shared`: keys and values `[n, 1, T, w]` that layers have cached and later ones will read, by layer.
     """
 
     hidden: torch.Tensor
     args: list[tuple[Any, ...]]
     kwargs: list[dict[str, Any]]
     weight: float = 1.0
+    shared: SharedStates = field(default_factory=SharedStates)
 
     def __len__(self) -> int:
         return len(self.hidden)
+
+    def split(self, size: int) -> Iterator[HiddenStates]:
+        """Batches of so many windows."""
+        for first in range(0, len(self), size):
+            part = slice(first, first + size)
+            shared = SharedStates({layer: (key[part], value[part]) for layer, (key, value) in self.shared.items()})
+            yield replace(self, hidden=self.hidden[part], shared=shared)
 
 
 def load_layer(layer: nn.Module, tensors: Mapping[str, torch.Tensor], arch: Architecture, copies: Copies) -> None:
@@ -191,10 +201,16 @@ class DecoderLayers:
         """Run hidden states through a loaded layer."""
         if not len(states):
             return states
-        batches = states.hidden.split(
-            batch_windows(self.device, len(states), states.hidden.shape[1], self.batch_tokens)
-        )
-        return replace(states, hidden=torch.cat([self._output(module, batch, states, layer_idx) for batch in batches]))
+        together = batch_windows(self.device, len(states), states.hidden.shape[1], self.batch_tokens)
+        outputs, shared = list[torch.Tensor](), list[SharedStates]()
+        for batch in states.split(together):
+            outputs.append(self._output(module, batch, layer_idx))
+            shared.append(self._shared(module, batch, layer_idx))
+        joined = {
+            layer: (torch.cat([each[layer][0] for each in shared]), torch.cat([each[layer][1] for each in shared]))
+            for layer in shared[0]
+        }
+        return replace(states, hidden=torch.cat(outputs), shared=SharedStates(joined))
 
     def run(
         self, layer_idx: int, states: HiddenStates, weights: Mapping[str, torch.Tensor] | None = None
@@ -211,22 +227,54 @@ class DecoderLayers:
         return reached
 
     def backward(
-        self, layer_idx: int, states: HiddenStates, gradient: torch.Tensor, weights: Mapping[str, torch.Tensor]
+        self,
+        layer_idx: int,
+        states: HiddenStates,
+        gradient: torch.Tensor,
+        weights: Mapping[str, torch.Tensor],
+        of_shared: dict[int, list[torch.Tensor]] | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """From the gradient at a layer's output to those at its input `states` and, by full name, at `weights`."""
+        """From the gradient at a layer's output to those at its input `states` and, by full name, at `weights`.
+
+        `of_shared` holds the gradients at the keys and values that later layers read of this one and of earlier ones.
+        """
+        of_shared = {} if of_shared is None else of_shared
         hidden, gradients = states.hidden.detach().requires_grad_(True), dict[str, torch.Tensor]()
+        read = {i: [x.detach().requires_grad_(True) for x in pair] for i, pair in states.shared.items()}
+        states = replace(states, hidden=hidden, shared=SharedStates({i: (k, v) for i, (k, v) in read.items()}))
         with self.loaded(layer_idx, self.tensors(layer_idx, weights)) as layer:
             for name, parameter in layer.named_parameters(prefix=self.arch.layer_prefix(layer_idx)):
                 parameter.requires_grad_(name in weights)
-            self._output(layer, hidden, states, layer_idx).backward(gradient)
+            output = self._output(layer, states, layer_idx)
+            cached = self._shared(layer, states, layer_idx).get(layer_idx, ())
+            later = zip(cached, of_shared.pop(layer_idx, ()), strict=True) if cached else ()
+            pairs = [(output, gradient), *((x, of_x) for x, of_x in later if x.requires_grad)]
+            torch.autograd.backward([x for x, _ in pairs], [of_x for _, of_x in pairs])
             for name, parameter in layer.named_parameters(prefix=self.arch.layer_prefix(layer_idx)):
                 if parameter.grad is not None:
                     gradients[name], parameter.grad = parameter.grad, None
+        for i, pair in read.items():
+            sums = of_shared.setdefault(i, [torch.zeros_like(x) for x in pair])
+            for of_x, x in zip(sums, pair, strict=True):
+                of_x.add_(0 if x.grad is None else x.grad)
         assert hidden.grad is not None
         return hidden.grad, gradients
 
-    def _output(self, layer: nn.Module, hidden: torch.Tensor, states: HiddenStates, layer_idx: int) -> torch.Tensor:
-        kwargs = states.kwargs[layer_idx]
+    def _shared(self, layer: nn.Module, states: HiddenStates, layer_idx: int) -> SharedStates:
+        """What later layers read of the states that this layer and those before it have cached."""
+        attention = layer.get_submodule(self.arch.attention)
+        if not isinstance(attention, SharingAttention):
+            return SharedStates()
+        own = {layer_idx: attention.shared[layer_idx]} if attention.is_read else {}
+        found = {**states.shared, **own}
+        attention.shared.clear()
+        return SharedStates({i: pair for i, pair in found.items() if attention.config.is_read(i, layer_idx)})
+
+    def _output(self, layer: nn.Module, states: HiddenStates, layer_idx: int) -> torch.Tensor:
+        hidden, kwargs = states.hidden, states.kwargs[layer_idx]
+        attention = layer.get_submodule(self.arch.attention)
+        if isinstance(attention, SharingAttention):
+            attention.shared.update(states.shared)
         if self.rotary is not None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
             kwargs = {**kwargs, "position_embeddings": self.rotary(hidden, positions)}

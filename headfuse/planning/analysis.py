@@ -15,9 +15,11 @@ from headfuse.models.source import Source
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
+from headfuse.planning.cross_layer import with_sources
 from headfuse.planning.curves import Point, check_curves
 from headfuse.planning.curves import curves as predicted_curves
 from headfuse.planning.planner import (
+    SURVEYED,
     PlanOptions,
     ProgressCallback,
     Survey,
@@ -100,7 +102,10 @@ def analyze(
     values = [_side(each, layer.value_pairs, layer.value_energy) for (_, each), layer in layers]
     every = predicted_curves(source, streamed, text, config, on_progress) if curves else None
     decomposed = Spectrum(spectra, predictions(spectra, _equal_costs(source, planned, found))) if spectrum else None
-    return Analysis(keys, values, make_plan(source, planned, found), every, decomposed)
+    plan = make_plan(source, planned, found)
+    if planned.reach:
+        plan = with_sources(plan, streamed, text.part(SURVEYED), planned.reach, on_progress)
+    return Analysis(keys, values, plan, every, decomposed)
 
 
 def _equal_costs(source: Source, options: PlanOptions, found: Survey) -> dict[str, list[float]] | None:

@@ -66,6 +66,8 @@ class PlanOptions:
     probe_cost: float
     """Total cost of the end-loss measurements, in forward passes over the calibration text."""
     seed: int
+    reach: int = 0
+    """How many layers before it a layer reads."""
 
 
 def plan_options(config: FuseConfig) -> PlanOptions:
@@ -81,6 +83,7 @@ def plan_options(config: FuseConfig) -> PlanOptions:
         end_loss_probes=PRESETS[config.preset].end_loss_probes or ("few" if layout.wide else None),
         probe_cost=PROBE_COST if PRESETS[config.preset].end_loss_probes else FAST_PROBE_COST,
         seed=config.seed,
+        reach=config.budget.cross_layer or 0,
     )
 
 
@@ -113,6 +116,11 @@ def check_budget(config: FuseConfig, source: Source) -> int:
     """
     LAYOUTS[config.layout].check(source.config)
     rules = plan_options(config).rules
+    if config.budget.cross_layer and not LAYOUTS[config.layout].wide:
+        raise ConfigError(
+            f"layout {config.layout} has no layers that read another one's cache", where="--cross-layer",
+            fix="add --layout latent, or leave --cross-layer out",
+        )  # fmt: skip
     if rules.head_dim is not None:
         slot_table.check(source.config)
     if LAYOUTS[config.layout].wide or rules.head_dim is not None:

@@ -11,6 +11,7 @@ from headfuse.config.fuse import BudgetConfig, FuseConfig
 from headfuse.errors import ConfigError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS, slot_table
+from headfuse.modeling.configuration_latent import layer_kinds
 from headfuse.models.source import Source
 from headfuse.plan import FusionPlan
 
@@ -31,6 +32,7 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
     if plan.method not in FUSION_METHODS:
         raise ConfigError(f"unknown method {plan.method!r}", where=path, fix=f"choose from {', '.join(FUSION_METHODS)}")
     LAYOUTS[plan.layout].check(source.config)
+    _check_kinds(plan, source, path)
     if plan.head_width is not None:
         slot_table.check(source.config)
     given = config.model_fields_set
@@ -51,6 +53,21 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
         total = str(Fraction(plan.kv_channels, plan.heads.kv_channels))
         budget = BudgetConfig(total=total, head_dim=plan.head_width)
     return plan, config.model_copy(update={"method": plan.method, "layout": plan.layout, "budget": budget})
+
+
+def _check_kinds(plan: FusionPlan, source: Source, path: Path) -> None:
+    """Refuse a layer that reads one whose window or positions are of another kind."""
+    if not plan.sources:
+        return
+    kinds = layer_kinds(source.config.get_text_config())
+    for layer in plan.layers:
+        other = [i for i in (*layer.key_sources, *layer.value_sources) if kinds[i] != kinds[layer.layer_idx]]
+        if other:
+            raise ConfigError(
+                f"layer {layer.layer_idx} reads layer {other[0]}, which has another window, or other positions",
+                where=path,
+                fix="let layers read layers of their own kind",
+            )
 
 
 def _keeps_the_same(config: FuseConfig, plan: FusionPlan) -> bool:

@@ -13,7 +13,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from headfuse.checkpoint.hub import repository_of
 from headfuse.fusion import FUSION_METHODS
-from headfuse.layouts import LAYOUTS
+from headfuse.layouts import LAYOUTS, loads_in
 from headfuse.reporting.tables import kept
 from headfuse.reporting.templating import render
 
@@ -43,7 +43,7 @@ def fused_card(source: Source, result: FuseResult) -> str:
         result=result,
         stages=[stage for stage in result.stages if stage.kept and stage.nll is not None],
         kept=kept(plan),
-        runtimes=LAYOUTS[plan.layout].runtimes,
+        runtimes=loads_in(plan),
     )
     repository = repository_of(source.folder)
     return _front_matter(_inherited(source.folder), None if repository is None else repository.name) + body

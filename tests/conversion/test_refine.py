@@ -29,14 +29,14 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "mha-6m"
 TEXT = ("--samples", 24, "--sequence-length", 128)
 
 
-@pytest.mark.parametrize("layout", ["decoupled", "gqa", "latent"])
+@pytest.mark.parametrize("layout", ["decoupled", "gqa", "latent", "latent --cross-layer 1"])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 def test_layer_by_layer_is_the_whole_model_at_once(
     tmp_path: Path, model_type: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of the streamed refinement are steps of torch's Adam on the loss of the whole model."""
     model = tiny_model(tmp_path / "model", model_type)
-    fuse(model, tmp_path / "out", "--layout", layout, "--budget", "0.5", "--preset", "fast")
+    fuse(model, tmp_path / "out", "--layout", *layout.split(), "--budget", "0.5", "--preset", "fast")
     windows = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(3))
     source, fused = headfuse.load(model), headfuse.load(tmp_path / "out")
     with torch.no_grad():

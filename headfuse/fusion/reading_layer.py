@@ -1,0 +1,182 @@
+"""One layer of attention that reads what earlier layers cache: its own channels, all read maps, the refitted output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from headfuse.fusion.moments import key_moments
+from headfuse.fusion.reading import (
+    Cached,
+    conditional_keys,
+    conditional_values,
+    joint_values,
+    read_keys,
+    read_values,
+)
+from headfuse.fusion.refit import refit_to
+from headfuse.fusion.wide import KeyBasis, PlainBasis, key_basis, plain_basis
+from headfuse.fusion.wide_attention import cached_keys, cached_values
+from headfuse.fusion.wide_layer import WideKeys, WideValues, fuse_wide_layer, reads_of, rows_of, written
+from headfuse.models.attention import AttentionWeights
+from headfuse.models.capture import AttentionCapture
+from headfuse.plan import FusionPlan, Groups, HeadLayout, LayerPlan
+
+Heads = Callable[[int], torch.Tensor]
+"""Keys or values of the source's heads `[B, n, T, d]` in a capture, as the fused layer reconstructs them."""
+Reads = dict[str, torch.Tensor | None]
+"""Read maps by the names of the model code."""
+
+
+def fuse_reading_layer(
+    weights: AttentionWeights,
+    captures: Sequence[AttentionCapture],
+    layer: LayerPlan,
+    heads: HeadLayout,
+    read: tuple[Cached | None, Cached | None],
+) -> tuple[AttentionWeights, Cached]:
+    """Give one layer the channels that its sources do not explain, and read maps of its own and theirs.
+
+    Args:
+        weights: the source's.
+        captures: the layer on the calibration windows.
+        layer: its widths and slots, of one group.
+        heads: the source's heads.
+        read: what its sources of keys and of values cache of the same windows; None where it has none.
+
+    Returns:
+        `key [1, w_k, D]` and `value [1, w_v, D]` of what it caches, the read maps and the refitted `output`; and its
+        cached states of the windows.
+    """
+    assert layer.rotary_slots is not None
+    assert layer.key_widths is not None
+    assert layer.value_widths is not None
+    whole: Groups = (tuple(range(heads.num_key_value_heads)),)
+    own, keys, key_reads = _keys(captures, heads, read[0], (layer.rotary_slots[0], layer.key_widths[0]))
+    own_values, values, value_reads = _values(captures, heads, read[1], (weights.output, keys, layer.value_widths[0]))
+    output = refit_to(weights.output, captures, lambda index: captures[index].attend(keys(index), values(index)))
+    maps = WideKeys((own,), heads.rotary_dim), WideValues((own_values,))
+    key, key_bias = written(weights.key, weights.key_bias, maps[0], whole)
+    value, value_bias = written(weights.value, weights.value_bias, maps[1], whole)
+    fused = replace(
+        weights, key=key, key_bias=key_bias, value=value, value_bias=value_bias, output=output,
+        **key_reads, **value_reads,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return fused, cached_states(captures, whole, maps)
+
+
+def fuse_latent_layer(
+    weights: AttentionWeights,
+    captures: Sequence[AttentionCapture],
+    plan: FusionPlan,
+    layer_idx: int,
+    kept: dict[int, Cached],
+    read_later: bool = False,
+) -> AttentionWeights:
+    """One layer of layout latent: untouched, with wide heads, or with wide heads beside what it reads.
+
+    Args:
+        weights: the source's.
+        captures: the layer on the calibration windows.
+        plan: of all layers.
+        layer_idx: the layer.
+        kept: what earlier layers cache of these windows, as far as this one or a later one reads it; brought up to
+            date.
+        read_later: keep what every layer caches: the plan does not say yet which ones are read.
+    """
+    layer, maps, caches = plan.layers[layer_idx], None, None
+    if layer.reads:
+        read = [
+            Cached.together([kept[source] for source in each]) if each else None
+            for each in (layer.key_sources, layer.value_sources)
+        ]
+        weights, caches = fuse_reading_layer(weights, captures, layer, plan.heads, (read[0], read[1]))
+    elif not layer.untouched:
+        weights, maps = fuse_wide_layer(weights, captures, layer, plan.heads)
+    if read_later or layer_idx in plan.sources:
+        kept[layer_idx] = caches or cached_states(captures, layer.key_groups, maps, plan.heads.rotary_dim)
+    later = {i for each in plan.layers[layer_idx + 1 :] for i in (*each.key_sources, *each.value_sources)}
+    for done in set() if read_later else kept.keys() - later:
+        del kept[done]
+    return weights
+
+
+def cached_states(
+    captures: Sequence[AttentionCapture], groups: Groups, maps: tuple[WideKeys, WideValues] | None, rotated: int = 0
+) -> Cached:
+    """What a layer caches of the calibration windows, on the host; `maps` is None for an untouched layer.
+
+    `rotated`: channels of its heads that RoPE rotates.
+    """
+    if maps is None:
+        order, (_, n, _, d) = [group[0] for group in groups], captures[0].key.shape
+        keys, values = ([getattr(c, side)[:, order].transpose(1, 2).flatten(2) for c in captures] for side in _SIDES)
+        stock = tuple(range(rotated // 2))
+        return Cached(_on_host(keys), _on_host(values), (stock,) * n, (d,) * n)
+    places = [list(group) for group in groups]
+
+    def cached(capture: AttentionCapture) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = [cached_keys(capture.key[:, at], basis) for at, basis in zip(places, maps[0].bases, strict=True)]
+        values = [cached_values(capture.value[:, at], basis) for at, basis in zip(places, maps[1].bases, strict=True)]
+        return torch.cat(keys, dim=-1), torch.cat(values, dim=-1)
+
+    keys, values = (list(side) for side in zip(*map(cached, captures), strict=True))
+    slots = tuple(tuple(basis.frequency.tolist()) for basis in maps[0].bases)
+    return Cached(_on_host(keys), _on_host(values), slots, tuple(basis.width for basis in maps[0].bases))
+
+
+_SIDES = ("key", "value")
+
+
+def conditional_slots(
+    captures: Sequence[AttentionCapture], heads: HeadLayout, source: Cached | None, width: int
+) -> tuple[int, ...]:
+    """The frequencies of the slots that a key of this width has, beside what it reads."""
+    moments = key_moments(captures, heads) if source is None else conditional_keys(captures, heads, source)
+    return key_basis(moments).slots(width)
+
+
+def _keys(
+    captures: Sequence[AttentionCapture], heads: HeadLayout, source: Cached | None, shape: tuple[tuple[int, ...], int]
+) -> tuple[KeyBasis, Heads, Reads]:
+    """The basis of the own keys, the keys that all channels give back, and the read maps."""
+    moments = key_moments(captures, heads) if source is None else conditional_keys(captures, heads, source)
+    whole: Groups = (tuple(range(heads.num_key_value_heads)),)
+    maps = WideKeys((key_basis(moments).carrying(*shape),), heads.rotary_dim).even(captures, whole)
+    own = maps.bases[0]
+    if source is None:
+        reads = reads_of(maps.bases)
+        return own, lambda index: maps.reconstruct(captures[index].key, whole), reads
+    found = read_keys(captures, heads, source, own)
+    slots = torch.view_as_real(found.read.T.contiguous()).flatten(0, 1)  # [n S, 2]
+    plain = None if found.read_plain is None else found.read_plain.transpose(0, 1).flatten(0, 1)
+    reads = {"key_read": rows_of([slots]), "key_read_plain": None if plain is None else rows_of([plain])}
+    return own, lambda index: found.heads(index, captures[index]), reads
+
+
+def _values(
+    captures: Sequence[AttentionCapture],
+    heads: HeadLayout,
+    source: Cached | None,
+    given: tuple[torch.Tensor, Heads, int],
+) -> tuple[PlainBasis, Heads, Reads]:
+    """The same of values, given the output projection, the keys and the own width."""
+    output, keys, width = given
+    whole: Groups = (tuple(range(heads.num_key_value_heads)),)
+    beside = [c.value.new_empty(*c.value.shape[::2], 0) for c in captures] if source is None else source.values
+    joint = joint_values(captures, heads, beside, keys)
+    basis = plain_basis(conditional_values(joint, output, heads)).narrowed(width)
+    maps = WideValues((basis,)).even(captures, whole)
+    own = maps.bases[0]
+    if source is None:
+        reads: Reads = {"value_read": own.read.mT.flatten(0, 1)}
+        return own, lambda index: maps.reconstruct(captures[index].value, whole), reads
+    found = read_values(heads, source, own, joint)
+    reads = {"value_read": found.read.transpose(0, 1).flatten(0, 1)}
+    return own, lambda index: found.heads(index, captures[index]), reads
+
+
+def _on_host(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple(state.cpu() for state in states)

@@ -1,0 +1,208 @@
+"""Attention that reads what earlier layers cache, beside a cache of its own or instead of one (MLKV, 2406.09297).
+
+This file is shipped beside the weights, so it imports only torch, transformers and the standard library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from .modeling_headfuse import HeadfuseAttention, probabilities, rotate
+
+States = tuple[torch.Tensor, torch.Tensor]
+
+
+class SharedStates(dict[int, States]):
+    """Cached keys and values of the layers that later ones read, on their way through one forward pass.
+
+    One object for all layers of a model. It is not part of a copy or a pickle of the model.
+    """
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return SharedStates, ()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, tuple[()]]:
+        return self.__reduce__()
+
+
+class SharingAttention(HeadfuseAttention):
+    """Attention whose cached states later layers may read."""
+
+    shared: SharedStates
+    is_read: bool
+
+    def _with_past(
+        self, key: torch.Tensor, value: torch.Tensor, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states of all positions, which later layers find in `shared`."""
+        states = super()._with_past(key, value, cache)
+        if self.is_read:
+            self.shared[self.layer_idx] = states
+        return states
+
+
+class ReadingAttention(SharingAttention):
+    """Attention of a layer that reads the cached keys, the cached values or both of earlier layers.
+
+    Its own cache holds `[b, 1, s, w]` for each side, where w may be 0. Every query head reads all parts. Parameters
+    besides the projections: `key_read` [n_s S, 2], the complex factor with which each source head reads each slot, own
+    slots first, then those of the sources; `key_read_plain` [n_s c, d - 2 p] and `value_read` [n_s w, d], likewise of
+    channels.
+    """
+
+    key_sources: list[int]
+    value_sources: list[int]
+    is_last: bool
+    num_planes: int
+    num_source_heads: int
+    own_slots: int
+    parts: tuple[list[int], list[int]]
+    key_read: nn.Parameter | None
+    key_read_plain: nn.Parameter | None
+    value_read: nn.Parameter
+    first: torch.Tensor
+    second: torch.Tensor
+    plain: torch.Tensor
+    frequencies: Any
+
+    def decouple(self, config: Any) -> None:
+        """Give a stock attention module, whose class has just become this one, the widths of its layer."""
+        self.adopt(config)
+        layer = self.layer_idx
+        self.key_sources, self.value_sources = config.sources(layer)
+        self.is_last = layer == config.last_reader
+        self.num_planes = config.rotary_planes
+        self.num_source_heads = sum(map(len, config.groups[layer]))
+        self.num_key_value_groups = config.num_attention_heads // self.num_source_heads
+        self.own_slots = len(config.rotary_slots[layer][0])
+        own = config.key_widths[layer][0], config.value_widths[layer][0]
+        keys = [sum(config.key_widths[source]) for source in self.key_sources]
+        values = [sum(config.value_widths[source]) for source in self.value_sources]
+        self.parts = [own[0], *keys], [own[1], *values]
+        self.replace_projections(*own)
+        tables, n, like = self._index_tables(), self.num_source_heads, self.q_proj.weight
+        sizes = n * len(tables["frequencies"]), n * len(tables["plain"]), n * sum(self.parts[1])
+        self.key_read = _parameter(like, sizes[0], 2)
+        self.key_read_plain = _parameter(like, sizes[1], self.head_dim - 2 * self.num_planes)
+        value_read = _parameter(like, sizes[2], self.head_dim)
+        assert value_read is not None
+        self.value_read = value_read
+        for name, table in tables.items():
+            self.register_buffer(name, torch.tensor(table, dtype=torch.long), persistent=False)
+
+    def replace_projections(self, key_width: int, value_width: int) -> None:
+        """Projections of the source's queries and of what this layer caches; none where it caches nothing."""
+        super().replace_projections(max(1, key_width), max(1, value_width))
+        for name, width in (("k_proj", key_width), ("v_proj", value_width)):
+            if not width:
+                setattr(self, name, None)
+
+    def _index_tables(self) -> dict[str, list[int]]:
+        """Of the slots that this layer reads, the channels and the frequency; of the others the channels."""
+        config, layer, start = self.config, self.layer_idx, 0
+        first, second, plain, frequencies = list[int](), list[int](), list[int](), list[int]()
+        for source in (layer, *self.key_sources):
+            for width, table in zip(config.key_widths[source], config.rotary_slots[source], strict=True):
+                middle, rest = start + len(table), start + 2 * len(table)
+                first += range(start, middle)
+                second += range(middle, rest)
+                plain += range(rest, start + width)
+                frequencies += table
+                start += width
+        return {"first": first, "second": second, "plain": plain, "frequencies": frequencies}
+
+    def reset_tables(self) -> None:
+        """Write the index buffers, which loading on the meta device leaves undefined."""
+        for name, table in self._index_tables().items():
+            getattr(self, name).copy_(torch.tensor(table, dtype=torch.long))
+
+    def _states(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [b, s, n_q, d], and the keys [b, s, 1, w_k] and values [b, s, 1, w_v] to cache; rotated."""
+        query = self.q_proj(hidden_states)
+        if self.clip is not None:
+            query = query.clamp(-self.clip, self.clip)
+        query = query.unflatten(-1, (-1, self.head_dim))
+        none = hidden_states.new_empty((*hidden_states.shape[:2], 0))
+        key, value = (none if p is None else p(hidden_states) for p in (self.k_proj, self.v_proj))
+        key, value = key.unsqueeze(2), value.unsqueeze(2)
+        if position_embeddings is not None:
+            cos, sin = self._cos_and_sin(position_embeddings)
+            query, own = rotate(query, cos, sin), self.frequencies[: self.own_slots]
+            if self.own_slots:
+                key = rotate(key, cos.index_select(-1, own), sin.index_select(-1, own))
+        return query, key, value
+
+    def _angles(self, angles: torch.Tensor) -> torch.Tensor:
+        """The cos or sin [b, s, 2 p] of all frequencies as [b, s, 1, p]."""
+        planes = angles.shape[-1] // (1 if self.family.rotary in ("once", "swapped") else 2)
+        return (angles[..., ::2] if self.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
+
+    def _laid_out(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Heads before positions, as they are cached."""
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def _read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What this layer caches and what it reads of other layers, of each side; the last reader lets go of it."""
+        keys = [key, *(self.shared[source][0].to(key.device) for source in self.key_sources)]
+        values = [value, *(self.shared[source][1].to(value.device) for source in self.value_sources)]
+        if self.is_last and not torch.is_grad_enabled():  # else a checkpoint may compute the layer again
+            self.shared.clear()
+        return keys, values
+
+    def _expanded(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the source heads [b, n_s, s, d] that all parts give back together."""
+        keys, values = self._read(key, value)
+        return _product(keys, self._key_matrix(), self.parts[0]), _product(values, self._value_matrix(), self.parts[1])
+
+    def attend_once(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of one query per head, which reads every cached number once; shapes as in LatentAttention."""
+        keys, values = self._read(key, value)
+        query = query.squeeze(2).unflatten(1, (-1, self.num_key_value_groups)) * self.scaling  # [b, n_s, q, d]
+        wide = (query @ self._key_matrix().mT).flatten(1, 2).split(self.parts[0], dim=-1)  # [b, n_q, w] each
+        scores = sum(part @ cached[:, 0].mT for part, cached in zip(wide, keys, strict=True) if part.shape[-1])
+        assert isinstance(scores, torch.Tensor)
+        weights = probabilities(scores, attention_mask, self.softcap, self.sinks)
+        mixed = torch.cat([weights @ cached[:, 0] for cached in values], dim=-1)  # [b, n_q, w]
+        output = mixed.unflatten(1, (-1, self.num_key_value_groups)) @ self._value_matrix()
+        return output.flatten(1, 2), weights.unsqueeze(2) if self.config._attn_implementation == "eager" else None
+
+    def _key_matrix(self) -> torch.Tensor:
+        """What the channels of all cached keys are multiplied with to give those of the source heads: [n_s, w, d]."""
+        n, p = self.num_source_heads, self.num_planes
+        matrix = self.q_proj.weight.new_zeros(n, sum(self.parts[0]), self.head_dim)
+        if self.key_read is not None:
+            real, imaginary = self.key_read.unflatten(0, (n, -1)).to(matrix).unbind(-1)  # [n_s, S]
+            place = nn.functional.one_hot(self.frequencies, p).to(matrix)  # [S, p]
+            real, imaginary = real[..., None] * place, imaginary[..., None] * place
+            rest = matrix.new_zeros(n, len(self.frequencies), self.head_dim - 2 * p)
+            matrix = matrix.index_add(1, self.first, torch.cat([real, imaginary, rest], dim=-1))
+            matrix = matrix.index_add(1, self.second, torch.cat([-imaginary, real, rest], dim=-1))
+        if self.key_read_plain is not None:
+            read = self.key_read_plain.unflatten(0, (n, -1)).to(matrix)
+            matrix = matrix.index_add(1, self.plain, nn.functional.pad(read, (2 * p, 0)))
+        return matrix
+
+    def _value_matrix(self) -> torch.Tensor:
+        """The same for values, [n_s, w, d]."""
+        return self.value_read.unflatten(0, (self.num_source_heads, -1))
+
+
+def _product(parts: list[torch.Tensor], matrix: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Cached states [b, 1, s, w] of several parts, multiplied with the rows of a matrix [n, sum of w, d] and added."""
+    found = [part @ rows for part, rows in zip(parts, matrix.split(sizes, dim=1), strict=True) if part.shape[-1]]
+    return sum(found[1:], start=found[0])
+
+
+def _parameter(like: torch.Tensor, rows: int, columns: int) -> nn.Parameter | None:
+    """Read maps that are to be loaded, drawn small where nothing is; None without rows."""
+    return nn.Parameter(torch.randn(rows, columns, dtype=like.dtype, device=like.device) * rows**-0.5) if rows else None

@@ -1,0 +1,50 @@
+"""Which earlier layers a layer reads, and the rotary slots that it then caches itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from headfuse.fusion.reading import Cached
+from headfuse.fusion.reading_layer import conditional_slots, fuse_latent_layer
+from headfuse.modeling.configuration_latent import layer_kinds
+from headfuse.models.placement import factories_on
+from headfuse.models.streamed import StreamedModel
+from headfuse.plan import FusionPlan
+from headfuse.text.calibration import START_WEIGHT, CalibrationText
+
+
+def with_sources(
+    plan: FusionPlan,
+    streamed: StreamedModel,
+    text: CalibrationText,
+    reach: int,
+    on_progress: Callable[[str, int, int], None],
+) -> FusionPlan:
+    """A plan in which every layer reads what up to `reach` layers before it cache, at the same widths.
+
+    Widths stay as they were allocated without reading, so cache bytes are the same. Slots are chosen anew, for what the
+    read keys leave. Layers with another window or other positions are not read; untouched layers read nothing.
+
+    Args:
+        plan: of layout latent, one group in every layer that is not untouched.
+        streamed: the source.
+        text: what slots are chosen on.
+        reach: how many layers of a layer's own kind it may read.
+        on_progress: called with `sources`, the layers done and all layers.
+    """
+    kinds, kept = layer_kinds(streamed.config.get_text_config()), dict[int, Cached]()
+    states = [streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)]
+    for source in streamed.walk(states):
+        layer, index = plan.layers[source.index], source.index
+        alike = [i for i in range(index) if kinds[i] == kinds[index]][-reach:]
+        with factories_on(streamed.device):
+            if alike and not layer.untouched:
+                assert layer.key_widths is not None
+                read = Cached.together([kept[i] for i in alike])
+                slots = conditional_slots(source.captures, plan.heads, read, layer.key_widths[0])
+                found = {"key_sources": tuple(alike), "value_sources": tuple(alike), "rotary_slots": (slots,)}
+                layers = (*plan.layers[:index], layer.model_copy(update=found), *plan.layers[index + 1 :])
+                plan = plan.model_copy(update={"layers": layers})
+            fuse_latent_layer(source.weights, source.captures, plan, index, kept, read_later=True)
+        on_progress("sources", index + 1, streamed.num_layers)
+    return plan
