@@ -95,10 +95,9 @@ class LatentConfig(FusedConfig):
             raise ValueError(f"groups[{layer_idx}]: must hold each of the source heads 0 to {heads - 1} exactly once")
         head_dim, planes = self.source_head_dim, self.rotary_planes
         for group, key, value, table in zip(groups, keys, values, slots, strict=True):
-            for name, width in (("key_widths", key), ("value_widths", value)):
-                reads = (
-                    dict(zip(("key_widths", "value_widths"), self.sources(layer_idx), strict=True))[name] is not None
-                )
+            sides = zip(("key_widths", "value_widths"), (key, value), self.sources(layer_idx), strict=True)
+            for name, width, sources in sides:
+                reads = bool(sources)
                 if type(width) is not int or not 1 - reads <= width <= len(group) * head_dim:
                     raise ValueError(
                         f"{name}[{layer_idx}]: must be from {1 - reads} to {len(group) * head_dim}, not {width!r}"
