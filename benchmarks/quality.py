@@ -43,6 +43,8 @@ CONVERSIONS = {
 """Column name -> options of `headfuse fuse`; the presets are of the default method, `dha` is in layout `decoupled`."""
 WIDE_GQA = "gqa, wide"
 """What `--layout gqa-wide` is called in the tables: layout gqa with `--head-dim auto`."""
+READS = "latent, reads "
+"""What `--layout latent+N` is called, before the N: layout latent with `--cross-layer N`."""
 FORWARD_WINDOWS, LENGTH = 8, 512
 KEY = ("model", "budget", "layout", "conversion", "allocator", "samples", "seed", "calibration")
 
@@ -97,7 +99,7 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         for budget, seed, layout, conversion in itertools.product(
             options.budget,
             options.seed,
-            [layout.replace("gqa-wide", WIDE_GQA) for layout in options.layout],
+            [layout.replace("gqa-wide", WIDE_GQA).replace("latent+", READS) for layout in options.layout],
             options.conversion,
         ):
             row = {"model": name, "budget": budget, "layout": layout, "conversion": conversion}
@@ -110,7 +112,7 @@ def allocators(layout: str, conversion: str, wanted: list[str]) -> list[str]:
     """Those that a layout and a conversion leave open: of layouts with a choice; `dha`, in `decoupled`, its own."""
     if conversion == "dha":
         return ["dha-greedy"] if layout == "decoupled" else []
-    return wanted if layout == "decoupled" else ["sensitivity"] if layout == "latent" else [""]
+    return wanted if layout == "decoupled" else ["sensitivity"] if layout.startswith("latent") else [""]
 
 
 def source(row: dict[str, Any], folder: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -123,8 +125,7 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
     with tempfile.TemporaryDirectory() as name:
         output = Path(name) / "fused"
         line = [str(Path(sys.executable).with_name("headfuse")), "fuse", folder, "-o", str(output), "--json"]
-        layout = ["gqa", "--head-dim", "auto"] if row["layout"] == WIDE_GQA else [row["layout"]]
-        line += ["--data", options.data, "--layout", *layout, "--samples", str(row["samples"])]
+        line += ["--data", options.data, *layout_options(row["layout"]), "--samples", str(row["samples"])]
         line += ["--seed", str(row["seed"]), *CONVERSIONS[row["conversion"]]]
         if "+" in row["allocator"]:
             uniform = Path(name) / "uniform.yaml"
@@ -142,7 +143,7 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
         plan = json.loads((output / "plan.json").read_text())
         counts = [[len(layer[side]) for layer in plan["layers"]] for side in ("key_groups", "value_groups")]
         kept = {"key_heads": counts[0], "value_heads": counts[1]}
-        if row["layout"] in ("latent", WIDE_GQA):
+        if row["layout"].startswith("latent") or row["layout"] == WIDE_GQA:
             read = read_plan(output)
             kept = {"key_channels": read.key_channels, "value_channels": read.value_channels}
         return {
@@ -152,6 +153,14 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
             "forward_seconds": round(forward, 1),
             "peak_mb": usage.ru_maxrss // 1024,
         }
+
+
+def layout_options(name: str) -> list[str]:
+    """The options of `headfuse fuse` for a layout as the tables call it."""
+    if name == WIDE_GQA:
+        return ["--layout", "gqa", "--head-dim", "auto"]
+    layout, _, reads = name.partition(READS.removeprefix("latent"))
+    return ["--layout", layout, *(["--cross-layer", reads] if reads else [])]
 
 
 def uniform_budget(folder: str, budget: str, counts: str) -> str:
@@ -300,7 +309,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 gap, share = row["nll"][text] - base["nll"][text], _share(row["budget"])
                 points[share] = min(gap, points.get(share, gap))
         for name, points in sorted(lines.items()):
-            style = {"decoupled": "-o", "latent": "-^"}.get(name.split(", ", 1)[1], "--s")
+            layout = name.split(", ", 1)[1]
+            style = {"decoupled": "-o", "latent": "-^"}.get(layout, "-v" if layout.startswith(READS) else "--s")
             axis.plot(sorted(points), [points[share] for share in sorted(points)], style, label=name)
         axis.set(xlabel="KV cache kept", ylabel="NLL gap, nats per token", title=f"{model}, {text}", yscale="log")
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
