@@ -27,7 +27,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-BATCH = 8
+BATCH, FISHER_WINDOWS = 8, 32
+"""Windows at once (transmla, care), and windows for the Fisher information (palu): the defaults of the peers."""
 TOKENIZER = types.SimpleNamespace(pad_token_id=None)
 """The peers get token ids; of the tokenizer they ask for this only."""
 Settings = dict[str, Any]
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--commit", required=True, help="of the checkout, for the rows")
     parser.add_argument("--model", type=Path, required=True, help="folder of peers_windows.py")
     parser.add_argument("--name", required=True, help="of the model, for the rows")
-    parser.add_argument("--kept", nargs="+", default=["1/2"], help="shares of the cache; 1 keeps all numbers of it")
+    parser.add_argument("--kept", nargs="+", default=["source", "1/2"], help="shares of the cache, or source")
     parser.add_argument("--rope-dim", type=int, nargs="+", default=[], help="transmla, care: --qk-mqa-dim")
     parser.add_argument("--freqfold", type=int, nargs="+", default=[], help="transmla, care: --freqfold")
     parser.add_argument("--balance", type=float, nargs="+", default=[1.0], help="transmla: --balance-kv-ratio")
@@ -61,10 +62,12 @@ def main() -> None:
     config = json.loads((options.model / "config.json").read_text())
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     full = 2 * config["num_key_value_heads"] * head_dim
+    unconverted = [{"kept": kept} for kept in options.kept if kept == "source"]
+    options.kept = [kept for kept in options.kept if kept != "source"]
     convert, settings = PEERS[options.peer](options, full)
     os.chdir(tempfile.mkdtemp())  # for what peers write where they run
     Path("cache").mkdir()
-    for setting in [{"kept": "source"}, *settings]:
+    for setting in [*unconverted, *settings]:
         extra = {key: value for key, value in setting.items() if key != "kept"}
         row: Settings = {"model": options.name, "kept": setting["kept"], "peer": options.peer}
         row |= {"commit": options.commit, "settings": extra}
@@ -207,25 +210,30 @@ def palu(options: argparse.Namespace, full: int) -> tuple[Convert, Iterator[Sett
     fisher, rounded = search.calib_fisher_info, search.rounding_search_result
     setattr(torch.Tensor, "cuda", lambda tensor: tensor)  # noqa: B010
 
+    words = argparse.Namespace(calib_dataset="", calib_seqlen=0, model_id="", device="cpu", use_cache=False)
+    words.decompose_method = "whiten"
+
     @functools.cache
     def measured() -> Any:
+        """The source with what does not depend on a setting: Fisher information and the whitening of inputs."""
         model = load(options.model)
         model.half = lambda: model
         if any(name.startswith("fisher") for name in options.search):
-            fisher(model, batches(options, 1), torch.device("cpu"), False)
+            fisher(model, batches(options, 1)[:FISHER_WINDOWS], torch.device("cpu"), False)
+            model.zero_grad(set_to_none=True)
+        decomposition.get_whiten_scale_matrix(model, TOKENIZER, words, "cpu")
+        decomposition.get_whiten_scale_matrix = search.calib_fisher_info = lambda *_: None
+        for name, module in model.named_modules():
+            if name.split(".")[-1] not in ("k_proj", "v_proj"):
+                vars(module).pop("scaling_diag_matrix", None)
         return model
 
     def convert(setting: Settings) -> tuple[Any, float]:
         model = copy.deepcopy(measured())
-        names = {"head_group_size": setting["head_group_size"], "search_method": setting["search_method"]}
-        words = argparse.Namespace(
-            calib_dataset="", calib_seqlen=0, model_id="", device="cpu", use_cache=False, **names
-        )
-        words.decompose_method = "whiten"
-        search.calib_fisher_info = lambda *_: None
+        words.head_group_size, words.search_method = setting["head_group_size"], setting["search_method"]
         search.rounding_search_result = functools.partial(rounded, block_size=setting["block"])
         wanted = full * Fraction(setting["kept"]) * model.config.num_hidden_layers
-        low, high, found = 0.0, 1.5, None
+        low, high, found = 0.0, 1.0, None
         for _ in range(24):  # what the rounding leaves of a share is not the share that was asked for
             words.param_ratio_target = (low + high) / 2
             try:
