@@ -80,7 +80,9 @@ class ReadKeys:
         slots, plain = _both(self.own, self.source, index, capture)
         weighted = slots[:, None] * self.read.T[None, :, None].to(slots)  # [B, n, T, S]
         count = (capture.key.shape[-1] - (0 if self.read_plain is None else self.read_plain.shape[-1])) // 2
-        found = weighted.new_zeros(*weighted.shape[:-1], count).index_add(-1, self.frequency, weighted)
+        found = weighted.new_zeros(*weighted.shape[:-1], count).index_add(
+            -1, self.frequency.to(weighted.device), weighted
+        )
         parts = [found.real, found.imag]
         if self.read_plain is not None:
             parts.append(torch.einsum("btc,cnd->bntd", plain, self.read_plain.to(plain)))
@@ -114,7 +116,7 @@ def conditional_keys(captures: Captures, heads: HeadLayout, source: Cached) -> K
 def read_keys(captures: Captures, heads: HeadLayout, source: Cached, own: KeyBasis) -> ReadKeys:
     """The read maps of own and read keys together."""
     both = [_both(own, source, i, capture) for i, capture in enumerate(captures)]
-    frequency = torch.cat([own.frequency.cpu(), torch.tensor(source.frequencies, dtype=torch.long)])
+    frequency = torch.tensor([*own.frequency.tolist(), *source.frequencies], dtype=torch.long)
     gram, cross = _slot_moments(captures, [slots for slots, _ in both], frequency, heads.rotary_dim)
     read, plain = (_inverse(gram) @ cross).conj().resolve_conj(), None
     if heads.rotary_dim < heads.head_dim:

@@ -44,10 +44,11 @@ def test_fuse_writes_what_it_writes_on_a_cpu(family: str, tmp_path: Path) -> Non
         ("--preset", "balanced"),
         ("--preset", "fast", "--layout", "gqa"),
         ("--preset", "fast", "--layout", "layerwise", "--method", "align"),
+        ("--preset", "balanced", "--layout", "latent", "--cross-layer", "1"),
         ("--preset", "fast", "--allocator", "taylor"),
         ("--preset", "fast", "--allocator", "shapley"),
     ],
-    ids=["balanced", "gqa", "align", "taylor", "shapley"],
+    ids=["balanced", "gqa", "align", "across layers", "taylor", "shapley"],
 )
 def test_every_way_to_fuse_works(options: tuple[str, ...], tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
