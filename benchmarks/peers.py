@@ -73,7 +73,11 @@ def main() -> None:
         row |= {"commit": options.commit, "settings": extra}
         if any(all(old[key] == row[key] for key in row) for old in known):
             continue
-        model, numbers = (load(options.model), full) if setting["kept"] == "source" else convert(setting)
+        try:
+            model, numbers = (load(options.model), full) if setting["kept"] == "source" else convert(setting)
+        except LookupError as error:  # the peer cannot take so little
+            print(row, error, flush=True)
+            continue
         row |= {"cache": round(numbers / full, 4), "nll": {name: nll(model, text) for name, text in texts.items()}}
         with options.results.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
@@ -245,7 +249,7 @@ def palu(options: argparse.Namespace, full: int) -> tuple[Convert, Iterator[Sett
             else:
                 high = words.param_ratio_target
         if found is None:
-            raise SystemExit(f"{setting}: no ranks take so few numbers")
+            raise LookupError("even the smallest ranks take more")
         decomposition.compress_model(model, TOKENIZER, words, "cpu", found[0])
         return model, found[1] / model.config.num_hidden_layers
 

@@ -236,7 +236,8 @@ def document(rows: list[dict[str, Any]]) -> str:
         "Allocator `K+V`: so many key and value heads in every layer. Several seeds (of the calibration sample): the",
         "mean and, in brackets, the smallest and the largest. Rows without a time were converted on a GPU, with the",
         "same options and `--device cuda`; those that were run on both gave the same NLL to four digits.",
-        "What little training adds to each is in [recovery.md](recovery.md), with a plot.",
+        "What little training adds to each is in [recovery.md](recovery.md), with a plot; other converters are in",
+        "[peers.md](peers.md).",
         "",
         "![NLL gap against the share of the cache kept](quality.png)",
     ]
