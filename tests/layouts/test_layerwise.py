@@ -297,7 +297,9 @@ def test_models_that_see_a_window_are_refused_before_any_work(tmp_path: Path) ->
 @one_family
 def test_for_accepts_what_the_runtime_loads(fused: Path, runtime: str, layout: str) -> None:
     model = fused.parent / "model"
-    code = 0 if layout in LAYOUT_FOR[runtime] else 1
+    other_width = (runtime, layout) == ("vllm", "gqa")  # this qwen2 has head_dim 8, not hidden_size / heads
+    code = 0 if layout in LAYOUT_FOR[runtime] and not other_width else 1
     options = ("--for", runtime, "--layout", layout, "--budget", "0.5", "--sequence-length", 32)
     output = run("fuse", model, "--dry-run", *options, code=code)
-    assert code == 0 or f"it loads {', '.join(LAYOUT_FOR[runtime])}" in output
+    reason = "4 channels only" if other_width else f"it loads {', '.join(LAYOUT_FOR[runtime])}"
+    assert code == 0 or reason in output
