@@ -30,10 +30,22 @@ class SharedStates(dict[int, States]):
 
 
 class SharingAttention(HeadfuseAttention):
-    """Attention whose cached states later layers may read."""
+    """Attention with wide heads, whose cached states later layers may read."""
 
     shared: SharedStates
     is_read: bool
+
+    def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Queries [b, s, n_q, d], not rotated."""
+        query = self.q_proj(hidden_states)
+        if self.clip is not None:
+            query = query.clamp(-self.clip, self.clip)
+        return query.unflatten(-1, (-1, self.head_dim))
+
+    def _angles(self, angles: torch.Tensor) -> torch.Tensor:
+        """The cos or sin [b, s, 2 p] of all frequencies as [b, s, 1, p]."""
+        planes = angles.shape[-1] // (1 if self.family.rotary in ("once", "swapped") else 2)
+        return (angles[..., ::2] if self.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
 
     def _with_past(
         self, key: torch.Tensor, value: torch.Tensor, cache: Cache | None
@@ -86,9 +98,9 @@ class ReadingAttention(SharingAttention):
         self.replace_projections(*own)
         tables, n, like = self._index_tables(), self.num_source_heads, self.q_proj.weight
         sizes = n * len(tables["frequencies"]), n * len(tables["plain"]), n * sum(self.parts[1])
-        self.key_read = _parameter(like, sizes[0], 2)
-        self.key_read_plain = _parameter(like, sizes[1], self.head_dim - 2 * self.num_planes)
-        value_read = _parameter(like, sizes[2], self.head_dim)
+        self.key_read = read_parameter(like, sizes[0], 2)
+        self.key_read_plain = read_parameter(like, sizes[1], self.head_dim - 2 * self.num_planes)
+        value_read = read_parameter(like, sizes[2], self.head_dim)
         assert value_read is not None
         self.value_read = value_read
         for name, table in tables.items():
@@ -124,10 +136,7 @@ class ReadingAttention(SharingAttention):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [b, s, n_q, d], and the keys [b, s, 1, w_k] and values [b, s, 1, w_v] to cache; rotated."""
-        query = self.q_proj(hidden_states)
-        if self.clip is not None:
-            query = query.clamp(-self.clip, self.clip)
-        query = query.unflatten(-1, (-1, self.head_dim))
+        query = self._queries(hidden_states)
         none = hidden_states.new_empty((*hidden_states.shape[:2], 0))
         key, value = (none if p is None else p(hidden_states) for p in (self.k_proj, self.v_proj))
         key, value = key.unsqueeze(2), value.unsqueeze(2)
@@ -137,11 +146,6 @@ class ReadingAttention(SharingAttention):
             if self.own_slots:
                 key = rotate(key, cos.index_select(-1, own), sin.index_select(-1, own))
         return query, key, value
-
-    def _angles(self, angles: torch.Tensor) -> torch.Tensor:
-        """The cos or sin [b, s, 2 p] of all frequencies as [b, s, 1, p]."""
-        planes = angles.shape[-1] // (1 if self.family.rotary in ("once", "swapped") else 2)
-        return (angles[..., ::2] if self.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
 
     def _laid_out(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: Cache | None
@@ -203,6 +207,6 @@ def _product(parts: list[torch.Tensor], matrix: torch.Tensor, sizes: list[int]) 
     return sum(found[1:], start=found[0])
 
 
-def _parameter(like: torch.Tensor, rows: int, columns: int) -> nn.Parameter | None:
+def read_parameter(like: torch.Tensor, rows: int, columns: int) -> nn.Parameter | None:
     """Read maps that are to be loaded, drawn small where nothing is; None without rows."""
     return nn.Parameter(torch.randn(rows, columns, dtype=like.dtype, device=like.device) * rows**-0.5) if rows else None

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationMixin
 
 from .configuration_latent import LatentConfig
-from .modeling_cross_layer import ReadingAttention, SharedStates, SharingAttention
+from .modeling_cross_layer import ReadingAttention, SharedStates, SharingAttention, read_parameter
 from .modeling_headfuse import HeadfusePreTrainedModel, probabilities, rotate
 from .modeling_one_head import as_one_head
 
@@ -68,10 +68,12 @@ class LatentAttention(SharingAttention):
         sizes = [(len(group.heads), group) for group in self.groups]
         plain = [n * (g.key.stop - g.key.start - 2 * g.slots) for n, g in sizes]
         rotated = sum(n * g.slots for n, g in sizes)
-        self.key_read = _parameter(like, rotated, 2) if rotated else None
+        self.key_read = read_parameter(like, rotated, 2)
         rest = self.head_dim - 2 * self.num_planes
-        self.key_read_plain = _parameter(like, sum(plain), rest) if sum(plain) else None
-        self.value_read = _parameter(like, sum(n * (g.value.stop - g.value.start) for n, g in sizes), self.head_dim)
+        self.key_read_plain = read_parameter(like, sum(plain), rest)
+        value_read = read_parameter(like, sum(n * (g.value.stop - g.value.start) for n, g in sizes), self.head_dim)
+        assert value_read is not None
+        self.value_read = value_read
         for name, table in self._index_tables().items():
             self.register_buffer(name, None if table is None else torch.tensor(table), persistent=False)
 
@@ -95,10 +97,7 @@ class LatentAttention(SharingAttention):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [b, s, n_q, d], and the wide keys [b, s, 1, w_k] and values [b, s, 1, w_v] to cache; rotated."""
-        query = self.q_proj(hidden_states)
-        if self.clip is not None:
-            query = query.clamp(-self.clip, self.clip)
-        query = query.unflatten(-1, (-1, self.head_dim))
+        query = self._queries(hidden_states)
         key, value = self.k_proj(hidden_states).unsqueeze(2), self.v_proj(hidden_states).unsqueeze(2)
         if position_embeddings is not None:
             cos, sin = self._cos_and_sin(position_embeddings)  # [b, s, 1, p]
@@ -108,11 +107,6 @@ class LatentAttention(SharingAttention):
                 parts = [rotate(key[..., g.key], cos[..., g.rotated], sin[..., g.rotated]) for g in self.groups]
                 key = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return query, key, value
-
-    def _angles(self, angles: torch.Tensor) -> torch.Tensor:
-        """The cos or sin [b, s, 2 p] of all frequencies as [b, s, 1, p]."""
-        planes = angles.shape[-1] // (1 if self.family.rotary in ("once", "swapped") else 2)
-        return (angles[..., ::2] if self.family.rotary == "interleaved" else angles[..., :planes]).unsqueeze(2)
 
     def _cache_shape(self, cache: Cache | None) -> tuple[int, int]:
         """One row holds all groups side by side."""
@@ -237,11 +231,6 @@ class LatentAttention(SharingAttention):
 def _by_head(rows: torch.Tensor, queries: int) -> torch.Tensor:
     """[b, n q, ...] -> [b, n, q, ...]."""
     return rows.unflatten(1, (-1, queries))
-
-
-def _parameter(like: torch.Tensor, rows: int, columns: int) -> nn.Parameter:
-    """Read maps that are to be loaded; drawn small where nothing is."""
-    return nn.Parameter(torch.randn(rows, columns, dtype=like.dtype, device=like.device) * max(rows, 1) ** -0.5)
 
 
 class LatentPreTrainedModel(HeadfusePreTrainedModel):

@@ -17,6 +17,7 @@ from headfuse.conversion.resume import FinishedLayers
 from headfuse.plan import FusionPlan
 from tests.support.commands import fuse, run
 from tests.support.model_outputs import assert_decoding_equals_forward, logits
+from tests.support.plans import plan_of, with_layers
 from tests.support.tiny_models import VOCABULARY, tiny_model
 
 READING = ("--layout", "latent", "--preset", "fast", "--cross-layer", "1")
@@ -41,18 +42,6 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     folder = tmp_path_factory.mktemp("reading")
     model = tiny_model(folder / "model", "qwen2", query_heads=8)
     return folder / "out", fuse(model, folder / "out", "--budget", "0.5", *READING)
-
-
-def plan_of(folder: Path) -> dict[str, Any]:
-    plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
-    return plan
-
-
-def with_layers(plan: dict[str, Any], path: Path, *layers: dict[str, Any]) -> Path:
-    """The file of a plan with other layers."""
-    numbered = [{"layer_idx": i, **layer} for i, layer in enumerate(layers)]
-    path.write_text(json.dumps({**plan, "layers": numbered, "files": {}, "seal": None}))
-    return path
 
 
 def nothing_of_its_own(side: str = "both") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from headfuse.models.families import READ_MAPS
 from headfuse.plan import FusionPlan
 from tests.support.commands import fuse, run
 from tests.support.model_outputs import logits
+from tests.support.plans import plan_of, with_layers
 from tests.support.planted_heads import plant
 from tests.support.tiny_models import tiny_model
 
@@ -28,18 +29,6 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     folder = tmp_path_factory.mktemp("latent")
     model = tiny_model(folder / "model", "qwen2", query_heads=8)
     return folder / "out", fuse(model, folder / "out", "--budget", "0.5", *LATENT)
-
-
-def plan_of(folder: Path) -> dict[str, Any]:
-    plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
-    return plan
-
-
-def with_layers(plan: dict[str, Any], path: Path, *layers: dict[str, Any]) -> Path:
-    """The file of a plan with other layers."""
-    numbered = [{"layer_idx": i, **layer} for i, layer in enumerate(layers)]
-    path.write_text(json.dumps({**plan, "layers": numbered, "files": {}, "seal": None}))
-    return path
 
 
 def wide(groups: list[list[int]], keys: list[int], values: list[int], slots: list[list[int]]) -> dict[str, Any]:
