@@ -27,8 +27,7 @@ from headfuse.conversion.resume import FinishedLayers, resumed_plan
 from headfuse.dha import pipeline as dha
 from headfuse.fusion import FUSION_METHODS
 from headfuse.fusion.layer import fuse_layer
-from headfuse.fusion.reading import Cached
-from headfuse.fusion.reading_layer import fuse_latent_layer
+from headfuse.fusion.reading_layer import Kept, fuse_latent_layer, latent_cache
 from headfuse.fusion.wide_layer import fuse_wide_layer
 from headfuse.layouts import LAYOUTS
 from headfuse.layouts.served import channels_in_runtimes
@@ -180,14 +179,16 @@ def _convert(
     streamed, text, layers = conversion.streamed, conversion.text, fused.plan.layers
     statistics = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
     before = after = streamed.embed(text.held_out)
-    windows, kept = statistics[0], dict[int, Cached]()
+    windows, kept = statistics[0], Kept()
     with InTurn(thread=streamed.device.type != "cpu") as write:
         for layer in streamed.walk(statistics, [before]):
             windows, _, before = layer.outputs
             written = on_host = {}
             if layer.index in done.layers:
                 if layer.index in fused.plan.sources:  # what it caches is read by layers that may not be done
-                    _fused(streamed.arch, layer, fused.plan, done.writer.dtypes, kept)
+                    with factories_on(streamed.device):
+                        read = latent_cache(layer.weights.output, layer.captures, fused.plan, layer.index, kept)
+                    kept[layer.index] = read
             else:
                 written = _fused(streamed.arch, layer, fused.plan, done.writer.dtypes, kept)
                 on_host = {name: tensor.cpu() for name, tensor in written.items()}
@@ -206,7 +207,7 @@ def _fused(
     source: SourceLayer,
     plan: FusionPlan,
     dtypes: Mapping[str, torch.dtype],
-    kept: dict[int, Cached],
+    kept: Kept,
 ) -> dict[str, torch.Tensor]:
     """The tensors of one fused layer, by full name; `kept`: what layers cache of the windows, while others read it."""
     layout, layer, weights = LAYOUTS[plan.layout], plan.layers[source.index], source.weights

@@ -30,7 +30,7 @@ from headfuse.planning.fused_variants import (
     probe_tokens,
     weighing_tokens,
 )
-from headfuse.planning.planner import SURVEYED, WIDE_PROBE_TOKENS
+from headfuse.planning.planner import SURVEYED, WIDE_PROBE_TOKENS, plan_options
 from headfuse.planning.wide_survey import measured_widths
 from headfuse.text.calibration import START_LENGTH, STARTS_PER_WINDOW
 
@@ -81,6 +81,8 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     memory, work = _closed_form(sizes)
     if ALLOCATORS[config.budget.allocator].costs == "measured" and not LAYOUTS[config.layout].one_count:
         work += _measuring_work(sizes, config)
+    if config.budget.cross_layer:
+        work += _reading_work(sizes, _channels_read(config, sizes.heads))
     passes = PRESETS[config.preset].model_passes
     if passes and method.refits_output:
         work += passes * sizes.seen * (REFINED * sizes.once + 3 * 2 * sizes.head)
@@ -207,6 +209,21 @@ def _measuring_work(sizes: _Sizes, config: FuseConfig) -> float:
         work += price * seen * sizes.once + layers * (2 * counts + 1) * refit * refits
         work += layers * 2 * counts * probe_tokens(seen, layers, counts, price) * 2 * sizes.head
     return work
+
+
+def _channels_read(config: FuseConfig, heads: HeadLayout) -> int:
+    """Channels of a side that a layer reads of those before it, at equal widths."""
+    rules = plan_options(config).rules
+    layers = min(config.budget.cross_layer or 0, heads.num_hidden_layers - 1)
+    return layers * rules.allocate("uniform", heads).key_heads[0] * rules.channels(heads)
+
+
+def _reading_work(sizes: _Sizes, read: int) -> float:
+    """Work of reading other layers: one more pass over the survey's text, and regressions on the read channels."""
+    sums = 2 * read * (read + sizes.heads.num_key_value_heads) + 2 * (sizes.pairs + read) ** 2 - 2 * sizes.pairs**2
+    tokens = sizes.seen + 2 * sizes.surveyed  # the survey's text twice: for the slots, and for what is cached
+    regressions = 3 * WIDE_EIGEN * (read**3 + (read + sizes.pairs) ** 3)
+    return sizes.surveyed * sizes.once + 2 * sizes.layers * (tokens * (sums + 2 * sizes.length * read) + regressions)
 
 
 def _training_work(sizes: _Sizes, config: FuseConfig) -> float:

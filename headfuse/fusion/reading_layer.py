@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,61 +19,52 @@ from headfuse.fusion.reading import (
 from headfuse.fusion.refit import refit_to
 from headfuse.fusion.wide import KeyBasis, PlainBasis, key_basis, plain_basis
 from headfuse.fusion.wide_attention import cached_keys, cached_values
-from headfuse.fusion.wide_layer import WideKeys, WideValues, fuse_wide_layer, reads_of, rows_of, written
+from headfuse.fusion.wide_layer import WideKeys, WideValues, fuse_wide_layer, reads_of, rows_of, wide_maps, written
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
-from headfuse.plan import FusionPlan, Groups, HeadLayout, LayerPlan
+from headfuse.plan import FusionPlan, Groups, HeadLayout
 
 Heads = Callable[[int], torch.Tensor]
 """Keys or values of the source's heads `[B, n, T, d]` in a capture, as the fused layer reconstructs them."""
 Reads = dict[str, torch.Tensor | None]
 """Read maps by the names of the model code."""
+Kept = dict[int, Cached]
+"""What layers cache of the calibration windows."""
 
 
-def fuse_reading_layer(
-    weights: AttentionWeights,
-    captures: Sequence[AttentionCapture],
-    layer: LayerPlan,
-    heads: HeadLayout,
-    read: tuple[Cached | None, Cached | None],
-) -> tuple[AttentionWeights, Cached]:
-    """Give one layer the channels that its sources do not explain, and read maps of its own and theirs.
+@dataclass(frozen=True)
+class ReadingMaps:
+    """The maps of a layer that reads: of its own channels, and from all channels to the source's heads."""
 
-    Args:
-        weights: the source's.
-        captures: the layer on the calibration windows.
-        layer: its widths and slots, of one group.
-        heads: the source's heads.
-        read: what its sources of keys and of values cache of the same windows; None where it has none.
+    own: tuple[WideKeys, WideValues]
+    keys: Heads
+    values: Heads
+    reads: Reads
 
-    Returns:
-        `key [1, w_k, D]` and `value [1, w_v, D]` of what it caches, the read maps and the refitted `output`; and its
-        cached states of the windows.
+
+def reading_maps(
+    output: torch.Tensor, captures: Sequence[AttentionCapture], plan: FusionPlan, layer_idx: int, kept: Kept
+) -> ReadingMaps:
+    """The channels that a layer's sources do not explain, and read maps of its own and theirs; see `fuse_latent_layer`.
+
+    `output [D, n_q, d]` is the source's.
     """
+    layer, heads = plan.layers[layer_idx], plan.heads
     assert layer.rotary_slots is not None
     assert layer.key_widths is not None
     assert layer.value_widths is not None
-    whole: Groups = (tuple(range(heads.num_key_value_heads)),)
+    read = [
+        Cached.together([kept[source] for source in each]) if each else None
+        for each in (layer.key_sources, layer.value_sources)
+    ]
     own, keys, key_reads = _keys(captures, heads, read[0], (layer.rotary_slots[0], layer.key_widths[0]))
-    own_values, values, value_reads = _values(captures, heads, read[1], (weights.output, keys, layer.value_widths[0]))
-    output = refit_to(weights.output, captures, lambda index: captures[index].attend(keys(index), values(index)))
+    own_values, values, value_reads = _values(captures, heads, read[1], (output, keys, layer.value_widths[0]))
     maps = WideKeys((own,), heads.rotary_dim), WideValues((own_values,))
-    key, key_bias = written(weights.key, weights.key_bias, maps[0], whole)
-    value, value_bias = written(weights.value, weights.value_bias, maps[1], whole)
-    fused = replace(
-        weights, key=key, key_bias=key_bias, value=value, value_bias=value_bias, output=output,
-        **key_reads, **value_reads,  # type: ignore[arg-type]
-    )  # fmt: skip
-    return fused, cached_states(captures, whole, maps)
+    return ReadingMaps(maps, keys, values, {**key_reads, **value_reads})
 
 
 def fuse_latent_layer(
-    weights: AttentionWeights,
-    captures: Sequence[AttentionCapture],
-    plan: FusionPlan,
-    layer_idx: int,
-    kept: dict[int, Cached],
-    read_later: bool = False,
+    weights: AttentionWeights, captures: Sequence[AttentionCapture], plan: FusionPlan, layer_idx: int, kept: Kept
 ) -> AttentionWeights:
     """One layer of layout latent: untouched, with wide heads, or with wide heads beside what it reads.
 
@@ -84,23 +75,43 @@ def fuse_latent_layer(
         layer_idx: the layer.
         kept: what earlier layers cache of these windows, as far as this one or a later one reads it; brought up to
             date.
-        read_later: keep what every layer caches: the plan does not say yet which ones are read.
+
+    Returns:
+        `key [1, w_k, D]` and `value [1, w_v, D]` of what the layer caches, the read maps and the refitted `output`.
     """
-    layer, maps, caches = plan.layers[layer_idx], None, None
+    layer, own = plan.layers[layer_idx], None
     if layer.reads:
-        read = [
-            Cached.together([kept[source] for source in each]) if each else None
-            for each in (layer.key_sources, layer.value_sources)
-        ]
-        weights, caches = fuse_reading_layer(weights, captures, layer, plan.heads, (read[0], read[1]))
+        whole, maps = layer.key_groups, reading_maps(weights.output, captures, plan, layer_idx, kept)
+        own = maps.own
+        output = refit_to(
+            weights.output, captures, lambda index: captures[index].attend(maps.keys(index), maps.values(index))
+        )
+        key, key_bias = written(weights.key, weights.key_bias, own[0], whole)
+        value, value_bias = written(weights.value, weights.value_bias, own[1], whole)
+        weights = replace(
+            weights, key=key, key_bias=key_bias, value=value, value_bias=value_bias, output=output,
+            **maps.reads,  # type: ignore[arg-type]
+        )  # fmt: skip
     elif not layer.untouched:
-        weights, maps = fuse_wide_layer(weights, captures, layer, plan.heads)
-    if read_later or layer_idx in plan.sources:
-        kept[layer_idx] = caches or cached_states(captures, layer.key_groups, maps, plan.heads.rotary_dim)
+        weights, own = fuse_wide_layer(weights, captures, layer, plan.heads)
+    if layer_idx in plan.sources:
+        kept[layer_idx] = cached_states(captures, layer.key_groups, own, plan.heads.rotary_dim)
     later = {i for each in plan.layers[layer_idx + 1 :] for i in (*each.key_sources, *each.value_sources)}
-    for done in set() if read_later else kept.keys() - later:
+    for done in kept.keys() - later:
         del kept[done]
     return weights
+
+
+def latent_cache(
+    output: torch.Tensor, captures: Sequence[AttentionCapture], plan: FusionPlan, layer_idx: int, kept: Kept
+) -> Cached:
+    """What a layer of layout latent caches of the calibration windows; `output [D, n_q, d]`, others as above."""
+    layer, own = plan.layers[layer_idx], None
+    if layer.reads:
+        own = reading_maps(output, captures, plan, layer_idx, kept).own
+    elif not layer.untouched:
+        own = wide_maps(output, captures, layer, plan.heads)
+    return cached_states(captures, layer.key_groups, own, plan.heads.rotary_dim)
 
 
 def cached_states(

@@ -99,19 +99,7 @@ def fuse_wide_layer(
         `key [1, w_k, D]` and `value [1, w_v, D]` of all groups side by side, the read maps, and the refitted `output`;
         and the maps of what it caches.
     """
-    groups = layer.key_groups
-    assert layer.key_widths is not None
-    assert layer.value_widths is not None
-    assert layer.rotary_slots is not None
-    moments = key_moments(captures, heads)
-    tables = zip(groups, layer.rotary_slots, layer.key_widths, strict=True)
-    keys = WideKeys(
-        tuple(key_basis(moments.of(group)).carrying(slots, width) for group, slots, width in tables), heads.rotary_dim
-    )
-    averaged = value_moments(captures, weights.output, heads, (keys, groups))
-    widths = zip(groups, layer.value_widths, strict=True)
-    values = WideValues(tuple(plain_basis(averaged.of(group)).narrowed(width) for group, width in widths))
-    keys, values = keys.even(captures, groups), values.even(captures, groups)
+    groups, (keys, values) = layer.key_groups, wide_maps(weights.output, captures, layer, heads)
     output = refit_output(weights.output, captures, {"key": (keys, groups), "value": (values, groups)})
     key, key_bias = written(weights.key, weights.key_bias, keys, groups)
     value, value_bias = written(weights.value, weights.value_bias, values, groups)
@@ -121,6 +109,25 @@ def fuse_wide_layer(
         **reads_of(keys.bases),  # type: ignore[arg-type]
     )  # fmt: skip
     return fused, (keys, values)
+
+
+def wide_maps(
+    output: torch.Tensor, captures: Sequence[AttentionCapture], layer: LayerPlan, heads: HeadLayout
+) -> tuple[WideKeys, WideValues]:
+    """The maps of what a layer caches; arguments as of `fuse_wide_layer`, `output [D, n_q, d]`."""
+    groups = layer.key_groups
+    assert layer.key_widths is not None
+    assert layer.value_widths is not None
+    assert layer.rotary_slots is not None
+    moments = key_moments(captures, heads)
+    tables = zip(groups, layer.rotary_slots, layer.key_widths, strict=True)
+    keys = WideKeys(
+        tuple(key_basis(moments.of(group)).carrying(slots, width) for group, slots, width in tables), heads.rotary_dim
+    )
+    averaged = value_moments(captures, output, heads, (keys, groups))
+    widths = zip(groups, layer.value_widths, strict=True)
+    values = WideValues(tuple(plain_basis(averaged.of(group)).narrowed(width) for group, width in widths))
+    return keys.even(captures, groups), values.even(captures, groups)
 
 
 def _largest(states: Sequence[torch.Tensor], basis: KeyBasis | PlainBasis) -> torch.Tensor:

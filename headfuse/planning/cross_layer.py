@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from headfuse.fusion.reading import Cached
-from headfuse.fusion.reading_layer import conditional_slots, fuse_latent_layer
+from headfuse.fusion.reading_layer import Kept, conditional_slots, latent_cache
 from headfuse.modeling.configuration_latent import layer_kinds
 from headfuse.models.placement import factories_on
 from headfuse.models.streamed import StreamedModel
@@ -32,7 +32,7 @@ def with_sources(
         reach: how many layers of a layer's own kind it may read.
         on_progress: called with `sources`, the layers done and all layers.
     """
-    kinds, kept = layer_kinds(streamed.config.get_text_config()), dict[int, Cached]()
+    kinds, kept = layer_kinds(streamed.config.get_text_config()), Kept()
     states = [streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)]
     for source in streamed.walk(states):
         layer, index = plan.layers[source.index], source.index
@@ -45,6 +45,8 @@ def with_sources(
                 found = {"key_sources": tuple(alike), "value_sources": tuple(alike), "rotary_slots": (slots,)}
                 layers = (*plan.layers[:index], layer.model_copy(update=found), *plan.layers[index + 1 :])
                 plan = plan.model_copy(update={"layers": layers})
-            fuse_latent_layer(source.weights, source.captures, plan, index, kept, read_later=True)
+            kept[index] = latent_cache(source.weights.output, source.captures, plan, index, kept)
+        for unread in [i for i in range(index + 1) if kinds[i] == kinds[index]][:-reach]:
+            kept.pop(unread, None)
         on_progress("sources", index + 1, streamed.num_layers)
     return plan

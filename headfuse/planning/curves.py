@@ -35,15 +35,20 @@ class Point:
 
 
 def check_curves(config: FuseConfig) -> None:
-    """Refuse a method whose loss no closed form predicts.
+    """Refuse what no curve predicts.
 
     Raises:
-        ConfigError: for a method that trains.
+        ConfigError: for a method that trains, and for layers that read other layers.
     """
     if FUSION_METHODS[config.method].trained:
         raise ConfigError(
             f"method {config.method} trains, and curves are of the closed form", where="--curves",
             fix="leave one of the two out",
+        )  # fmt: skip
+    if config.budget.cross_layer:
+        raise ConfigError(
+            "curves are of layers that read their own cache alone", where="--cross-layer",
+            fix="leave --cross-layer or --curves out",
         )  # fmt: skip
 
 
