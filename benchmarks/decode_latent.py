@@ -8,8 +8,9 @@ multiply-adds that each does. Weights, maps and slots are random; speed does not
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ Written by `python benchmarks/decode_latent.py --shape smollm2-135m mha-6m --ste
 benchmarks/results/decode_latent.jsonl: one layer's attention in a decode step, with one group of all heads, relative to
 SDPA on the source's own heads. As above it is float32 on one thread; other work ran on the machine, and the ratios are
 medians of paired runs. Every query head reads the whole width, so fewer bytes are not always less time: at a half,
-a query head of mha-6m reads 128 channels, where its source reads 32. Its step becomes slower.
+a query head of mha-6m reads 128 channels, where its source reads 32. "reads": so many other layers' caches are read
+beside the layer's own (`--reads 1`, as with `--cross-layer 1`), which takes no more memory and more time.
 """
 
 
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--context", nargs="+", type=int, default=[4096, 16384])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--reads", type=int, default=0, help="how many other layers a layer reads, as --cross-layer")
     parser.add_argument("--max-mib", type=int, default=600, help="source caches above this are left out")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/decode_latent.jsonl"))
     parser.add_argument("--page", type=Path, default=Path("docs/results/decode.md"))
@@ -51,6 +54,7 @@ def main() -> None:
         for batch in options.batch:
             for context in options.context:
                 case = {"model": name, "batch": batch, "context": context, "budgets": options.budget}
+                case |= {"reads": options.reads} if options.reads else {}
                 mib = 2 * heads * batch * context * head_dim * 4 / 2**20
                 if mib > options.max_mib or case in [row["case"] for row in done]:
                     continue
@@ -79,17 +83,32 @@ def race(
     work = {"source": 2 * queries * head_dim * context * batch}
     for budget in options.budget:
         width = round(float(Fraction(budget)) * heads * head_dim)
-        attention = random_model(latent_config(source, heads, head_dim, width)).model.layers[0].self_attn
-        caches = random_caches(layers, batch, context, width, 1, 1)
-        rivals[budget] = lambda f=attention.attend_once, c=caches: f(query, *next(c), None)  # type: ignore[misc]
-        work[budget] = 2 * queries * width * context * batch
+        config = latent_config(source, heads, head_dim, width, options.reads)
+        attention = random_model(config).model.layers[options.reads].self_attn
+        caches = random_caches(layers + options.reads, batch, context, width, 1, 1)
+        rivals[budget] = functools.partial(step, attention, query, caches, options.reads)
+        work[budget] = 2 * queries * width * context * batch * (1 + options.reads)
     times = paired(rivals, options.steps)
     return {
         "source_ms": milliseconds(times["source"]),
         "ratios": {budget: ratio(times, budget, "source") for budget in options.budget},
-        "bytes": {name: 2 * int(share * heads * head_dim) * 4 * context * batch for name, share in shares(options)},
+        "bytes": {
+            name: 2
+            * int(share * heads * head_dim)
+            * 4
+            * context
+            * batch
+            * (1 if name == "source" else 1 + options.reads)
+            for name, share in shares(options)
+        },
         "multiply_adds": work,
     }
+
+
+def step(attention: Any, query: torch.Tensor, caches: Iterator[tuple[torch.Tensor, torch.Tensor]], reads: int) -> None:
+    """One decode step's attention, with other layers' caches at hand as the model's forward pass hands them on."""
+    attention.shared.update((layer, next(caches)) for layer in range(reads))
+    attention.attend_once(query, *next(caches), None)
 
 
 def shares(options: argparse.Namespace) -> list[tuple[str, float]]:
@@ -97,27 +116,33 @@ def shares(options: argparse.Namespace) -> list[tuple[str, float]]:
     return [("source", 1.0), *((budget, float(Fraction(budget))) for budget in options.budget)]
 
 
-def latent_config(source: Any, heads: int, head_dim: int, width: int) -> LatentConfig:
-    """One group of all heads with `width` channels on each side, and every frequency as often as the next."""
-    slots = [slot * (head_dim // 2) // (width // 2) for slot in range(width // 2)]
+def latent_config(source: Any, heads: int, head_dim: int, width: int, reads: int = 0) -> LatentConfig:
+    """One group of all heads with `width` channels on each side, and every frequency as often as the next.
+
+    The last one of `reads` + 1 equal layers reads all of them.
+    """
+    slots, layers = [slot * (head_dim // 2) // (width // 2) for slot in range(width // 2)], reads + 1
+    sources = [*([] for _ in range(reads)), list(range(reads))] if reads else None
     return LatentConfig(
-        source_config=source.to_dict(), headfuse_format=1, groups=[[list(range(heads))]], key_widths=[[width]],
-        value_widths=[[width]], rotary_slots=[[slots]],
+        source_config={**source.to_dict(), "num_hidden_layers": layers, "layer_types": None}, headfuse_format=1,
+        groups=[[list(range(heads))]] * layers, key_widths=[[width]] * layers, value_widths=[[width]] * layers,
+        rotary_slots=[[slots]] * layers, key_sources=sources, value_sources=sources,
     )  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Ratios of times, bytes and multiply-adds to those of the source."""
     lines = [
-        "| layer of | batch | context | kept | source ms | time, latent to source | bytes | multiply-adds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| layer of | batch | context | kept | reads | source ms | time, latent to source | bytes | multiply-adds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         case = row["case"]
         for budget in case["budgets"]:
             read, work = (row[name][budget] / row[name]["source"] for name in ("bytes", "multiply_adds"))
             lines.append(
-                f"| {case['model']} | {case['batch']} | {case['context']} | {budget} | {row['source_ms']:.2f} "
+                f"| {case['model']} | {case['batch']} | {case['context']} | {budget} | {case.get('reads', 0)} "
+                f"| {row['source_ms']:.2f} "
                 f"| {row['ratios'][budget]:.2f} | {read:.2f} | {work:.2f} |"
             )
     return "\n".join(lines)
