@@ -82,8 +82,8 @@ def fused(model: Path, output: Path, preset: str, samples: int, **options: str) 
         seconds[stage], last = seconds.get(stage, 0.0) + now - last, now
 
     headfuse.fuse(
-        model, budget=0.25, preset=preset, device="cuda", samples=samples, sequence_length=LENGTH, data="default",
-        output=output, overwrite=True, on_progress=on_progress, **options,
+        model, budget=0.25, layout="decoupled", preset=preset, device="cuda", samples=samples, sequence_length=LENGTH,
+        data="default", output=output, overwrite=True, on_progress=on_progress, **options,
     )  # fmt: skip
     seconds["files"] = time.monotonic() - last
     return seconds

@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/how-it-works/figures"))
     options = parser.parse_args()
     overrides = {
-        "budget.total": options.budget, "method": options.method, "preset": "best", "calibration.data": options.data,
+        "budget.total": options.budget, "method": options.method, "preset": "best",
+        "layout": "decoupled", "calibration.data": options.data,
         "calibration.samples": options.samples, "calibration.sequence_length": options.sequence_length,
     }  # fmt: skip
     config = load_config(None, overrides)

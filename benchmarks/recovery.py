@@ -39,8 +39,8 @@ STARTS: dict[str, dict[str, Any]] = {
     "dha, uniform": {"method": "dha", "allocator": "uniform", "dha": DHA},
     "dha, KL": {"method": "dha", "dha": {**DHA, "loss": "kl"}},
     "dha, from subspace": {"method": "dha", "dha": {**DHA, "start": "subspace"}},
-    "fast": {"preset": "fast"},
-    "balanced": {"preset": "balanced"},
+    "fast": {"layout": "decoupled", "preset": "fast"},
+    "balanced": {"layout": "decoupled", "preset": "balanced"},
 }
 """Name -> options of `headfuse fuse`: mean-pooled GQA, its ablations, and the presets of the default method."""
 KEY = ("budget", "start", "seed", "tokens")

@@ -58,8 +58,9 @@ def cost(command: list[str]) -> Cost:
 
 
 def conversion(model: Path, out: Path, samples: int, *more: str) -> list[str]:
-    """The command that converts a model with preset fast."""
-    options = ["--preset", "fast", "--samples", str(samples), "--sequence-length", str(LENGTH), "--threads", "1"]
+    """The command that converts a model with preset fast, in layout decoupled."""
+    options = ["--layout", "decoupled", "--preset", "fast", "--samples", str(samples), "--threads", "1"]
+    options += ["--sequence-length", str(LENGTH)]
     return [*PROGRAM, "fuse", str(model), "-o", str(out), "--overwrite", "-q", *options, *more]
 
 
@@ -153,7 +154,7 @@ PAPER = {
 
 
 def paper() -> None:
-    """What `--dry-run` would count for the shapes of PAPER: 8 x 512 tokens, preset fast, a quarter of the cache."""
+    """What `--dry-run` would count for the shapes of PAPER: 8 x 512 tokens, preset fast, `decoupled`, a quarter."""
     from types import SimpleNamespace
 
     import torch
@@ -163,7 +164,7 @@ def paper() -> None:
     from headfuse.conversion.cost import count
     from headfuse.models.heads import head_layout
 
-    settings = load_config(None, {"preset": "fast", "calibration.samples": 8})
+    settings = load_config(None, {"layout": "decoupled", "preset": "fast", "calibration.samples": 8})
     for name, shape in PAPER.items():
         config = LlamaConfig(
             **{"num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008, **shape}

@@ -24,13 +24,15 @@ Preset = Literal["fast", "balanced", "best"]
 """Names in PRESETS."""
 Runtime = Literal["transformers", "vllm", "llama.cpp", "sglang"]
 """Names in LAYOUT_FOR."""
+DEFAULT_LAYOUTS: tuple[Layout, ...] = ("latent", "decoupled")
+"""Where no layout is given, the first that goes with the model and the other options (planning/layout_choice.py)."""
 LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
-    "transformers": ("decoupled", "layerwise", "gqa", "latent"),
+    "transformers": ("latent", "decoupled", "layerwise", "gqa"),
     "vllm": ("gqa", "layerwise", "decoupled", "latent"),
     "llama.cpp": ("gqa", "layerwise"),
     "sglang": ("gqa",),
 }
-"""The layouts that a runtime loads; `--for RUNTIME` picks the first."""
+"""The layouts that a runtime loads; `--for RUNTIME` picks the first that goes with the model and the other options."""
 ONE_HEAD: dict[str, tuple[Layout, ...]] = {"vllm": ("decoupled", "latent")}
 """Layouts for which a runtime caches a single head in each layer, with key and value equally wide."""
 Target = Literal["gqa", "layerwise", "gguf"]

@@ -37,6 +37,7 @@ SERIES = {
     ("decoupled", "dha"): ("DHA", "#b5651d", "^"),
     ("gqa", "balanced"): ("headfuse, gqa", "#7fb2e5", "o"),
     ("decoupled", "balanced"): ("headfuse, decoupled", "#1f5fa8", "D"),
+    ("latent", "balanced"): ("headfuse, latent", "#0a2f5c", "v"),
 }
 """Layout and conversion -> label, colour and marker."""
 
@@ -75,7 +76,8 @@ def quality(path: Path) -> None:
     figure.axes[0].set_yticks(marks, list(map(str, marks)))
     figure.axes[0].set_yticks([], minor=True)
     figure.axes[0].set_ylabel("added NLL per token, WikiText-2")
-    figure.axes[0].legend(frameon=False, fontsize=9)
+    shown = figure.axes[0].get_legend_handles_labels()
+    figure.axes[1].legend(*shown, frameon=False, fontsize=9, loc="upper right")
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "headfuse"}):
         figure.savefig(path, metadata={"Date": None})
 

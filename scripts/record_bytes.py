@@ -44,7 +44,7 @@ def commands(folder: Path) -> Iterator[tuple[str, list[str]]]:
             options = ["--budget", "0.25", "--layout", layout, "--preset", preset]
             yield f"fuse-{layout}-{preset}", ["fuse", str(MODEL), *options, *TEXT]
     for allocator in ("taylor", "shapley", "dha-greedy"):
-        options = ["--budget", "0.5", "--allocator", allocator, "--preset", "fast"]
+        options = ["--budget", "0.5", "--layout", "decoupled", "--allocator", allocator, "--preset", "fast"]
         yield f"fuse-{allocator}", ["fuse", str(MODEL), *options, *TEXT]
     for method, grouping in (("mean", "neighbours"), ("align", "anneal"), ("first", "cluster")):
         options = ["--budget", "0.5", "--method", method, "--grouping", grouping, "--preset", "fast", "--layout", "gqa"]
@@ -55,7 +55,7 @@ def commands(folder: Path) -> Iterator[tuple[str, list[str]]]:
     yield "export-layerwise", ["export", str(folder / "fuse-gqa-fast"), "--to", "layerwise"]
     yield "export-gqa", ["export", str(folder / "fuse-layerwise-fast"), "--to", "gqa"]
     yield "export.gguf", ["export", str(folder / "fuse-gqa-fast"), "--to", "gguf", "--type", "f32"]
-    yield "analyze", ["analyze", str(MODEL), "--budget", "0.25", *TEXT]
+    yield "analyze", ["analyze", str(MODEL), "--budget", "0.25", "--layout", "decoupled", *TEXT]
 
 
 def digests(output: Path) -> dict[str, str]:

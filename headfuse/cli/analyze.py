@@ -14,6 +14,7 @@ from rich.table import Table
 from headfuse.choices import WIDE
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
+from headfuse.cli.runtime import check_loads, settings_for
 from headfuse.cli.say import say
 from headfuse.reporting.progress import stages
 
@@ -71,14 +72,15 @@ def analyze(  # a parameter an option: Typer reads them
         from headfuse.text.documents import check_data
 
         check_model(model)
-        wanted = {**options.given(ctx, ANALYZE.names), "layout": options.layout_for(runtime, layout)}
-        settings, machine = ANALYZE.read(config, wanted)
+        settings, machine = ANALYZE.read(config, options.given(ctx, ANALYZE.names))
+        check_loads(runtime, settings)
         check_data(settings.calibration.data)
         source = at_revision(model, revision)
         calm_libraries(verbose)
-        settings = options.settings_for(runtime, settings, source)
+        settings, why = settings_for(runtime, settings, source, machine.trust_remote_code)
         arguments = {"config": settings, "curves": curves, "spectrum": spectrum, **dict(machine)}
-        return _analyze(source, output, overwrite, log_console(quiet or json_output), **arguments)
+        document = _analyze(source, output, overwrite, log_console(quiet or json_output), **arguments)
+        return {**document, "why_layout": why}
 
     execute(work, render, json_output, quiet, verbose)
 
@@ -195,6 +197,8 @@ def render(document: Mapping[str, Any], console: Console) -> None:
         "CKA compares the weights of two heads, aligned what they compute; at 1 they can be fused without loss."
         f" The {counted} are what each layer keeps.",
     )
+    if document["why_layout"]:
+        say(console, f"layout {document['layout']}: {document['why_layout']}")
     if document["output"]:
         plan = shlex.quote(str(Path(document["output"], "plan.json")))
         console.print(f"wrote {document['output']}", highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from headfuse.choices import WIDE
 from headfuse.cli import options
 from headfuse.cli.execute import Document, calm_libraries, execute, log_console
 from headfuse.cli.options import KEEP, OUTPUT
+from headfuse.cli.runtime import check_loads, settings_for
 from headfuse.cli.say import say
 from headfuse.estimates import mean
 from headfuse.reporting.progress import stages
@@ -82,21 +83,21 @@ def fuse(  # a parameter an option: Typer reads them
 
         gates = [] if gate is None else read_gates(gate, FUSE_METRICS)
         check_model(model)
-        settings, machine = FUSE.read(
-            config, {**options.given(ctx, FUSE.names), "layout": options.layout_for(runtime, layout)}
-        )
+        settings, machine = FUSE.read(config, options.given(ctx, FUSE.names))
+        check_loads(runtime, settings)
         check_data(settings.calibration.data)
         check_exists(plan, "`headfuse analyze --output` writes plans; so does `headfuse fuse`")
         check_writable(junit)
         source = at_revision(model, revision)
         check_summary(github_summary)
         calm_libraries(verbose)
-        settings = options.settings_for(runtime, settings, source)
+        settings, why = settings_for(runtime, settings, source, machine.trust_remote_code, plan)
         place = {"output": output, "plan": plan, "overwrite": overwrite, "resume": resume, **dict(machine)}
         if dry_run:
-            return _dry_run(source, settings, place)
+            return {**_dry_run(source, settings, place), "why_layout": why}
         result = _fuse(source, settings, place, log_console(quiet or json_output))
-        document = {**_document(result), **_sizes(source, result.output), "next": _next(model, result.output, runtime)}
+        document = {**_document(result), "why_layout": why, **_sizes(source, result.output)}
+        document["next"] = _next(model, result.output, runtime)
         document["gates"] = [judged.to_dict() for judged in judge(gates, _gated(result))]
         write_verdicts(document, junit, github_summary)
         return document
@@ -221,6 +222,8 @@ def render(document: Mapping[str, Any], console: Console) -> None:
 
         kv, cost = document["kv_bytes_per_token"], document["estimate"]
         console.print(f"would write {document['output']}, layout {document['layout']}", soft_wrap=True)
+        if document["why_layout"]:
+            say(console, f"layout {document['layout']}: {document['why_layout']}")
         console.print(f"KV cache kept: {document['kv_ratio']:.4f}, {kv['before']} -> {kv['after']} bytes per token")
         console.print(
             f"about {cost['memory_bytes'] / 1e9:.1f} GB of memory and {duration(cost['seconds'])} on this machine"
@@ -236,6 +239,8 @@ def render(document: Mapping[str, Any], console: Console) -> None:
         if not stage["kept"]:
             say(console, f"Stage '{stage['name']}' is undone: with it, the held-out NLL was {stage['nll']:.4f}.")
     counted = "channels" if document["layout"] in WIDE else "heads"
+    reason = f": {document['why_layout']}" if document["why_layout"] else ""
+    say(console, f"layout {document['layout']}{reason}")
     say(console, f"key {counted} per layer:   " + " ".join(map(str, document[f"key_{counted}"])))
     say(console, f"value {counted} per layer: " + " ".join(map(str, document[f"value_{counted}"])))
     for judged in document["gates"]:

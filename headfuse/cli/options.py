@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from headfuse import choices
 from headfuse.config.presets import PRESETS
-from headfuse.errors import ConfigError
-
-if TYPE_CHECKING:
-    from headfuse.config.fuse import FuseConfig
 
 PANELS = KEEP, HOW, TEXT, OUTPUT, MACHINE, CI, PRINT = "Keep", "How", "Text", "Output", "Machine", "CI", "Print"
 """The groups of `--help`."""
@@ -81,7 +77,11 @@ Budget = Annotated[
 ]
 Layout = Annotated[
     choices.Layout | None,
-    typer.Option(metavar=one_of(choices.Layout), help="Format of the output; see --for.", rich_help_panel=KEEP),
+    typer.Option(
+        metavar=one_of(choices.Layout),
+        help="Format of the output; default: latent, or decoupled where latent does not fit; see --for.",
+        rich_help_panel=KEEP,
+    ),
 ]
 HeadDim = Annotated[
     str | None,
@@ -218,55 +218,3 @@ Summary = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.", rich_help_panel=PRINT)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.", rich_help_panel=PRINT)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More output; show tracebacks.", rich_help_panel=PRINT)]
-
-
-def layout_for(runtime: choices.Runtime | None, layout: choices.Layout | None) -> choices.Layout | None:
-    """The layout that `--layout` names or `--for` picks.
-
-    Raises:
-        ConfigError: where the runtime does not load the layout.
-    """
-    if runtime is None:
-        return layout
-    loads = choices.LAYOUT_FOR[runtime]
-    if layout is not None and layout not in loads:
-        raise ConfigError(f"{runtime} does not load layout {layout}", where="--for", fix=f"it loads {', '.join(loads)}")
-    return layout or loads[0]
-
-
-def settings_for(runtime: choices.Runtime | None, settings: FuseConfig, model: str) -> FuseConfig:
-    """The options, with a budget that counts what the runtime caches.
-
-    If it caches one head per layer with key and value equally wide, a layer's keys and values get equal shares.
-
-    Raises:
-        UnsupportedModelError: for a family that the runtime does not run in this layout.
-        CheckpointError: for a model that cannot be read.
-    """
-    if runtime is not None and settings.budget.cross_layer:
-        check_cross_layer(runtime)
-    if runtime != "vllm":
-        return settings
-    from headfuse.checkpoint.folder import resolve_model
-    from headfuse.layouts.served import check_served
-    from headfuse.models.config import read_config
-
-    check_served(read_config(resolve_model(model), trust_remote_code=False), runtime, settings)
-    if settings.layout not in choices.ONE_HEAD[runtime] or settings.budget.shares is None:  # or counts, one by one
-        return settings
-    return settings.model_copy(update={"budget": settings.budget.model_copy(update={"layerwise": True})})
-
-
-def check_cross_layer(runtime: choices.Runtime) -> None:
-    """Refuse a runtime that gives no layer the cache of another one.
-
-    Raises:
-        UnsupportedModelError: for all but transformers.
-    """
-    from headfuse.errors import UnsupportedModelError
-
-    if runtime != "transformers":
-        raise UnsupportedModelError(
-            f"{runtime} gives no layer the cache of another one", where="--cross-layer",
-            fix="leave one of --cross-layer and --for out",
-        )  # fmt: skip

@@ -137,8 +137,9 @@ class FuseConfig(Options):
     """How heads are fused: subspace, align, mean or first; dha trains the model."""
     grouping: Annotated[str, one_of(*names(Grouping))] = "cluster"
     """Which heads are fused together: cluster (similar ones), neighbours or anneal."""
-    layout: Layout = "decoupled"
-    """The format of the output: decoupled, layerwise, gqa or latent."""
+    layout: Layout = "latent"
+    """The format of the output: latent, decoupled, layerwise or gqa. Leave it out for latent, or decoupled where latent
+    does not fit the model or the other options."""
     preset: Annotated[str, one_of(*names(Preset))] = "balanced"
     """How much work is spent on quality: fast, balanced or best."""
     calibration: CalibrationConfig = CalibrationConfig()
@@ -151,7 +152,7 @@ class FuseConfig(Options):
     @model_validator(mode="before")
     @classmethod
     def _as_the_paper(cls, raw: Any) -> Any:
-        """Method dha has its own allocator and grouping where none are given."""
+        """Method dha has its own allocator, grouping and layout where none are given."""
         if not isinstance(raw, dict) or raw.get("method") != "dha":
             return raw
         budget = raw.get("budget") or {}
@@ -159,7 +160,7 @@ class FuseConfig(Options):
             budget = budget.model_dump(exclude_unset=True)
         if isinstance(budget, dict):
             budget = {"allocator": "dha-greedy", **budget}
-        return {"grouping": "anneal", **raw, "budget": budget}
+        return {"grouping": "anneal", "layout": "decoupled", **raw, "budget": budget}
 
     @model_validator(mode="after")
     def _dha_is_decoupled(self) -> FuseConfig:

@@ -23,7 +23,7 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.models.loading import pick_device
 from headfuse.models.source import Source
 from headfuse.plan import FusionPlan
-from headfuse.planning.planner import check_budget, with_possible_width
+from headfuse.planning.layout_choice import check_budget, with_layout, with_possible_width
 from headfuse.planning.review import reviewed_plan
 from headfuse.text.calibration import CalibrationText
 
@@ -67,10 +67,11 @@ def prepare(
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     source = Source.open(str(model), machine.trust_remote_code)
-    config = with_possible_width(config, source)
     ready = None
     if plan is not None:
-        ready, config = reviewed_plan(Path(plan), source, config)
+        ready, config = reviewed_plan(Path(plan), source, with_possible_width(config, source))
+    else:
+        config = with_possible_width(with_layout(config, source.config)[0], source)
     output = default_output(source, config, ready) if output is None else Path(output)
     check_output(output, overwrite=overwrite, resume=resume, reads=[source.folder])
     kept = check_budget(config, source) if ready is None else ready.kv_channels

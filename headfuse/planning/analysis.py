@@ -18,16 +18,15 @@ from headfuse.plan import FusionPlan
 from headfuse.planning.cross_layer import with_sources
 from headfuse.planning.curves import Point, check_curves
 from headfuse.planning.curves import curves as predicted_curves
+from headfuse.planning.layout_choice import check_budget, with_layout, with_possible_width
 from headfuse.planning.planner import (
     SURVEYED,
     PlanOptions,
     ProgressCallback,
     Survey,
-    check_budget,
     make_plan,
     plan_options,
     survey,
-    with_possible_width,
 )
 from headfuse.planning.similarity import aligned_similarity, linear_cka, redundancy
 from headfuse.planning.spectrum import LayerSpectrum, Spectrum, layer_spectrum, predictions
@@ -84,7 +83,7 @@ def analyze(
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     source = Source.open(str(model), machine.trust_remote_code)
-    config = with_possible_width(config, source)
+    config = with_possible_width(with_layout(config, source.config)[0], source)
     check_budget(config, source)
     text = source.calibration_text(config.calibration, config.seed, machine.trust_remote_code)
     streamed = StreamedModel(source.checkpoint, source.config, pick_device(machine.device))

@@ -56,6 +56,14 @@ class BudgetRules:
     head_dim: int | str | None = None
     """With `one_count`: channels of a fused head, or `auto`; None: the source's."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.total, tuple) and self.layerwise and not self.one_count:
+            raise BudgetError(
+                "keys and values have budgets of their own, and layerwise gives both the same heads",
+                where="budget.layerwise",
+                fix="give one total, or use layout decoupled without budget.layerwise",
+            )
+
     def channels(self, heads: HeadLayout) -> int:
         """Channels of one counted unit: a head, or a quantum."""
         if self.head_dim is not None:
@@ -144,12 +152,7 @@ class BudgetRules:
     ) -> HeadBudget:
         """As many value heads as key heads in every layer: one row per layer, whose heads are pairs."""
         layers, n = heads.num_hidden_layers, self.counted(heads)
-        if isinstance(self.total, tuple):
-            raise BudgetError(
-                "keys and values have budgets of their own, and layerwise gives both the same heads",
-                where="budget.layerwise",
-                fix="give one total, or use layout decoupled without budget.layerwise",
-            )
+        assert not isinstance(self.total, tuple)  # refused from the start
         pairs = [
             [count for count in keys if count in values and (not self.equal_groups or n % count == 0)]
             for keys, values in zip(choices[:layers], choices[layers:], strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,9 +10,8 @@ import headfuse
 from headfuse.choices import Layout, Side
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.presets import PRESETS
-from headfuse.errors import ConfigError, UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS
-from headfuse.layouts import LAYOUTS, slot_table
+from headfuse.layouts import LAYOUTS
 from headfuse.models.placement import factories_on
 from headfuse.models.source import Source
 from headfuse.models.source_layer import SourceLayer
@@ -37,7 +35,6 @@ from headfuse.planning.survey import LayerSurvey, SurveyOptions, survey_layer
 from headfuse.planning.wide_survey import measured_widths, one_width_plans, survey_wide_layer, wide_layer_plan
 from headfuse.text.calibration import START_WEIGHT, CalibrationText
 
-logger = logging.getLogger(__name__)
 ProgressCallback = Callable[[str, int, int], None]
 """Called with a phase, the layers done and all layers."""
 SURVEYED = 1 / 3
@@ -85,62 +82,6 @@ def plan_options(config: FuseConfig) -> PlanOptions:
         seed=config.seed,
         reach=config.budget.cross_layer or 0,
     )
-
-
-def with_possible_width(config: FuseConfig, source: Source) -> FuseConfig:
-    """`--head-dim auto` becomes the source's width where the model's class has no other, or the budget buys just that.
-
-    Heads of that width in one table of every frequency are the stock layout's, which has its own rate of refinement.
-    """
-    if config.budget.head_dim != "auto" or not LAYOUTS[config.layout].one_width:
-        return config
-    try:
-        slot_table.check(source.config)
-    except UnsupportedModelError as reason:
-        logger.info("--head-dim auto keeps the source's %d channels: %s", source.heads.head_dim, reason.what)
-        own = source.heads.head_dim
-    else:
-        own = plan_options(config).rules.one_width(source.heads)[1]
-    if own != source.heads.head_dim:
-        return config
-    return config.model_copy(update={"budget": config.budget.model_copy(update={"head_dim": None})})
-
-
-def check_budget(config: FuseConfig, source: Source) -> int:
-    """Check that the budget can be met, before any heavy work; return the channels of the cache that it keeps.
-
-    Raises:
-        UnsupportedModelError: when the layout cannot hold this model.
-        ConfigError: for a method or an allocator that the layout does not go with.
-        BudgetError: saying which budget works.
-    """
-    LAYOUTS[config.layout].check(source.config)
-    rules = plan_options(config).rules
-    if config.budget.cross_layer and not LAYOUTS[config.layout].wide:
-        raise ConfigError(
-            f"layout {config.layout} has no layers that read another one's cache", where="--cross-layer",
-            fix="add --layout latent, or leave --cross-layer out",
-        )  # fmt: skip
-    if rules.head_dim is not None:
-        slot_table.check(source.config)
-    if LAYOUTS[config.layout].wide or rules.head_dim is not None:
-        _check_wide(config)
-    return rules.allocate("uniform", source.heads).total * rules.channels(source.heads)
-
-
-def _check_wide(config: FuseConfig) -> None:
-    """Refuse a method that makes heads of the source's width, and an allocator that scores single heads."""
-    methods = [name for name, method in FUSION_METHODS.items() if method.wide]
-    if config.method not in methods:
-        raise ConfigError(
-            f"method {config.method} makes no wide heads", where="--method",
-            fix=f"use {', '.join(methods)}, or layout decoupled",
-        )  # fmt: skip
-    if LAYOUTS[config.layout].wide and ALLOCATORS[config.budget.allocator].costs == "importance":
-        raise ConfigError(
-            f"allocator {config.budget.allocator} scores single heads, and layout latent has one wide head",
-            where="--allocator", fix="use sensitivity, or layout decoupled",
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def test_heads_of_a_width_that_vllms_class_does_not_have_are_refused_before_the_
 
 def test_a_source_with_such_heads_is_refused(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "model", "qwen2", head_dim=16)  # hidden_size 32, 4 query heads
-    output = " ".join(run("fuse", source, "--for", "vllm", "-o", tmp_path / "out", code=1).split())
+    line = ("fuse", source, "--for", "vllm", "--layout", "gqa", "-o", tmp_path / "out")
+    output = " ".join(run(*line, code=1).split())
     assert "hidden_size / num_attention_heads = 8 channels only" in output
 
 

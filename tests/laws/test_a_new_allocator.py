@@ -47,7 +47,8 @@ def test_planted_pairs_are_found_in_a_real_fuse(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "qwen2")
     plant(model, [[0, 3], [1, 2]])
     calibration = {"data": str(tmp_path / "text.txt"), "samples": 8, "sequence_length": 32}
-    config = FuseConfig.model_validate({"budget": {"total": "1/2"}, "preset": "fast", "calibration": calibration})
+    options = {"budget": {"total": "1/2"}, "layout": "decoupled", "preset": "fast", "calibration": calibration}
+    config = FuseConfig.model_validate(options)
     config = config.model_copy(update={"budget": config.budget.model_copy(update={"allocator": NAME})})
     headfuse.fuse(str(model), config=config, output=tmp_path / "out")
     plan = read_plan(tmp_path / "out")

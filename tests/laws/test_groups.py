@@ -33,7 +33,8 @@ def test_analyze_sees_planted_pairs(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
     plant(model, [[0, 3], [1], [2]], [[0], [1, 2, 3]])
     text = ["--data", tmp_path / "text.txt", "--samples", 8, "--sequence-length", 32]
-    document = json.loads(run("analyze", model, "--budget", "5/8", *text, "--json").splitlines()[-1])
+    options = ("--layout", "decoupled", "--budget", "5/8")
+    document = json.loads(run("analyze", model, *options, *text, "--json").splitlines()[-1])
     for layer in document["layers"]:
         assert layer["key"]["groups"] == [[0, 3], [1], [2]]
         assert layer["value"]["groups"] == [[0], [1, 2, 3]]

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,8 @@ def test_no_more_heads_fit(allocator: str) -> None:
     ],
 )
 def test_what_no_layerwise_model_has_is_refused(rules: BudgetRules) -> None:
-    changed = BudgetRules(rules.total, rules.key_heads, rules.value_heads, layerwise=True, equal_groups=True)
     with pytest.raises(BudgetError, match=r"\n"):
-        changed.allocate("uniform", SHAPE)
+        replace(rules, layerwise=True, equal_groups=True).allocate("uniform", SHAPE)
 
 
 # ---------------------------------------------------------------- the folder

@@ -137,7 +137,7 @@ def test_probes_see_text_that_nothing_was_fitted_to(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(planning, "probe_windows", watched)
     _, streamed = opened(tiny_model(tmp_path / "model"))
-    config = FuseConfig.model_validate({"preset": "balanced", "budget": {"total": "1/2"}})
+    config = FuseConfig.model_validate({"preset": "balanced", "layout": "decoupled", "budget": {"total": "1/2"}})
     for windows, apart in ((torch.arange(9 * 16).view(9, 16), True), (torch.arange(16).view(1, 16), False)):
         seen.clear()
         text = CalibrationText.split(windows, 0)

@@ -17,7 +17,8 @@ from tests.support.tiny_models import tiny_model
 
 def analyzed(model: Path, *args: object) -> dict[str, Any]:
     text = ("--data", model.parent / "text.txt", "--samples", 8, "--sequence-length", 32, "--preset", "fast")
-    document: dict[str, Any] = json.loads(run("analyze", model, *text, "--json", *args).splitlines()[-1])
+    layout = () if "--layout" in args else ("--layout", "decoupled")
+    document: dict[str, Any] = json.loads(run("analyze", model, *text, "--json", *layout, *args).splitlines()[-1])
     return document
 
 

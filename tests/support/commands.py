@@ -18,9 +18,13 @@ def run(*args: object, code: int = 0) -> str:
     return result.output
 
 
+LAYOUT = {"--layout", "--for", "--plan", "--config", "--cross-layer"}
+"""Options that may decide the layout."""
+
+
 def fuse(model: Path, out: Path, *args: object) -> dict[str, Any]:
-    """`headfuse fuse` on the tiny text; the document of `--json`."""
-    text = model.parent / "text.txt"
-    line = run("fuse", model, "-o", out, "--data", text, "--samples", 8, "--sequence-length", 32, "--json", *args)
-    document: dict[str, Any] = json.loads(line.splitlines()[-1])
+    """`headfuse fuse` on the tiny text; the document of `--json`. Layout decoupled where no argument may decide it."""
+    text, layout = model.parent / "text.txt", () if LAYOUT.intersection(args) else ("--layout", "decoupled")
+    options = ("--data", text, "--samples", 8, "--sequence-length", 32, "--json", *layout, *args)
+    document: dict[str, Any] = json.loads(run("fuse", model, "-o", out, *options).splitlines()[-1])
     return document
