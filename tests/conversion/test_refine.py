@@ -78,8 +78,9 @@ def test_layer_by_layer_is_the_whole_model_at_once(
 
 
 def fuse_example(out: Path, *options: object) -> dict[str, Any]:
-    """`headfuse fuse --json` of the bundled trained model on little text."""
-    lines = run("fuse", EXAMPLE, "-o", out, "--json", "--budget", "1/8", *TEXT, *options).splitlines()
+    """`headfuse fuse --json` of the bundled trained model on little text, in layout decoupled."""
+    options = ("--layout", "decoupled", "--budget", "1/8", *options)
+    lines = run("fuse", EXAMPLE, "-o", out, "--json", *TEXT, *options).splitlines()
     document: dict[str, Any] = json.loads(lines[-1])
     return document
 
@@ -118,7 +119,9 @@ def test_what_is_not_refined(tmp_path: Path, options: tuple[str, ...]) -> None:
 
 
 def test_kept_layers_stay_as_they_are(tmp_path: Path) -> None:
-    (tmp_path / "keep.yaml").write_text("budget: {total: 0.42, keep_layers: [4, 5], allocator: uniform}\n")
+    (tmp_path / "keep.yaml").write_text(
+        "layout: decoupled\nbudget: {total: 0.42, keep_layers: [4, 5], allocator: uniform}\n"
+    )
     lines = run("fuse", EXAMPLE, "-o", tmp_path / "out", "--json", "-c", tmp_path / "keep.yaml", *TEXT).splitlines()
     assert [stage["name"] for stage in json.loads(lines[-1])["stages"]] == ["closed form", "refined"]
     before, after = Checkpoint(EXAMPLE), Checkpoint(tmp_path / "out")
@@ -145,7 +148,7 @@ def test_an_interrupted_refinement_goes_on(tmp_path: Path, monkeypatch: pytest.M
         original(self, name, tensor)
 
     streamed: Callable[..., None] = refine_model.refine_model
-    line = ("fuse", EXAMPLE, "-o", tmp_path / "out", "-b", "1/8", *TEXT, *options)
+    line = ("fuse", EXAMPLE, "-o", tmp_path / "out", "--layout", "decoupled", "-b", "1/8", *TEXT, *options)
     with monkeypatch.context() as patch:
         patch.setattr("headfuse.conversion.refine.refine_model", lambda *args: streamed(*args[:6], stop))
         run(*line, code=130)

@@ -20,7 +20,7 @@ from tests.support.tiny_models import tiny_model
 
 LAYERS = 16
 """Enough that a run goes on for a while after its first layers are done."""
-OPTIONS = ("--budget", "0.5", "--samples", "8", "--sequence-length", "32")
+OPTIONS = ("--layout", "decoupled", "--budget", "0.5", "--samples", "8", "--sequence-length", "32")
 PATIENCE = 300.0
 """Seconds; only a machine that hangs takes so long."""
 
