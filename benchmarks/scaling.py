@@ -12,6 +12,7 @@ and its libraries takes is measured apart and subtracted.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -154,7 +155,7 @@ PAPER = {
 
 
 def paper() -> None:
-    """What `--dry-run` would count for the shapes of PAPER: 8 x 512 tokens, preset fast, `decoupled`, a quarter."""
+    """What `--dry-run` would count for the shapes of PAPER: 8 x 512 tokens, preset fast, a quarter of the cache."""
     from types import SimpleNamespace
 
     import torch
@@ -164,8 +165,8 @@ def paper() -> None:
     from headfuse.conversion.cost import count
     from headfuse.models.heads import head_layout
 
-    settings = load_config(None, {"layout": "decoupled", "preset": "fast", "calibration.samples": 8})
-    for name, shape in PAPER.items():
+    for (name, shape), layout in itertools.product(PAPER.items(), ("latent", "decoupled")):
+        settings = load_config(None, {"layout": layout, "preset": "fast", "calibration.samples": 8})
         config = LlamaConfig(
             **{"num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008, **shape}
         )
@@ -177,7 +178,7 @@ def paper() -> None:
         memory, work = count(source, settings)
         once = 8 * LENGTH * (2 * weights + 4 * config.hidden_size * LENGTH * config.num_hidden_layers)
         figures = {"memory GB": memory / 1e9, "passes": work / once, "read GB": 4 * weights / 1e9, "work": work}
-        print(json.dumps({"model": name, "weights": weights, **figures}))
+        print(json.dumps({"model": name, "layout": layout, "weights": weights, **figures}))
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

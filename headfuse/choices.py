@@ -28,7 +28,7 @@ DEFAULT_LAYOUTS: tuple[Layout, ...] = ("latent", "decoupled")
 """Where no layout is given, the first that goes with the model and the other options (planning/layout_choice.py)."""
 LAYOUT_FOR: dict[str, tuple[Layout, ...]] = {
     "transformers": ("latent", "decoupled", "layerwise", "gqa"),
-    "vllm": ("gqa", "layerwise", "decoupled", "latent"),
+    "vllm": ("latent", "decoupled", "layerwise", "gqa"),
     "llama.cpp": ("gqa", "layerwise"),
     "sglang": ("gqa",),
 }

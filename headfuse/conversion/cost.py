@@ -40,6 +40,8 @@ REFINED = 3.5
 """Cost of refining on one token within the layers, in forward passes: two forward passes, and the gradients."""
 EIGEN, WIDE_EIGEN = 1, 10
 """Work on the groups of all head counts, over [n d, n d] products; on all widths, which take all eigenvectors."""
+WIDE_PROBES = 2
+"""Measured work on the costs of widths, relative to its count (SmolLM2-135M, docs/reference/layouts.md)."""
 EFFICIENCY = 0.6
 """Speed of whole layers relative to that of one matrix product, measured on SmolLM2-135M with two cores."""
 
@@ -208,7 +210,7 @@ def _measuring_work(sizes: _Sizes, config: FuseConfig) -> float:
     if enough if sizes.wide else preset.end_loss_probes:
         work += price * seen * sizes.once + layers * (2 * counts + 1) * refit * refits
         work += layers * 2 * counts * probe_tokens(seen, layers, counts, price) * 2 * sizes.head
-    return work
+    return WIDE_PROBES * work if sizes.wide else work
 
 
 def _channels_read(config: FuseConfig, heads: HeadLayout) -> int:

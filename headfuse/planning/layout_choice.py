@@ -39,7 +39,7 @@ def with_layout(config: FuseConfig, model: Any, runtime: Runtime | None = None) 
         chosen = _counted(config.model_copy(update={"layout": layout}), runtime)
         refusal = _refusal(chosen, model, runtime)
         if refusal is None:
-            return chosen, None if named else _why(runtime, refusals)
+            return chosen, None if named else _why(layout, runtime, refusals)
         refusals[layout] = refusal
     last = refusals[layouts[-1]]
     if len({error.what for error in refusals.values()}) == 1:
@@ -61,13 +61,15 @@ def _refusal(config: FuseConfig, model: Any, runtime: Runtime | None) -> Headfus
     return None
 
 
-def _why(runtime: Runtime | None, refusals: Mapping[Layout, HeadfuseError]) -> str | None:
+def _why(layout: Layout, runtime: Runtime | None, refusals: Mapping[Layout, HeadfuseError]) -> str | None:
     """Why the options got a layout that they do not name; None for the default."""
     words = list[str]()
     if runtime is not None:
         words.append(f"the first that fits of those for {runtime} ({', '.join(LAYOUT_FOR[runtime])})")
     if refusals:
         words.append(f"not {_reasons(refusals)}")
+    if runtime is not None and layout in ONE_HEAD.get(runtime, ()):
+        words.append("for tensor parallelism, or the runtime's own model class, give --layout gqa")
     return "; ".join(words) or None
 
 

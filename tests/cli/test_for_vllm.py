@@ -34,6 +34,13 @@ def test_a_budget_counts_what_vllm_caches(model: Path, tmp_path: Path, layout: s
     assert yaml.safe_load((tmp_path / "served/headfuse.yaml").read_text())["budget"]["layerwise"] is True
 
 
+def test_without_a_layout_it_is_latent_at_the_bytes_of_vllm(model: Path, tmp_path: Path) -> None:
+    served = fuse(model, tmp_path / "served", "--for", "vllm", "--preset", "fast", "--budget", "0.5")
+    assert served["layout"] == "latent"
+    assert "--layout gqa" in served["why_layout"]
+    assert served["kv_bytes_per_token_in"]["vllm"] == CACHE / 2
+
+
 def test_the_card_says_it_where_it_differs(model: Path, tmp_path: Path) -> None:
     (tmp_path / "options.yaml").write_text("budget: {key_heads: [1, 2], value_heads: [4, 2]}\npreset: fast\n")
     for arguments in ((), ("--for", "vllm", "--layout", "decoupled")):  # counts stay as they were given

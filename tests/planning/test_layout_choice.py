@@ -88,7 +88,8 @@ def test_options_that_latent_takes_leave_it_the_default(options: dict[str, Any])
 
 def test_method_dha_is_decoupled_before_any_model_is_read() -> None:
     assert FuseConfig.model_validate({"method": "dha"}).layout == "decoupled"
-    assert chosen({"method": "dha"})[0] == "decoupled"
+    for runtime in (None, "vllm"):
+        assert chosen({"method": "dha"}, runtime=runtime) == ("decoupled", None)
 
 
 def test_a_layout_that_is_named_stays(model: Path) -> None:
@@ -102,6 +103,8 @@ def test_a_layout_that_is_named_stays(model: Path) -> None:
 def test_no_layout_fits(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"latent \(model_type 'qwen3' has a norm .*; decoupled \(--cross-layer"):
         chosen({"budget": {"cross_layer": 1}}, "qwen3")
+    with pytest.raises(UnsupportedModelError, match=r"no layout fits: latent .*it leaves out ALiBi"):
+        chosen({}, "bloom", "vllm")
     assert "add --layout gqa" in run("fuse", model, "--head-dim", "16", "--dry-run", code=1)
 
 
@@ -110,6 +113,9 @@ def test_no_layout_fits(model: Path) -> None:
     [
         ("transformers", "llama", {}, "latent"), ("transformers", "qwen3", {}, "decoupled"),
         ("transformers", "llama", {"budget": {"head_dim": "auto"}}, "gqa"),
+        ("vllm", "llama", {}, "latent"), ("vllm", "qwen3", {}, "decoupled"), ("vllm", "gpt_oss", {}, "gqa"),
+        ("vllm", "llama", {"budget": {"head_dim": "auto"}}, "gqa"),
+        ("vllm", "llama", {"budget": {"total": {"key": "1/4", "value": "1/2"}}}, "gqa"),
         ("llama.cpp", "llama", {}, "gqa"), ("sglang", "qwen3", {}, "gqa"),
         ("sglang", "llama", {"method": "mean"}, "gqa"),
     ],
@@ -119,6 +125,7 @@ def test_for_takes_the_first_that_fits(runtime: Runtime, family: str, options: d
     assert found == layout
     assert why is not None
     assert f"the first that fits of those for {runtime}" in why
+    assert ("give --layout gqa" in why) == (runtime == "vllm" and layout != "gqa")
 
 
 def test_command_line_yaml_and_python_choose_the_same(model: Path, tmp_path: Path) -> None:
