@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.support.tiny_models import tiny_model
 LAYERS = 16
 """Enough that a run goes on for a while after its first layers are done."""
 OPTIONS = ("--layout", "decoupled", "--budget", "0.5", "--samples", "8", "--sequence-length", "32")
+READERS = ("--layout", "latent", "--cross-layer", "2", *OPTIONS[2:])
 PATIENCE = 300.0
 """Seconds; only a machine that hangs takes so long."""
 
@@ -33,6 +34,7 @@ class Workplace:
     text: Path
     whole: Path
     out: Path
+    options: tuple[str, ...] = OPTIONS
 
     @property
     def partial(self) -> Path:
@@ -43,7 +45,10 @@ class Workplace:
         return self.partial / "state" / "done.json"
 
     def line(self, *args: object) -> list[str]:
-        return ["fuse", *map(str, (self.model, "-o", self.out, "--data", self.text, "--threads", 1, *OPTIONS, *args))]
+        return [
+            "fuse",
+            *map(str, (self.model, "-o", self.out, "--data", self.text, "--threads", 1, *self.options, *args)),
+        ]
 
     def fuse(self, *args: object, code: int = 0) -> str:
         """The command to its end, in this process."""
@@ -69,6 +74,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture
 def place(source: Workplace, tmp_path: Path) -> Workplace:
     return Workplace(source.model, source.text, source.whole, tmp_path / "out")
+
+
+@pytest.fixture
+def readers(source: Workplace, tmp_path: Path) -> Workplace:
+    """A run whose layers read what two layers before them cache."""
+    place = Workplace(source.model, source.text, tmp_path / "whole", tmp_path / "whole", READERS)
+    place.fuse()
+    return replace(place, out=tmp_path / "out")
 
 
 @pytest.fixture
@@ -186,6 +199,16 @@ def test_a_killed_run_goes_on_with_resume(place: Workplace, start: Callable[...,
     assert json.loads(place.done.read_text()) == before
     place.fuse("--resume")
     place.assert_whole()
+
+
+def test_a_killed_run_with_readers_goes_on(readers: Workplace, start: Callable[..., subprocess.Popen[str]]) -> None:
+    """Layers that are done are not fused again, but what they cache is read by those that are not."""
+    process = start(readers)
+    process.kill()
+    process.communicate()
+    assert not readers.out.exists()
+    readers.fuse("--resume")
+    readers.assert_whole()
 
 
 def test_an_interruption_before_the_first_layer_leaves_nothing(
