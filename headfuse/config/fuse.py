@@ -30,6 +30,8 @@ class BudgetConfig(Options):
     """Fewest key heads that a layer may keep."""
     min_value_heads: Count = 1
     """Fewest value heads that a layer may keep."""
+    min_channels: Count = 1
+    """Fewest channels that a layer may keep of its keys, and of its values. `--for vllm` sets 32 for layout latent."""
     allocator: Annotated[str, one_of(*names(Allocator))] = "sensitivity"
     """How the budget is divided among layers: sensitivity, taylor, shapley, dha-greedy or uniform."""
     layerwise: bool = False

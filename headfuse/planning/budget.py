@@ -45,6 +45,7 @@ class BudgetRules:
     keep_layers: tuple[int, ...] = ()
     min_key_heads: int = 1
     min_value_heads: int = 1
+    min_channels: int = 1
     layerwise: bool = False
     """As many value heads as key heads in every layer; of wide heads, as many channels."""
     equal_groups: bool = False
@@ -60,9 +61,8 @@ class BudgetRules:
         if isinstance(self.total, tuple) and self.layerwise and not self.one_count:
             raise BudgetError(
                 "keys and values have budgets of their own, and layerwise gives both the same heads",
-                where="budget.layerwise",
-                fix="give one total, or use layout decoupled without budget.layerwise",
-            )
+                where="budget.layerwise", fix="give one total, or use layout decoupled without budget.layerwise",
+            )  # fmt: skip
 
     def channels(self, heads: HeadLayout) -> int:
         """Channels of one counted unit: a head, or a quantum."""
@@ -92,10 +92,9 @@ class BudgetRules:
         outside = [layer for layer in self.keep_layers if layer >= layers]
         if outside:
             raise BudgetError(
-                f"layer {outside[0]} is not one of this model's",
-                where="budget.keep_layers",
+                f"layer {outside[0]} is not one of this model's", where="budget.keep_layers",
                 fix=f"layers count from 0 to {layers - 1}",
-            )
+            )  # fmt: skip
         rows = []
         for side, given, least in (
             ("key", self.key_heads, self.min_key_heads),
@@ -111,6 +110,7 @@ class BudgetRules:
                 raise BudgetError(
                     f"{least} is more than the model's {n} heads", where=f"budget.min_{side}_heads", fix=f"at most {n}"
                 )
+            least = max(least, min(n, -(-self.min_channels // self.channels(heads))))
             for layer in range(layers):
                 low, high = (least, n) if given is None else (given[layer], given[layer])
                 rows.append(range(n, n + 1) if layer in self.keep_layers else range(low, high + 1))
@@ -270,6 +270,7 @@ def budget_rules(budget: BudgetConfig, shared_partition: bool, one_count: bool, 
         budget.keep_layers,
         budget.min_key_heads,
         budget.min_value_heads,
+        budget.min_channels,
         layerwise=shared_partition or budget.layerwise,
         equal_groups=shared_partition,
         one_count=one_count,

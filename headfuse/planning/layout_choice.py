@@ -12,6 +12,7 @@ from headfuse.errors import ConfigError, HeadfuseError, UnsupportedModelError
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS, slot_table
 from headfuse.layouts.served import check_served
+from headfuse.modeling.configuration_headfuse import one_head_width
 from headfuse.models.source import Source
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.planner import plan_options
@@ -86,12 +87,16 @@ def _reasons(refusals: Mapping[Layout, HeadfuseError]) -> str:
 def _counted(config: FuseConfig, runtime: Runtime | None) -> FuseConfig:
     """The options with a budget that counts what a runtime caches.
 
-    If it caches one head per layer with key and value equally wide, a layer's keys and values get equal shares.
+    If it caches one head per layer with key and value equally wide, a layer's keys and values get equal shares. A
+    wide head then has at least as many channels as that head.
     """
     one_head = runtime is not None and config.layout in ONE_HEAD.get(runtime, ())
     if not one_head or config.budget.shares is None:  # or counts, one by one
         return config
-    return config.model_copy(update={"budget": config.budget.model_copy(update={"layerwise": True})})
+    budget: dict[str, Any] = {"layerwise": True}
+    if LAYOUTS[config.layout].wide:
+        budget["min_channels"] = max(config.budget.min_channels, one_head_width(0, 0))
+    return config.model_copy(update={"budget": config.budget.model_copy(update=budget)})
 
 
 def check_fits(config: FuseConfig, model: Any) -> None:

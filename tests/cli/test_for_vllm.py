@@ -101,3 +101,13 @@ def test_what_vllm_pads_is_counted_where_full_attention_and_windows_are_mixed(tm
     assert document["kv_bytes_per_token_in"]["vllm"] == 4 * 2 * (3 * 128 + 128 + 64)  # windows: 96 channels in 128
     assert document["source_kv_bytes_per_token_in"]["vllm"] == 4 * 2 * 128 * 6  # two blocks of two for three layers
     assert "| KV bytes per token in vLLM | 6144 | 4608 |" in (tmp_path / "out/README.md").read_text()
+
+
+def test_no_layer_keeps_fewer_channels_than_vllm_caches(model: Path, tmp_path: Path) -> None:
+    """Steps of widths are 8 channels here, and vLLM caches 32 for a layer that keeps fewer."""
+    fuse(model, tmp_path / "served", "--for", "vllm", "--preset", "fast", "--budget", "0.5")
+    options = (tmp_path / "served/headfuse.yaml").read_text()
+    assert yaml.safe_load(options)["budget"]["min_channels"] == 32
+    (tmp_path / "options.yaml").write_text("budget: {total: 0.5, min_channels: 64}\npreset: fast\n")
+    even = fuse(model, tmp_path / "even", "--config", tmp_path / "options.yaml")
+    assert {*even["key_channels"], *even["value_channels"]} == {64}
