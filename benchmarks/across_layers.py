@@ -29,11 +29,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import headfuse
+from headfuse.choices import Side
 from headfuse.conversion.preflight import prepare
 from headfuse.evaluation.evaluate import evaluate
 from headfuse.fusion.reading_layer import conditional_slots
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
+from headfuse.planning.budget import width_quantum
 from headfuse.planning.planner import SURVEYED
 from headfuse.text.calibration import START_WEIGHT
 
@@ -110,16 +112,14 @@ def in_pairs(options: argparse.Namespace, plan: FusionPlan, settings: dict[str, 
     """The plan in which every second layer caches nothing and reads the one before it, as wide as both would be."""
     prepared = prepare(options.model, output=tempfile.mktemp(), **settings)
     streamed = StreamedModel(prepared.source.checkpoint, prepared.source.config, prepared.device)
-    text, layers, full = prepared.text.part(SURVEYED), list(plan.layers), plan.heads.kv_channels
-    full //= 2 * plan.heads.num_hidden_layers
+    text, layers = prepared.text.part(SURVEYED), list(plan.layers)
+    keys, values = pair_widths(plan, "key"), pair_widths(plan, "value")
     whole = (tuple(range(plan.heads.num_key_value_heads)),)
     with torch.no_grad():
         for source in streamed.walk([streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)]):
             first = source.index - source.index % 2
-            pair = plan.layers[first : first + 2]
-            d = plan.heads.head_dim
-            key, value = (min(full, sum(layer.channels(side, d) for layer in pair)) for side in ("key", "value"))
             if source.index == first:
+                key, value = keys[first // 2], values[first // 2]
                 found: dict[str, Any] = {
                     "key_widths": (key,), "value_widths": (value,),
                     "rotary_slots": (conditional_slots(source.captures, plan.heads, None, key),),
@@ -130,6 +130,19 @@ def in_pairs(options: argparse.Namespace, plan: FusionPlan, settings: dict[str, 
             groups = {"key_groups": whole, "value_groups": whole}
             layers[source.index] = layers[source.index].model_copy(update={**groups, **found})
     return plan.model_copy(update={"layers": tuple(layers)})
+
+
+def pair_widths(plan: FusionPlan, side: Side) -> list[int]:
+    """Channels of each pair of layers: of both in the plan, and what is more than a layer has goes to other pairs."""
+    heads, quantum = plan.heads, width_quantum(plan.heads)
+    full = heads.num_key_value_heads * heads.head_dim
+    channels = [layer.channels(side, heads.head_dim) for layer in plan.layers]
+    wanted = [sum(channels[first : first + 2]) for first in range(0, len(channels), 2)]
+    widths = [min(full, width) for width in wanted]
+    while sum(widths) < min(sum(wanted), full * len(widths)):
+        narrow = min(range(len(widths)), key=widths.__getitem__)
+        widths[narrow] += min(quantum, full - widths[narrow])
+    return widths
 
 
 def as_published(folder: Path, model: Path, num_layers: int) -> None:
