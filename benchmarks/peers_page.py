@@ -18,7 +18,8 @@ TEXTS = ("wikitext2", "redpajama")
 CALIBRATION = "redpajama_train.jsonl"
 NAMES = {"transmla": "TransMLA", "care": "CARE", "palu": "Palu"}
 METHODS = ("first", "mean", "align", "dha", "fast", "balanced", "best")
-LAYOUTS = ("latent", "latent, reads 1", "latent, reads 5", "decoupled", "gqa", "gqa, wide", "layerwise")
+READS = ("latent, reads 1", "latent, reads 3", "latent, reads 5")
+LAYOUTS = ("latent", *READS, "decoupled", "gqa", "gqa, wide", "layerwise")
 Row = dict[str, Any]
 
 
