@@ -13,6 +13,7 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS, slot_table
 from headfuse.layouts.served import check_served
 from headfuse.modeling.configuration_headfuse import one_head_width
+from headfuse.models.heads import head_layout
 from headfuse.models.source import Source
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.planner import plan_options
@@ -37,7 +38,7 @@ def with_layout(config: FuseConfig, model: Any, runtime: Runtime | None = None) 
     named, refusals = "layout" in config.model_fields_set, dict[Layout, HeadfuseError]()
     layouts = (config.layout,) if named else DEFAULT_LAYOUTS if runtime is None else LAYOUT_FOR[runtime]
     for layout in layouts:
-        chosen = _counted(config.model_copy(update={"layout": layout}), runtime)
+        chosen = _counted(config.model_copy(update={"layout": layout}), runtime, model)
         refusal = _refusal(chosen, model, runtime)
         if refusal is None:
             return chosen, None if named else _why(layout, runtime, refusals)
@@ -84,18 +85,22 @@ def _reasons(refusals: Mapping[Layout, HeadfuseError]) -> str:
     return "; ".join(f"{', '.join(layouts)} ({reason})" for reason, layouts in reasons.items())
 
 
-def _counted(config: FuseConfig, runtime: Runtime | None) -> FuseConfig:
+def _counted(config: FuseConfig, runtime: Runtime | None, model: Any) -> FuseConfig:
     """The options with a budget that counts what a runtime caches.
 
     If it caches one head per layer with key and value equally wide, a layer's keys and values get equal shares. A
-    wide head then has at least as many channels as that head.
+    wide head then has at least as many channels as that head, if the budget buys them.
     """
     one_head = runtime is not None and config.layout in ONE_HEAD.get(runtime, ())
     if not one_head or config.budget.shares is None:  # or counts, one by one
         return config
     budget: dict[str, Any] = {"layerwise": True}
-    if LAYOUTS[config.layout].wide:
-        budget["min_channels"] = max(config.budget.min_channels, one_head_width(0, 0))
+    shares, least = config.budget.shares, one_head_width(0, 0)
+    share = min(shares) if isinstance(shares, tuple) else shares
+    if LAYOUTS[config.layout].wide and not config.budget.keep_layers:
+        heads = head_layout(model, "config.json")
+        if share * heads.num_key_value_heads * heads.head_dim >= least:
+            budget["min_channels"] = max(config.budget.min_channels, least)
     return config.model_copy(update={"budget": config.budget.model_copy(update=budget)})
 
 
