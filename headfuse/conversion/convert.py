@@ -187,8 +187,8 @@ def _convert(
             if layer.index in done.layers:
                 if layer.index in fused.plan.sources:  # what it caches is read by layers that may not be done
                     with factories_on(streamed.device):
-                        read = latent_cache(layer.weights.output, layer.captures, fused.plan, layer.index, kept)
-                    kept[layer.index] = read
+                        output, captures = layer.weights.output, layer.captures
+                        kept[layer.index] = latent_cache(output, captures, fused.plan, layer.index, kept)
             else:
                 written = _fused(streamed.arch, layer, fused.plan, done.writer.dtypes, kept)
                 on_host = {name: tensor.cpu() for name, tensor in written.items()}

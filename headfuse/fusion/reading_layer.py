@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -19,15 +19,22 @@ from headfuse.fusion.reading import (
 from headfuse.fusion.refit import refit_to
 from headfuse.fusion.wide import KeyBasis, PlainBasis, key_basis, plain_basis
 from headfuse.fusion.wide_attention import cached_keys, cached_values
-from headfuse.fusion.wide_layer import WideKeys, WideValues, fuse_wide_layer, reads_of, rows_of, wide_maps, written
+from headfuse.fusion.wide_layer import (
+    Reads,
+    WideKeys,
+    WideValues,
+    fuse_wide_layer,
+    reads_of,
+    rows_of,
+    wide_maps,
+    with_wide_heads,
+)
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import FusionPlan, Groups, HeadLayout
 
 Heads = Callable[[int], torch.Tensor]
 """Keys or values of the source's heads `[B, n, T, d]` in a capture, as the fused layer reconstructs them."""
-Reads = dict[str, torch.Tensor | None]
-"""Read maps by the names of the model code."""
 Kept = dict[int, Cached]
 """What layers cache of the calibration windows."""
 
@@ -81,17 +88,12 @@ def fuse_latent_layer(
     """
     layer, own = plan.layers[layer_idx], None
     if layer.reads:
-        whole, maps = layer.key_groups, reading_maps(weights.output, captures, plan, layer_idx, kept)
+        maps = reading_maps(weights.output, captures, plan, layer_idx, kept)
         own = maps.own
         output = refit_to(
             weights.output, captures, lambda index: captures[index].attend(maps.keys(index), maps.values(index))
         )
-        key, key_bias = written(weights.key, weights.key_bias, own[0], whole)
-        value, value_bias = written(weights.value, weights.value_bias, own[1], whole)
-        weights = replace(
-            weights, key=key, key_bias=key_bias, value=value, value_bias=value_bias, output=output,
-            **maps.reads,  # type: ignore[arg-type]
-        )  # fmt: skip
+        weights = with_wide_heads(weights, own, layer.key_groups, output, maps.reads)
     elif not layer.untouched:
         weights, own = fuse_wide_layer(weights, captures, layer, plan.heads)
     if layer_idx in plan.sources:

@@ -15,6 +15,9 @@ from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import Groups, HeadLayout, LayerPlan
 
+Reads = dict[str, torch.Tensor | None]
+"""Read maps by the names of the model code."""
+
 
 @dataclass(frozen=True)
 class WideKeys:
@@ -101,14 +104,8 @@ def fuse_wide_layer(
     """
     groups, (keys, values) = layer.key_groups, wide_maps(weights.output, captures, layer, heads)
     output = refit_output(weights.output, captures, {"key": (keys, groups), "value": (values, groups)})
-    key, key_bias = written(weights.key, weights.key_bias, keys, groups)
-    value, value_bias = written(weights.value, weights.value_bias, values, groups)
-    fused = replace(
-        weights, key=key, key_bias=key_bias, value=value, value_bias=value_bias, output=output,
-        value_read=torch.cat([basis.read.mT.flatten(0, 1) for basis in values.bases]),
-        **reads_of(keys.bases),  # type: ignore[arg-type]
-    )  # fmt: skip
-    return fused, (keys, values)
+    reads = {**reads_of(keys.bases), "value_read": torch.cat([basis.read.mT.flatten(0, 1) for basis in values.bases])}
+    return with_wide_heads(weights, (keys, values), groups, output, reads), (keys, values)
 
 
 def wide_maps(
@@ -139,7 +136,23 @@ def _largest(states: Sequence[torch.Tensor], basis: KeyBasis | PlainBasis) -> to
     return largest.to(basis.energy.device).to(basis.energy.dtype)  # the device first: not all have float64
 
 
-def written(
+def with_wide_heads(
+    weights: AttentionWeights,
+    maps: tuple[WideKeys, WideValues],
+    groups: Groups,
+    output: torch.Tensor,
+    reads: Reads,
+) -> AttentionWeights:
+    """A source layer's weights with the projections of what it caches, read maps and the refitted output."""
+    key, key_bias = _written(weights.key, weights.key_bias, maps[0], groups)
+    value, value_bias = _written(weights.value, weights.value_bias, maps[1], groups)
+    return replace(
+        weights, key=key, key_bias=key_bias, value=value, value_bias=value_bias, output=output,
+        **reads,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _written(
     weight: torch.Tensor, bias: torch.Tensor | None, maps: WideKeys | WideValues, groups: Groups
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Projections `[1, w, D]` and biases `[1, w]` of what is cached, from those of the source's heads."""
@@ -147,7 +160,7 @@ def written(
     return wide, None if bias is None else maps.cached(bias.double()[:, None], groups)
 
 
-def reads_of(bases: Sequence[KeyBasis]) -> dict[str, torch.Tensor | None]:
+def reads_of(bases: Sequence[KeyBasis]) -> Reads:
     """The read maps of keys as the model code has them: rows in the order of (group, source head, channel)."""
     slots = [torch.view_as_real(basis.read.T.contiguous()).flatten(0, 1) for basis in bases]  # [g S, 2]
     plain = [basis.plain.read.mT.flatten(0, 1) for basis in bases if basis.plain is not None]  # [g c, d - 2 p]
