@@ -18,6 +18,7 @@ when it is there. The table is printed in the end.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -30,8 +31,9 @@ from safetensors.torch import load_file, save_file
 
 import headfuse
 from headfuse.choices import Side
-from headfuse.conversion.preflight import prepare
+from headfuse.conversion.preflight import Prepared, prepare
 from headfuse.evaluation.evaluate import evaluate
+from headfuse.evaluation.result import ModelFigures
 from headfuse.fusion.reading_layer import conditional_slots
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
@@ -97,20 +99,20 @@ def convert(options: argparse.Namespace, budget: str, start: str, folder: Path) 
     share: dict[str, Any] = {"total": budget}
     if start.startswith("reads"):
         share["cross_layer"] = int(start.split()[1])
-    fused = headfuse.fuse(options.model, output=folder / "fused", budget=share, **settings)
     if not start.startswith("pairs"):
-        return fused.output
+        return headfuse.fuse(options.model, output=folder / "fused", budget=share, **settings).output
+    within = headfuse.analyze(options.model, budget=share, **settings).plan
     plan = folder / "plan.json"
-    plan.write_text(in_pairs(options, fused.plan, {"budget": share, **settings}).to_json())
-    paired = headfuse.fuse(options.model, output=folder / "paired", plan=plan, **settings).output
+    prepared = prepare(options.model, output=folder / "fused", budget=share, **settings)
+    plan.write_text(in_pairs(prepared, within).to_json())
+    paired = headfuse.fuse(options.model, output=folder / "fused", plan=plan, **settings).output
     if start == "pairs":
-        as_published(paired, Path(options.model), fused.plan.heads.num_hidden_layers)
+        as_published(paired, Path(options.model), within.heads.num_hidden_layers)
     return paired
 
 
-def in_pairs(options: argparse.Namespace, plan: FusionPlan, settings: dict[str, Any]) -> FusionPlan:
+def in_pairs(prepared: Prepared, plan: FusionPlan) -> FusionPlan:
     """The plan in which every second layer caches nothing and reads the one before it, as wide as both would be."""
-    prepared = prepare(options.model, output=tempfile.mktemp(), **settings)
     streamed = StreamedModel(prepared.source.checkpoint, prepared.source.config, prepared.device)
     text, layers = prepared.text.part(SURVEYED), list(plan.layers)
     keys, values = pair_widths(plan, "key"), pair_widths(plan, "value")
@@ -163,14 +165,18 @@ def gaps(options: argparse.Namespace, folder: Path) -> tuple[dict[str, float], i
     """The NLL that a model adds to the source's, by text, and the cache bytes of a token."""
     gap, kv_bytes = dict[str, float](), 0
     for name, text in (item.split("=", 1) for item in options.text):
-        result = evaluate(
-            folder, baseline=options.model, data=text, samples=options.windows, sequence_length=LENGTH, dtype="float32",
-            trust_remote_code=True,
-        )  # fmt: skip
-        assert result.baseline is not None
-        gap[name] = round(result.model.nll - result.baseline.nll, 4)
-        kv_bytes = result.model.kv_bytes_per_token
+        model, source = (figures(each, text, options.windows) for each in (str(folder), options.model))
+        gap[name] = round(model.nll - source.nll, 4)
+        kv_bytes = model.kv_bytes_per_token
     return gap, kv_bytes
+
+
+@functools.cache
+def figures(folder: str, text: str, windows: int) -> ModelFigures:
+    """What `headfuse eval` says of a folder; a source is evaluated once."""
+    return evaluate(
+        folder, data=text, samples=windows, sequence_length=LENGTH, dtype="float32", trust_remote_code=True
+    ).model
 
 
 def show(rows: list[dict[str, Any]]) -> None:

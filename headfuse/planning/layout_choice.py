@@ -96,10 +96,9 @@ def _counted(config: FuseConfig, runtime: Runtime | None, model: Any) -> FuseCon
         return config
     budget: dict[str, Any] = {"layerwise": True}
     shares, least = config.budget.shares, one_head_width(0, 0)
-    share = min(shares) if isinstance(shares, tuple) else shares
-    if LAYOUTS[config.layout].wide and not config.budget.keep_layers:
+    if LAYOUTS[config.layout].wide and not isinstance(shares, tuple) and not config.budget.keep_layers:
         heads = head_layout(model, "config.json")
-        if share * heads.num_key_value_heads * heads.head_dim >= least:
+        if shares * heads.num_key_value_heads * heads.head_dim >= least:
             budget["min_channels"] = max(config.budget.min_channels, least)
     return config.model_copy(update={"budget": config.budget.model_copy(update=budget)})
 
@@ -166,12 +165,12 @@ def with_possible_width(config: FuseConfig, source: Source) -> FuseConfig:
 def check_budget(config: FuseConfig, source: Source) -> int:
     """Check that the budget can be met, before any heavy work; return the channels of the cache that it keeps.
 
+    The layout fits the model and the options: `with_layout` chose it.
+
     Raises:
-        UnsupportedModelError: when the layout cannot hold this model.
-        ConfigError: for an option that the layout does not go with.
+        UnsupportedModelError: when the model's class has no heads of another width.
         BudgetError: saying which budget works.
     """
-    check_fits(config, source.config)
     rules = plan_options(config).rules
     if rules.head_dim is not None:
         slot_table.check(source.config)
