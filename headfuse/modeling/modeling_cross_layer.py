@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from .modeling_headfuse import HeadfuseAttention, probabilities, rotate
+from .modeling_headfuse import HeadfuseAttention, probabilities, rotate, score
 
 States = tuple[torch.Tensor, torch.Tensor]
 
@@ -173,7 +173,7 @@ class ReadingAttention(SharingAttention):
         keys, values = self._read(key, value)
         query = query.squeeze(2).unflatten(1, (-1, self.num_key_value_groups)) * self.scaling  # [b, n_s, q, d]
         wide = (query @ self._key_matrix().mT).flatten(1, 2).split(self.parts[0], dim=-1)  # [b, n_q, w] each
-        scores = sum(part @ cached[:, 0].mT for part, cached in zip(wide, keys, strict=True) if part.shape[-1])
+        scores = sum(score(part, cached[:, 0]) for part, cached in zip(wide, keys, strict=True) if part.shape[-1])
         assert isinstance(scores, torch.Tensor)
         weights = probabilities(scores, attention_mask, self.softcap, self.sinks)
         mixed = torch.cat([weights @ cached[:, 0] for cached in values], dim=-1)  # [b, n_q, w]

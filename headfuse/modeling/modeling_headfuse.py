@@ -328,7 +328,7 @@ class HeadfuseAttention(nn.Module):
             rows = self.query_rows, self.score_rows, self.output_rows
             key_sizes, value_sizes = self.sizes
         query = _select(query * self.scaling, rows[0]).flatten(1, 2)
-        scores = _select(_grouped_product(_score, query, key, key_sizes, self.head_dim), rows[1])
+        scores = _select(_grouped_product(score, query, key, key_sizes, self.head_dim), rows[1])
         sinks = None if self.sinks is None else _select(_select(self.sinks[None], rows[0]), rows[1])[0]
         weights = probabilities(scores, attention_mask, self.softcap, sinks)
         output = _select(_grouped_product(torch.bmm, weights, value, value_sizes, self.head_dim), rows[2])
@@ -460,11 +460,11 @@ def _unfold(folded: torch.Tensor, head_dim: int) -> torch.Tensor:
     return folded.unflatten(-1, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
 
 
-def _score(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+def score(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """[b, g, d] and keys [b, s, d] to [b, g, s]; some g a CPU multiplies up to 3 times faster in the other order."""
     length, head_dim = head.shape[1:]
-    fewest = 2 if head_dim >= 128 else 4 if head_dim >= 64 and length >= 2048 else 9
-    return torch.bmm(head, rows.mT).mT if fewest <= rows.shape[1] <= 8 else torch.bmm(rows, head.mT)
+    fewest = 2 if head_dim >= 128 else 4 if head_dim >= 64 and length >= 2048 else 10
+    return torch.bmm(head, rows.mT).mT if fewest <= rows.shape[1] <= 9 else torch.bmm(rows, head.mT)
 
 
 def _grouped_product(

@@ -15,7 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationMixin
 
 from .configuration_latent import LatentConfig
 from .modeling_cross_layer import ReadingAttention, SharedStates, SharingAttention, read_parameter
-from .modeling_headfuse import HeadfusePreTrainedModel, probabilities, rotate
+from .modeling_headfuse import HeadfusePreTrainedModel, probabilities, rotate, score
 from .modeling_one_head import as_one_head
 
 
@@ -129,20 +129,19 @@ class LatentAttention(SharingAttention):
         additive or None, or [b, n_q, 1, s] with biases) to the output [b, n_q, d] and, for "eager", the attention
         weights [b, n_q, 1, s].
         """
-        query = query.squeeze(2).unflatten(1, (-1, self.num_key_value_groups)) * self.scaling  # [b, n_s, q, d]
+        query = (query.squeeze(2) * self.scaling).unflatten(1, (-1, self.num_key_value_groups))  # [b, n_s, q, d]
         maps, scores = self._read_maps(), []
         for group, (complex_read, plain_read, _) in zip(self.groups, maps, strict=True):
-            wide = self._wide_queries(
-                query[:, group.heads] if self._gathers else query, group, complex_read, plain_read
-            )
-            scores.append(wide.flatten(1, 2) @ key[:, 0, :, group.key].mT)  # [b, queries of the group, s]
-        in_order = self._in_order([_by_head(part, self.num_key_value_groups) for part in scores])
-        weights = probabilities(in_order.flatten(1, 2), attention_mask, self.softcap, self.sinks)
+            own = query[:, group.heads] if self._gathers else query
+            wide = self._wide_queries(own, group, complex_read, plain_read)
+            scores.append(score(wide.flatten(1, 2), key[:, 0, :, group.key]))  # [b, queries of the group, s]
+        in_order = self._in_order([_by_head(part, self.num_key_value_groups) for part in scores]).flatten(1, 2)
+        weights = probabilities(in_order, attention_mask, self.softcap, self.sinks)
         by_head = weights.unflatten(1, (-1, self.num_key_value_groups))  # [b, n_s, q, s]
         outputs = []
         for group, (_, _, value_read) in zip(self.groups, maps, strict=True):
             own = by_head[:, group.heads] if self._gathers else by_head
-            mixed = own.flatten(1, 2) @ value[:, 0, :, group.value]  # [b, queries of the group, r]
+            mixed = torch.bmm(own.flatten(1, 2), value[:, 0, :, group.value])  # [b, queries of the group, r]
             outputs.append(_by_head(mixed, self.num_key_value_groups) @ value_read)
         output = self._in_order(outputs).flatten(1, 2)
         return output, weights.unsqueeze(2) if self.config._attn_implementation == "eager" else None
@@ -203,10 +202,11 @@ class LatentAttention(SharingAttention):
         """Rotated queries [b, n, q, d] that read a group's cached keys as they are: [b, n, q, w_k]."""
         p, parts = self.num_planes, []
         if complex_read is not None:
-            index = self.frequencies[group.rotated]
-            first, second = query[..., :p].index_select(-1, index), query[..., p : 2 * p].index_select(-1, index)
+            planes = query[..., : 2 * p].unflatten(-1, (2, p)).index_select(-1, self.frequencies[group.rotated])
+            first, second = planes.unbind(-2)  # [b, n, q, S]
             real, imaginary = complex_read[:, None].unbind(-1)  # [n, 1, S]
-            parts += [first * real + second * imaginary, second * real - first * imaginary]
+            parts.append(torch.addcmul(first * real, second, imaginary))
+            parts.append(torch.addcmul(second * real, first, imaginary, value=-1))
         if plain_read is not None:
             parts.append(query[..., 2 * p :] @ plain_read.mT)
         return torch.cat(parts, dim=-1)
