@@ -1,0 +1,72 @@
+"""What fusing costs on tasks: `python benchmarks/tasks.py --model NAME=FOLDER --tasks-path TASKS --data TRAIN`.
+
+One row per model and conversion: it is fused as benchmarks/quality.py fuses it, and `headfuse eval --tasks standard`
+compares it with its source, question by question. The tasks come from scripts/get_tasks.py. Rows are appended to
+benchmarks/results/tasks.jsonl, and those that are there are not run again; benchmarks/overview.py shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from quality import CONVERSIONS, KEY, key, layout_options
+
+PROGRAM = str(Path(sys.executable).with_name("headfuse"))
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", nargs="+", required=True, help="NAME=FOLDER")
+    parser.add_argument("--budget", nargs="+", default=["1/2"])
+    parser.add_argument("--layout", nargs="+", default=["latent"])
+    parser.add_argument("--conversion", nargs="+", default=["balanced"], choices=CONVERSIONS)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", required=True, help="calibration text")
+    parser.add_argument("--tasks-path", required=True, help="folder that scripts/get_tasks.py wrote")
+    parser.add_argument("--limit", type=int, default=50, help="questions of every task")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tasks.jsonl"))
+    options = parser.parse_args()
+    known = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    for model, budget, layout, conversion in itertools.product(
+        options.model, options.budget, options.layout, options.conversion
+    ):
+        name, folder = model.split("=", 1)
+        values = (name, budget, layout, conversion, "", options.samples, options.seed, Path(options.data).name)
+        row = dict(zip(KEY, values, strict=True))
+        if any(key(other) == key(row) and other["limit"] == options.limit for other in known):
+            continue
+        row |= {"limit": options.limit, **measured(folder, row, options)}
+        with options.results.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        print(row["mean"], flush=True)
+
+
+def measured(folder: str, row: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Fuse, evaluate, forget: the mean accuracy of all tasks, and each task's main metric, all with standard errors."""
+    with tempfile.TemporaryDirectory() as scratch:
+        fused = str(Path(scratch) / "fused")
+        line = [PROGRAM, "fuse", folder, "-o", fused, "--quiet", "--budget", row["budget"], "--data", options.data]
+        line += [*layout_options(row["layout"]), "--samples", str(row["samples"]), "--seed", str(row["seed"])]
+        subprocess.run([*line, *CONVERSIONS[row["conversion"]]], check=True)
+        line = [PROGRAM, "eval", fused, "--baseline", folder, "--samples", "2", "--sequence-length", "512"]
+        line += ["--tasks", "standard", "--tasks-path", options.tasks_path, "--limit", str(options.limit), "--json"]
+        found = json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE).stdout)
+    main = [task for task in found["tasks"] if task["main"]]
+    sides = ("model", "baseline", "difference")
+    return {
+        "mean": {"tasks": found["tasks_mean"]["tasks"], **{side: found["tasks_mean"][side] for side in sides}},
+        "tasks": {task["task"]: {"metric": task["metric"], **{side: task[side] for side in sides}} for task in main},
+    }
+
+
+if __name__ == "__main__":
+    main()
