@@ -193,7 +193,9 @@ def figures(model: str, options: argparse.Namespace) -> dict[str, Any]:
 def forward_seconds(model: str, data: str, samples: int) -> float:
     """Seconds of one forward pass over `samples` calibration windows, logits included; measured on a few of them."""
     loaded, tokenizer = headfuse.load(model), load_tokenizer(model)
-    windows = token_windows(read_documents(data, seed=0), tokenizer, LENGTH, min(samples, FORWARD_WINDOWS))
+    windows = token_windows(
+        read_documents(data, seed=0, tokenizer=tokenizer), tokenizer, LENGTH, min(samples, FORWARD_WINDOWS)
+    )
     with torch.no_grad():
         loaded(windows[:1])  # the first call also allocates
         start = time.perf_counter()

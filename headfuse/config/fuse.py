@@ -50,6 +50,8 @@ class BudgetConfig(Options):
             raise ValueError("without total, both key_heads and value_heads are needed")
         if isinstance(self.total, SideBudget) and (self.key_heads is not None or self.value_heads is not None):
             raise ValueError("give either totals for keys and values, or key_heads and value_heads, not both")
+        if self.head_dim is not None and self.min_channels > 1:
+            raise ValueError("min_channels is for layers of free widths: with head_dim all layers have one width")
         return self
 
     @property
