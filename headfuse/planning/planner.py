@@ -180,7 +180,7 @@ def _probes(
     full = options.rules.counted(heads)
     errors = ErrorProbes(streamed, probe_windows(unseen, weighing_tokens(tokens)), equal, refit, full)
     if LAYOUTS[options.layout].wide:
-        errors.worth = WIDE_ERRORS_WORTH
+        errors.worth, errors.every_refit = WIDE_ERRORS_WORTH, False
     if options.end_loss_probes is None:
         return (errors,)
     wide = LAYOUTS[options.layout].wide

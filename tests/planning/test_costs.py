@@ -73,13 +73,14 @@ def random_maps(seed: int = 4) -> HeadMaps:
     return HeadMaps(plane_matrix(phases.conj()) / 2, plane_matrix(phases))
 
 
-@pytest.mark.parametrize("refit", [True, False])
-def test_errors_are_scaled_to_the_end_loss_of_their_side(tmp_path: Path, refit: bool) -> None:
+@pytest.mark.parametrize(("refit", "every_refit"), [(True, True), (True, False), (False, False)])
+def test_errors_are_scaled_to_the_end_loss_of_their_side(tmp_path: Path, refit: bool, every_refit: bool) -> None:
     """Errors of equal counts add up to the divergence of the whole model with that side fused, its outputs refitted."""
     model = tiny_model(tmp_path / "model", "llama", layers=3)
     _, streamed = opened(model)
     text = torch.randint(300, (16, 48), generator=torch.Generator().manual_seed(5))
     probes = ErrorProbes(streamed, WINDOWS, HeadBudget(key_heads=(2, 2, 4), value_heads=(2, 3, 1)), refit)
+    probes.every_refit = every_refit
     pairs: Groups = ((0, 1), (2, 3))
     changed: dict[Side, Any] = {"key": headfuse.load(model), "value": headfuse.load(model)}
     for layer in streamed.walk([streamed.embed(text)]):
