@@ -43,7 +43,8 @@ class ErrorProbes:
     worth: float = ERRORS_WORTH
     every_refit: bool = True
     """Refit the output for every count; False: for the equal count alone, and scale the errors of the others by what
-    it leaves of that one's. It takes a fifth of the time and serves wide heads as well (docs/experiments/wide-heads.md).
+    it leaves of that one's. It takes a fifth of the time and serves wide heads as well
+    (docs/experiments/wide-heads.md).
     """
     every_count = False
 
