@@ -2,7 +2,8 @@
 
 Writes `code_train.jsonl` and `code_test.jsonl` (this Python's standard library, every second file), `chat_train.jsonl`
 and `chat_test.jsonl` (questions and answers of GSM8K as chats, from the folder of scripts/get_tasks.py), and
-`mixed_train.jsonl`: 200 documents each of the prose, the code and the chats, in turn. What each costs as calibration
+`mixed_train.jsonl`: 200 documents each of the prose, the code and the chats, in turn; `prose_code_train.jsonl`: of the
+prose and the code. What each costs as calibration
 text is then measured by benchmarks/quality.py (docs/guides/calibration-text.md).
 """
 
@@ -40,6 +41,8 @@ def main() -> None:
     plain = ["\n\n".join(asked[first : first + 3]) for first in range(0, len(asked), 3)]
     mixed = chain.from_iterable(zip(prose, code[::2], plain, strict=False))
     write(options.output / "mixed_train.jsonl", [{"text": text} for text in mixed])
+    both = chain.from_iterable(zip(prose, code[::2], strict=False))
+    write(options.output / "prose_code_train.jsonl", [{"text": text} for text in both])
 
 
 def library() -> list[str]:

@@ -87,7 +87,7 @@ def task_cell(tasks: list[Row], which: tuple[str, str, str, str]) -> str:
     """Mean accuracy relative to the source's, with the standard error of the paired difference."""
     names = ("model", "budget", "layout", "conversion")
     for row in tasks:
-        if tuple(row[name] for name in names) == which:
+        if tuple(row[name] for name in names) == which and row["of"] == "standard":
             mean = row["mean"]
             whole = mean["baseline"]["value"]
             return f"{mean['model']['value'] / whole:.3f} ± {mean['difference']['stderr'] / whole:.3f}"

@@ -1,7 +1,7 @@
 """What fusing costs on tasks: `python benchmarks/tasks.py --model NAME=FOLDER --tasks-path TASKS --data TRAIN`.
 
 One row per model and conversion: it is fused as benchmarks/quality.py fuses it, and `headfuse eval --tasks standard`
-compares it with its source, question by question. The tasks come from scripts/get_tasks.py. Rows are appended to
+compares it with its source, question by question (`--tasks`: others). The tasks come from scripts/get_tasks.py. Rows are appended to
 benchmarks/results/tasks.jsonl, and those that are there are not run again; benchmarks/overview.py shows them.
 """
 
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quality import CONVERSIONS, KEY, key, layout_options
+from quality import CONVERSIONS, KEY, layout_options
 
 PROGRAM = str(Path(sys.executable).with_name("headfuse"))
 
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", required=True, help="calibration text")
     parser.add_argument("--tasks-path", required=True, help="folder that scripts/get_tasks.py wrote")
+    parser.add_argument("--tasks", default="standard", help="as of headfuse eval")
     parser.add_argument("--limit", type=int, default=50, help="questions of every task")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tasks.jsonl"))
     options = parser.parse_args()
@@ -42,9 +43,10 @@ def main() -> None:
         name, folder = model.split("=", 1)
         values = (name, budget, layout, conversion, "", options.samples, options.seed, Path(options.data).name)
         row = dict(zip(KEY, values, strict=True))
-        if any(key(other) == key(row) and other["limit"] == options.limit for other in known):
+        row |= {"of": options.tasks, "limit": options.limit}
+        if any(row.items() <= other.items() for other in known):
             continue
-        row |= {"limit": options.limit, **measured(folder, row, options)}
+        row |= measured(folder, row, options)
         with options.results.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
         print(row["mean"], flush=True)
@@ -58,7 +60,7 @@ def measured(folder: str, row: dict[str, Any], options: argparse.Namespace) -> d
         line += [*layout_options(row["layout"]), "--samples", str(row["samples"]), "--seed", str(row["seed"])]
         subprocess.run([*line, *CONVERSIONS[row["conversion"]]], check=True)
         line = [PROGRAM, "eval", fused, "--baseline", folder, "--samples", "2", "--sequence-length", "512"]
-        line += ["--tasks", "standard", "--tasks-path", options.tasks_path, "--limit", str(options.limit), "--json"]
+        line += ["--tasks", options.tasks, "--tasks-path", options.tasks_path, "--limit", str(options.limit), "--json"]
         found = json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE).stdout)
     main = [task for task in found["tasks"] if task["main"]]
     sides = ("model", "baseline", "difference")
