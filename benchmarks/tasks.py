@@ -1,8 +1,9 @@
 """What fusing costs on tasks: `python benchmarks/tasks.py --model NAME=FOLDER --tasks-path TASKS --data TRAIN`.
 
 One row per model and conversion: it is fused as benchmarks/quality.py fuses it, and `headfuse eval --tasks standard`
-compares it with its source, question by question (`--tasks`: others). The tasks come from scripts/get_tasks.py. Rows are appended to
-benchmarks/results/tasks.jsonl, and those that are there are not run again; benchmarks/overview.py shows them.
+compares it with its source, question by question (`--tasks`: others). The tasks come from scripts/get_tasks.py. Rows
+are appended to benchmarks/results/tasks.jsonl, and those that are there are not run again; benchmarks/overview.py shows
+them.
 """
 
 from __future__ import annotations
