@@ -7,7 +7,7 @@ mkdir -p "$out"
 python - "$out" <<'PY'
 import sys
 from pathlib import Path
-documents = Path("headfuse/data/default.txt").read_text(encoding="utf-8").split("\f")
+documents = Path("headfuse/data/prose.txt").read_text(encoding="utf-8").split("\f")
 for name, chosen in (("seen", [d for i, d in enumerate(documents) if i % 8 != 3]), ("unseen", documents[3::8])):
     (Path(sys.argv[1]) / f"{name}.txt").write_text("\n\n".join(chosen), encoding="utf-8")
 PY

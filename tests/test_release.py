@@ -70,7 +70,7 @@ def test_the_sdist_holds_what_the_wheel_is_built_from(distributions: Path) -> No
         names = {name.split("/", 1)[1] for name in files.getnames() if "/" in name}
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "headfuse").rglob("*.py")}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
-    assert wanted | {"README.md", "LICENSE", "pyproject.toml", "headfuse/data/default.txt"} <= names
+    assert wanted | {"README.md", "LICENSE", "pyproject.toml", "headfuse/data/prose.txt"} <= names
 
 
 @pytest.mark.slow

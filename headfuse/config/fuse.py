@@ -81,7 +81,7 @@ class CalibrationConfig(Options):
     """The calibration text, on which the heads are measured."""
 
     data: str = "default"
-    """The calibration text: a file, a folder or a hub dataset. `default` is a bundled sample of prose."""
+    """The calibration text: a file, a folder or a hub dataset. `default` is a bundled sample of prose and code."""
     samples: Annotated[int, Field(ge=2, strict=True)] = 64
     """How many windows of text are read."""
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 512

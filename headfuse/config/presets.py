@@ -19,7 +19,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "fast": Preset("closed form, about 4 forward passes over the text (3 in layouts other than latent)"),
+    "fast": Preset("closed form, about 3 forward passes over the text"),
     "balanced": Preset("also refines all layers together, at most 15 passes", "few", 2.0),
     "best": Preset("measures every head count, at about the same cost; use 128 samples", "all", 2.0),
 }

@@ -204,7 +204,9 @@ def _measuring_work(sizes: _Sizes, config: FuseConfig) -> float:
     smaller = min(rows, queries)
     refit = rows * (2 * queries * (smaller + width) + 4 * queries * length) + 6 * smaller**2 * queries
     error = sizes.surveyed / 4 * (4 * queries * width + 4 * queries * length)
-    work = layers * 2 * few * (refit * refits + error) + 3 * weighing_tokens(seen) * (sizes.once + 2 * sizes.head)
+    refitted = 1 if sizes.wide else few  # errors of the other widths are scaled
+    work = layers * 2 * (refitted * refit * refits + (few + sizes.wide) * error)
+    work += 3 * weighing_tokens(seen) * (sizes.once + 2 * sizes.head)
     price = PROBE_COST if preset.end_loss_probes else FAST_PROBE_COST
     enough = probe_tokens(seen, layers, counts, price) >= WIDE_PROBE_TOKENS
     if enough if sizes.wide else preset.end_loss_probes:

@@ -179,7 +179,7 @@ def _check(config: EvalConfig) -> None:
         )
     if config.data == DEFAULT_DATA:
         logger.warning(
-            "Evaluating on the bundled prose sample. Pass --data with text like your inputs for figures that count."
+            "Evaluating on bundled prose and code. Pass --data with text like your inputs for figures that count."
         )
 
 

@@ -1,7 +1,7 @@
 """The texts of a test of long contexts after RULER (arXiv 2404.06654): its tasks, templates and sizes, made offline.
 
 Every task is a function of a random generator that gives a `Puzzle`; its prompt grows with a number of units (lines,
-sentences or words), so that it fills a length. Words and prose come from the packaged text, in the place of RULER's
+sentences or words), so that it fills a length. Words and prose come from the packaged prose, in the place of RULER's
 word lists and essays.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from headfuse.choices import RulerTask
-from headfuse.text.documents import DEFAULT_DATA, read_documents
+from headfuse.text.documents import packaged
 
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _NEEDLE = "One of the special magic numbers for {key} is: {value}."
@@ -53,8 +53,8 @@ class Puzzle:
 
 @functools.cache
 def _packaged() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The different words of the packaged text, and its sentences in order."""
-    text = " ".join(" ".join(read_documents(DEFAULT_DATA)).split())
+    """The different words of the packaged prose, and its sentences in order."""
+    text = " ".join(" ".join(packaged("prose")).split())
     words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", text)))
     return tuple(words), tuple(re.split(r"(?<=[.!?]) +", text))
 

@@ -66,7 +66,7 @@ def figure_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], str]]
 
 def protocol(document: Mapping[str, Any]) -> str:
     """On what text the NLL was measured, and how."""
-    text = "the bundled prose sample" if document["data"] == "default" else document["data"]
+    text = "the bundled prose and code" if document["data"] == "default" else document["data"]
     return f"Text: {text}. {document['protocol']}."
 
 

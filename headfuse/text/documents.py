@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_DATA = "default"
-"""The text that ships inside the package: generic prose."""
+"""The texts that ship inside the package, prose and code in turn."""
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 _SHUFFLED_DOCUMENTS = 10_000
 _SHUFFLED_CHARACTERS = 2**26
@@ -32,7 +33,7 @@ def read_documents(
     with ShareGPT's `from`, `value`), which the tokenizer's chat template renders.
 
     Args:
-        data: `default` (the packaged text); a .txt file (one document, nothing stripped); a file of records: .jsonl,
+        data: `default` (the packaged texts); a .txt file (one document, nothing stripped); a file of records: .jsonl,
             .ndjson, .json (one record a line, or one array of them), .csv, .tsv (with a header line) or .parquet; a
             folder of such files, in which hidden files and metadata are skipped; a folder of
             `datasets.Dataset.save_to_disk`; or a dataset of the Hugging Face hub as `org/name`, `org/name:split` or
@@ -57,7 +58,7 @@ def open_document(data: str, tokenizer: PreTrainedTokenizerBase | None, piece: i
     if not data:  # Path("") would be the working directory: an unset variable of a script
         raise DataError("the name of the text is empty", where="--data", fix="give a text file, or leave it out")
     if data == DEFAULT_DATA:
-        return _packaged()
+        return chain.from_iterable(zip(packaged("prose"), packaged("code"), strict=True))
     path = Path(data)
     try:
         if path.is_dir():
@@ -109,6 +110,7 @@ def not_empty(documents: Iterable[str], data: str) -> Iterator[str]:
         raise DataError("holds no text", where=data, fix="give data with text in it")
 
 
-def _packaged() -> Iterator[str]:
-    text = (resources.files("headfuse") / "data" / "default.txt").read_text(encoding="utf-8")
-    yield from text.split("\f")
+def packaged(name: str) -> list[str]:
+    """The documents of a text of the package: `prose` or `code`."""
+    text = (resources.files("headfuse") / "data" / f"{name}.txt").read_text(encoding="utf-8")
+    return [document for document in text.split("\f") if document]

@@ -108,7 +108,7 @@ def uptrain(
     if job.accelerator.is_main_process:
         check_output(job.output, overwrite=overwrite, resume=resume, reads=job.reads)
     if DEFAULT_DATA in job.config.data:
-        logger.warning("Training on the bundled prose sample, which is short. Pass --data with text like your inputs.")
+        logger.warning("Training on bundled prose and code, which is short. Pass --data with text like your inputs.")
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     with shared_folder(job.accelerator, job.output, overwrite=overwrite, resume=resume, reads=job.reads) as making:

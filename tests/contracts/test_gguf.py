@@ -250,7 +250,7 @@ def test_the_tokenizer_of_mistral(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "m.gguf")
     llama = LlamaCpp(tmp_path / "m.gguf")
-    text = (Path(headfuse.__file__).parent / "data/default.txt").read_text(encoding="utf-8")
+    text = (Path(headfuse.__file__).parent / "data/prose.txt").read_text(encoding="utf-8")
     pieces = [text[start : start + 2000].lstrip(" ") for start in range(0, 60000, 2000)]
     for piece in [*pieces, *(text for text in TEXTS if not text.startswith(" "))]:
         assert llama.tokenize(piece, special=True) == tokenizer(piece).input_ids

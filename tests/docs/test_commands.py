@@ -68,7 +68,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(BUNDLED / name, folder / "model")
     shutil.copytree(folder / "model", folder / "examples/mha-6m")
-    prose = (ROOT / "headfuse/data/default.txt").read_text(encoding="utf-8").split("\f")
+    prose = (ROOT / "headfuse/data/prose.txt").read_text(encoding="utf-8").split("\f")
     for name, documents in (("corpus", prose[:-4]), ("test", prose[-4:])):
         lines = [json.dumps({"text": document}) for document in documents]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -182,7 +182,7 @@ def test_shuffled_text_is_another_sample_and_says_so(model: Path, data: str) -> 
 def test_packaged_text_is_used_with_a_warning(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = evaluate(str(model), samples=2, sequence_length=16, device="cpu")
     assert (result.data, result.windows) == ("default", 2)
-    assert "bundled prose sample" in caplog.text
+    assert "bundled prose and code" in caplog.text
 
 
 def test_command_document_and_table(model: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:

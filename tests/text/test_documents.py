@@ -45,9 +45,17 @@ def test_parquet_and_folder(tmp_path: Path) -> None:
 
 def test_packaged_text_is_divided_at_form_feeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "default.txt").write_text("one\ftwo\f", encoding="utf-8")
+    (tmp_path / "data" / "prose.txt").write_text("one\ftwo\f", encoding="utf-8")
+    (tmp_path / "data" / "code.txt").write_text("1\f2", encoding="utf-8")
     monkeypatch.setattr(text.resources, "files", lambda package: tmp_path)
-    assert list(read_documents("default")) == ["one", "two"]
+    assert list(read_documents("default")) == ["one", "1", "two", "2"]
+
+
+def test_packaged_text_has_as_much_code_as_prose() -> None:
+    """Documents in turn: calibration reads a piece of each, and code that nothing was fitted to loses most."""
+    documents = list(read_documents("default"))
+    assert len(documents) == len(set(documents)) == 66
+    assert all(compile(code, "code", "exec") for code in documents[1::2])
 
 
 def test_shuffling_is_a_permutation_that_the_seed_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
