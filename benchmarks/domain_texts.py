@@ -3,8 +3,8 @@
 Writes `code_train.jsonl` and `code_test.jsonl` (this Python's standard library, every second file), `chat_train.jsonl`
 and `chat_test.jsonl` (questions and answers of GSM8K as chats, from the folder of scripts/get_tasks.py), and
 `mixed_train.jsonl`: 200 documents each of the prose, the code and the chats, in turn; `prose_code_train.jsonl`: of the
-prose and the code. What each costs as calibration
-text is then measured by benchmarks/quality.py (docs/guides/calibration-text.md).
+prose and the code. What each costs as calibration text is then measured by benchmarks/quality.py
+(docs/experiments/calibration-domains.md).
 """
 
 from __future__ import annotations

@@ -59,14 +59,13 @@ def own_rows(ours: list[Row], base: Row, tasks: list[Row]) -> list[tuple[str, fl
     """Budget, NLL added on WikiText-2, and the cells of every row of headfuse and of mean-pooled GQA."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in ours:
-        if row["model"] == base["model"] and (
-            (row["layout"], row["conversion"]) in SHOWN or row["layout"].startswith("latent, reads")
-        ):
+        shown = (row["layout"], row["conversion"]) in SHOWN or row["layout"].startswith("latent, reads")
+        if row["model"] == base["model"] and shown and "+" not in row["allocator"]:
             groups.setdefault((row["budget"], row["layout"], row["conversion"]), []).append(row)
     result = []
     for (budget, layout, conversion), group in groups.items():
         most = max(row["samples"] for row in group)
-        used = [row for row in group if row["samples"] == most and "+" not in row["allocator"]]
+        used = [row for row in group if row["samples"] == most]
         wikitext, own = added(used, base)
         name = "mean-pooled GQA" if conversion == "mean" else f"headfuse {layout}, `{conversion}`"
         seeds = f" ({len(used)} samples)" if len(used) > 1 else ""

@@ -90,7 +90,7 @@ class ErrorProbes:
                 row[count] = output_error(seen, targets, hidden, refitted if self.every_refit else output, changed)
             if equal is not None:
                 changed = {side: fused[side, equal]}
-                if not self.every_refit and row[equal] > 0:
+                if self.refit and not self.every_refit and row[equal] > 0:
                     left = output_error(seen, targets, hidden, projection, changed) / row[equal]
                     row = {count: left * error for count, error in row.items()}
                 self.summed[side] += row[equal]
