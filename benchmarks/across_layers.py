@@ -37,8 +37,8 @@ from headfuse.evaluation.result import ModelFigures
 from headfuse.fusion.reading_layer import conditional_slots
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.planning.budget import width_quantum
 from headfuse.planning.planner import SURVEYED
+from headfuse.planning.widths import width_quantum
 from headfuse.text.calibration import START_WEIGHT
 
 LENGTH = 512

@@ -30,8 +30,9 @@ class BudgetConfig(Options):
     """Fewest key heads that a layer may keep."""
     min_value_heads: Count = 1
     """Fewest value heads that a layer may keep."""
-    min_channels: Count = 1
-    """Fewest channels that a layer may keep of its keys, and of its values. `--for vllm` sets 32 for layout latent."""
+    min_channels: Count | None = None
+    """Layout latent: fewest channels that a layer may keep of its keys, and of its values; by default half of an equal
+    share, with `--for vllm` at least 32."""
     allocator: Annotated[str, one_of(*names(Allocator))] = "sensitivity"
     """How the budget is divided among layers: sensitivity, taylor, shapley, dha-greedy or uniform."""
     layerwise: bool = False
@@ -50,7 +51,7 @@ class BudgetConfig(Options):
             raise ValueError("without total, both key_heads and value_heads are needed")
         if isinstance(self.total, SideBudget) and (self.key_heads is not None or self.value_heads is not None):
             raise ValueError("give either totals for keys and values, or key_heads and value_heads, not both")
-        if self.head_dim is not None and self.min_channels > 1:
+        if self.head_dim is not None and (self.min_channels or 1) > 1:
             raise ValueError("min_channels is for layers of free widths: with head_dim all layers have one width")
         return self
 

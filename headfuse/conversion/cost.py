@@ -21,7 +21,6 @@ from headfuse.models.placement import DeviceMemory, batch_tokens
 from headfuse.models.source import Source
 from headfuse.plan import HeadLayout
 from headfuse.planning.allocators import ALLOCATORS
-from headfuse.planning.budget import width_quantum
 from headfuse.planning.costs import measured_counts
 from headfuse.planning.fused_variants import (
     FAST_PROBE_COST,
@@ -31,7 +30,7 @@ from headfuse.planning.fused_variants import (
     weighing_tokens,
 )
 from headfuse.planning.planner import SURVEYED, WIDE_PROBE_TOKENS, plan_options
-from headfuse.planning.wide_survey import measured_widths
+from headfuse.planning.widths import measured_widths, width_quantum
 from headfuse.text.calibration import START_LENGTH, STARTS_PER_WINDOW
 
 LIBRARIES = 450 * 10**6

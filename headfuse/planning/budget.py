@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import get_args
 
+from headfuse.choices import Side
 from headfuse.config.fuse import BudgetConfig
 from headfuse.errors import BudgetError
 from headfuse.plan import HeadBudget, HeadLayout
 from headfuse.planning.allocators import ALLOCATORS, Choices, Choose, Rows
+from headfuse.planning.widths import WIDEST, least_width, width_quantum
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class BudgetRules:
     keep_layers: tuple[int, ...] = ()
     min_key_heads: int = 1
     min_value_heads: int = 1
-    min_channels: int = 1
+    min_channels: int | None = None
+    """None: of wide heads LEAST_WIDTH of what equal widths would be."""
     layerwise: bool = False
     """As many value heads as key heads in every layer; of wide heads, as many channels."""
     equal_groups: bool = False
@@ -95,11 +99,8 @@ class BudgetRules:
                 f"layer {outside[0]} is not one of this model's", where="budget.keep_layers",
                 fix=f"layers count from 0 to {layers - 1}",
             )  # fmt: skip
-        rows = []
-        for side, given, least in (
-            ("key", self.key_heads, self.min_key_heads),
-            ("value", self.value_heads, self.min_value_heads),
-        ):
+        rows, sides = list[range](), ((self.key_heads, self.min_key_heads), (self.value_heads, self.min_value_heads))
+        for side, (given, least) in zip(get_args(Side), sides, strict=True):
             if given is not None and (len(given) != layers or max(given) > n):
                 raise BudgetError(
                     f"{len(given)} counts up to {max(given)}" if given else "no counts",
@@ -110,11 +111,19 @@ class BudgetRules:
                 raise BudgetError(
                     f"{least} is more than the model's {n} heads", where=f"budget.min_{side}_heads", fix=f"at most {n}"
                 )
-            least = max(least, min(n, -(-self.min_channels // self.channels(heads))))
+            least = max(least, self._least(side, heads))
             for layer in range(layers):
                 low, high = (least, n) if given is None else (given[layer], given[layer])
                 rows.append(range(n, n + 1) if layer in self.keep_layers else range(low, high + 1))
         return rows
+
+    def _least(self, side: Side, heads: HeadLayout) -> int:
+        """Counted units that every layer keeps of a side, whatever they cost."""
+        share, least = self.total, self.min_channels
+        share = share[side == "value"] if isinstance(share, tuple) else share
+        if least is None:
+            least = 1 if share is None or not self.wide else least_width(share, heads, len(self.keep_layers))
+        return max(1, min(self.counted(heads), -(-least // self.channels(heads))))
 
     def allocate(self, allocator: str, heads: HeadLayout, costs: CostTable | None = None) -> HeadBudget:
         """Head counts of every layer under these rules, by one of ALLOCATORS.
@@ -226,15 +235,6 @@ class BudgetRules:
             budget = min(_head_count(t, heads.total_heads // 2, smallest, "--budget") for t in totals)
             count = max(c for c in shapes if c * heads.num_hidden_layers <= budget)
         return HeadBudget(key_heads=(count,) * heads.num_hidden_layers, value_heads=(count,) * heads.num_hidden_layers)
-
-
-WIDEST = 256
-"""Channels of the widest head that every attention kernel of today takes."""
-
-
-def width_quantum(heads: HeadLayout) -> int:
-    """Channels of the steps in which the widths of wide heads are chosen."""
-    return math.gcd(heads.head_dim, 8 if heads.head_dim <= 32 else 16)
 
 
 def budget_rules(budget: BudgetConfig, shared_partition: bool, one_count: bool, wide: bool = False) -> BudgetRules:

@@ -17,6 +17,7 @@ from headfuse.models.heads import head_layout
 from headfuse.models.source import Source
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.planner import plan_options
+from headfuse.planning.widths import least_width
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,9 @@ def _counted(config: FuseConfig, runtime: Runtime | None, model: Any) -> FuseCon
     if LAYOUTS[config.layout].wide and not isinstance(shares, tuple) and not config.budget.keep_layers:
         heads = head_layout(model, "config.json")
         if shares * heads.num_key_value_heads * heads.head_dim >= least:
-            budget["min_channels"] = max(config.budget.min_channels, least)
+            given = config.budget.min_channels
+            own = least_width(shares, heads) if given is None else given
+            budget["min_channels"] = max(own, least)
     return config.model_copy(update={"budget": config.budget.model_copy(update=budget)})
 
 

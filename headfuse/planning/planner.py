@@ -32,7 +32,8 @@ from headfuse.planning.fused_variants import (
 )
 from headfuse.planning.importance import HEAD_IMPORTANCE, cost_table
 from headfuse.planning.survey import LayerSurvey, SurveyOptions, survey_layer
-from headfuse.planning.wide_survey import measured_widths, one_width_plans, survey_wide_layer, wide_layer_plan
+from headfuse.planning.wide_survey import one_width_plans, survey_wide_layer, wide_layer_plan
+from headfuse.planning.widths import measured_widths
 from headfuse.text.calibration import START_WEIGHT, CalibrationText
 
 ProgressCallback = Callable[[str, int, int], None]

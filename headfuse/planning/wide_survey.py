@@ -16,14 +16,7 @@ from headfuse.plan import Groups, HeadLayout, LayerPlan
 from headfuse.planning.fused_variants import Fused
 from headfuse.planning.slot_choice import slot_table
 from headfuse.planning.survey import LayerSurvey, key_energy, key_pair_cost, value_energy, value_pair_cost
-
-LADDER = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Widths whose cost is measured, as shares of all channels of a side; between them the lost energy interpolates."""
-
-
-def measured_widths(quanta: int) -> list[int]:
-    """The widths below all `quanta` of a side whose cost is measured, in quanta."""
-    return sorted({min(max(1, round(share * quanta)), quanta - 1) for share in LADDER} - {0})
+from headfuse.planning.widths import measured_widths
 
 
 def survey_wide_layer(

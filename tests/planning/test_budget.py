@@ -49,3 +49,25 @@ def test_a_budget_in_digits_is_the_fraction_that_it_means(budget: str, width: in
     sizes = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 64}
     rules = BudgetRules(total=parse_budget(budget), one_count=True, head_dim="auto")
     assert rules.one_width(LAYOUT.model_copy(update=sizes)) == (1, width)
+
+
+@pytest.mark.parametrize("keep", [(), (0,), (1, 3)])
+@pytest.mark.parametrize("budget", ["1/10", "1/6", "1/4", "0.3333", "1/2", "0.66", "0.9", "1"])
+def test_no_wide_head_is_narrower_than_half_of_an_equal_share(budget: str, keep: tuple[int, ...]) -> None:
+    heads = LAYOUT.model_copy(update={"num_hidden_layers": 5, "head_dim": 32})
+    total = parse_budget(budget)
+    left = (total * 5 - len(keep)) / (5 - len(keep))
+    if left * 4 * 32 < 8:  # less than one quantum for a layer
+        return
+    # the first layer's keys are worth everything, and all the rest nothing
+    costs = CostTable(*([[100.0 / (c + 1) if wanted and i == 0 else 0.0 for c in range(16)] for i in range(5)]
+                        for wanted in (True, False)))  # fmt: skip
+    for rules in (BudgetRules(total, keep_layers=keep, wide=True), BudgetRules((total, total), wide=True)):
+        found = rules.allocate("sensitivity", heads, costs)
+        share = left if rules.keep_layers else total
+        least = min(count for counts in (found.key_heads, found.value_heads) for count in counts)
+        assert share * 16 / 2 - 0.01 <= least <= share * 16
+        assert found.total <= total * 160 + 1
+    if not keep:
+        narrow = BudgetRules(total, wide=True, min_channels=8).allocate("sensitivity", heads, costs)
+        assert min(narrow.value_heads) == (16 if total == 1 else 1)
