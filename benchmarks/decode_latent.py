@@ -24,12 +24,17 @@ from headfuse.modeling.configuration_latent import LatentConfig
 SHAPES = {"llama-2-7b": (32, 32, 128), "smollm2-135m": (9, 3, 64), "mha-6m": (8, 8, 32)}
 """Query heads, KV heads and head_dim of one layer of each model."""
 INTRODUCTION = """\
-Written by `python benchmarks/decode_latent.py --shape smollm2-135m mha-6m --steps 41` from
-benchmarks/results/decode_latent.jsonl: one layer's attention in a decode step, with one group of all heads, relative to
-SDPA on the source's own heads. As above it is float32 on one thread; other work ran on the machine, and the ratios are
-medians of paired runs. Every query head reads the whole width, so fewer bytes are not always less time: at a half,
-a query head of mha-6m reads 128 channels, where its source reads 32. "reads": so many other layers' caches are read
-beside the layer's own (`--reads 1`, as with `--cross-layer 1`), which takes no more memory and more time.
+Written by `python benchmarks/decode_latent.py --steps 41` from benchmarks/results/decode_latent.jsonl, then with
+`--shape smollm2-135m mha-6m --reads 1` and with `--shape llama-2-7b --groups 4`: one layer's attention in a decode
+step, relative to SDPA on the source's own heads. As above it is float32 on one thread; other work ran on the machine,
+and the ratios are medians of paired runs. Every query head reads the whole width, so fewer bytes are not always less
+time: at a half, a query head of mha-6m reads 128 channels, where its source reads 32, and one of Llama-2-7B 2,048
+instead of 128.
+
+- reads: so many other layers' caches are read beside the layer's own (as with `--cross-layer`), which takes no more
+  memory and more time.
+- groups: so many wide keys and values per layer, each of an equal part of the heads. A reviewed plan.json can have
+  them; [what they cost](../experiments/wide-heads.md).
 """
 
 
@@ -42,6 +47,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--reads", type=int, default=0, help="how many other layers a layer reads, as --cross-layer")
+    parser.add_argument("--groups", type=int, default=1, help="of a layer's heads, as --groups")
     parser.add_argument("--max-mib", type=int, default=600, help="source caches above this are left out")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/decode_latent.jsonl"))
     parser.add_argument("--page", type=Path, default=Path("docs/results/decode.md"))
@@ -55,6 +61,7 @@ def main() -> None:
             for context in options.context:
                 case = {"model": name, "batch": batch, "context": context, "budgets": options.budget}
                 case |= {"reads": options.reads} if options.reads else {}
+                case |= {"groups": options.groups} if options.groups > 1 else {}
                 mib = 2 * heads * batch * context * head_dim * 4 / 2**20
                 if mib > options.max_mib or case in [row["case"] for row in done]:
                     continue
@@ -83,11 +90,11 @@ def race(
     work = {"source": 2 * queries * head_dim * context * batch}
     for budget in options.budget:
         width = round(float(Fraction(budget)) * heads * head_dim)
-        config = latent_config(source, heads, head_dim, width, options.reads)
+        config = latent_config(source, heads, head_dim, width, options.reads, options.groups)
         attention = random_model(config).model.layers[options.reads].self_attn
         caches = random_caches(layers + options.reads, batch, context, width, 1, 1)
         rivals[budget] = functools.partial(step, attention, query, caches, options.reads)
-        work[budget] = 2 * queries * width * context * batch * (1 + options.reads)
+        work[budget] = 2 * queries * width // options.groups * context * batch * (1 + options.reads)
     times = paired(rivals, options.steps)
     return {
         "source_ms": milliseconds(times["source"]),
@@ -116,25 +123,27 @@ def shares(options: argparse.Namespace) -> list[tuple[str, float]]:
     return [("source", 1.0), *((budget, float(Fraction(budget))) for budget in options.budget)]
 
 
-def latent_config(source: Any, heads: int, head_dim: int, width: int, reads: int = 0) -> LatentConfig:
-    """One group of all heads with `width` channels on each side, and every frequency as often as the next.
+def latent_config(source: Any, heads: int, head_dim: int, width: int, reads: int = 0, count: int = 1) -> LatentConfig:
+    """Equal groups with `width` channels on each side in all, and every frequency as often as the next.
 
     The last one of `reads` + 1 equal layers reads all of them.
     """
-    slots, layers = [slot * (head_dim // 2) // (width // 2) for slot in range(width // 2)], reads + 1
+    size, own, layers = heads // count, width // count, reads + 1
+    slots = [slot * (head_dim // 2) // (own // 2) for slot in range(own // 2)]
+    groups = [list(range(first, first + size)) for first in range(0, heads, size)]
     sources = [*([] for _ in range(reads)), list(range(reads))] if reads else None
     return LatentConfig(
         source_config={**source.to_dict(), "num_hidden_layers": layers, "layer_types": None}, headfuse_format=1,
-        groups=[[list(range(heads))]] * layers, key_widths=[[width]] * layers, value_widths=[[width]] * layers,
-        rotary_slots=[[slots]] * layers, key_sources=sources, value_sources=sources,
+        groups=[groups] * layers, key_widths=[[own] * count] * layers, value_widths=[[own] * count] * layers,
+        rotary_slots=[[slots] * count] * layers, key_sources=sources, value_sources=sources,
     )  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Ratios of times, bytes and multiply-adds to those of the source."""
     lines = [
-        "| layer of | batch | context | kept | reads | source ms | time, latent to source | bytes | multiply-adds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| layer of | batch | context | kept | reads | groups | source ms | time ratio | bytes | multiply-adds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         case = row["case"]
@@ -142,6 +151,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             read, work = (row[name][budget] / row[name]["source"] for name in ("bytes", "multiply_adds"))
             lines.append(
                 f"| {case['model']} | {case['batch']} | {case['context']} | {budget} | {case.get('reads', 0)} "
+                f"| {case.get('groups', 1)} "
                 f"| {row['source_ms']:.2f} "
                 f"| {row['ratios'][budget]:.2f} | {read:.2f} | {work:.2f} |"
             )
