@@ -34,7 +34,7 @@ instead of 128.
 - reads: so many other layers' caches are read beside the layer's own (as with `--cross-layer`), which takes no more
   memory and more time.
 - groups: so many wide keys and values per layer, each of an equal part of the heads. A reviewed plan.json can have
-  them; [what they cost](../experiments/wide-heads.md).
+  them: docs/experiments/wide-heads.md says what they cost.
 """
 
 
