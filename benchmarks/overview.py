@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peers_page import NAMES, OURS, PEERS, Row, rows, share
+from peers_page import NAMES, OURS, PEERS, Row, best_of, grouped, of_most_samples, rows, share
 
 TASKS = Path("benchmarks/results/tasks.jsonl")
 PAGE = Path("docs/results/index.md")
@@ -57,16 +57,11 @@ def table() -> str:
 
 def own_rows(ours: list[Row], base: Row, tasks: list[Row]) -> list[tuple[str, float, str]]:
     """Budget, NLL added on WikiText-2, and the cells of every row of headfuse and of mean-pooled GQA."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in ours:
-        shown = (row["layout"], row["conversion"]) in SHOWN or row["layout"].startswith("latent, reads")
-        if row["model"] == base["model"] and shown and "+" not in row["allocator"]:
-            groups.setdefault((row["budget"], row["layout"], row["conversion"]), []).append(row)
     result = []
-    for (budget, layout, conversion), group in groups.items():
-        most = max(row["samples"] for row in group)
-        used = [row for row in group if row["samples"] == most]
-        wikitext, own = added(used, base)
+    for (budget, layout, conversion), used in of_most_samples(r for r in ours if r["model"] == base["model"]).items():
+        if (layout, conversion) not in SHOWN and not layout.startswith("latent, reads"):
+            continue
+        most, (wikitext, own) = used[0]["samples"], added(used, base)
         name = "mean-pooled GQA" if conversion == "mean" else f"headfuse {layout}, `{conversion}`"
         seeds = f" ({len(used)} samples)" if len(used) > 1 else ""
         score, by = task_cell(tasks, (base["model"], budget, layout, conversion)), "Q"
@@ -95,14 +90,10 @@ def task_cell(tasks: list[Row], which: tuple[str, str, str, str]) -> str:
 
 def peer_rows(peers: list[Row], base: Row) -> list[tuple[str, float, str]]:
     """The same of every peer's best setting at each budget."""
-    best: dict[tuple[str, str], Row] = {}
-    for row in peers:
-        if row["model"] == base["model"] and row["kept"] not in ("source", "1"):
-            place = row["kept"], row["peer"]
-            best[place] = min(best.get(place, row), row, key=lambda each: sum(each["nll"].values()))
+    converted = (row for row in peers if row["model"] == base["model"] and row["kept"] not in ("source", "1"))
     result = []
-    for (kept, peer), row in best.items():
-        wikitext, own = added([row], base)
+    for (kept, peer), group in grouped(converted, lambda row: (row["kept"], row["peer"])).items():
+        wikitext, own = added([best_of(group)], base)
         result.append((kept, wikitext, f"{NAMES[peer]} | 128 | {wikitext:.3f} | {own:.3f} | | {{bytes}} | P"))
     return result
 

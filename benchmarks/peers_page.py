@@ -7,8 +7,9 @@ calibrated on the same text. Of a peer's settings at a budget the table has the 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 PEERS, OURS = Path("benchmarks/results/peers.jsonl"), Path("benchmarks/results/quality.jsonl")
 PAGE = Path("docs/results/peers.md")
@@ -21,6 +22,7 @@ METHODS = ("first", "mean", "align", "dha", "fast", "balanced", "best")
 READS = ("latent, reads 1", "latent, reads 3", "latent, reads 5")
 LAYOUTS = ("latent", *READS, "decoupled", "gqa", "gqa, wide", "layerwise")
 Row = dict[str, Any]
+Key = TypeVar("Key")
 
 
 def main() -> None:
@@ -60,14 +62,14 @@ def tables(peers: list[Row], ours: list[Row]) -> str:
 
 def peer_lines(theirs: list[Row], kept: str, base: Row) -> list[tuple[str, list[float], str]]:
     """Method, NLL added and settings of the best row of every peer and method, by the mean of the texts."""
-    groups: dict[str, list[Row]] = {}
-    for row in theirs:
-        if row["kept"] == kept:
-            method = row["settings"].get("method", "")
-            groups.setdefault(NAMES[row["peer"]] + (f", {method}" if method else ""), []).append(row)
+
+    def name_of(row: Row) -> str:
+        method = row["settings"].get("method", "")
+        return NAMES[row["peer"]] + (f", {method}" if method else "")
+
     result = []
-    for name, group in groups.items():
-        row = min(group, key=lambda row: sum(row["nll"][text] for text in TEXTS))
+    for name, group in grouped((row for row in theirs if row["kept"] == kept), name_of).items():
+        row = best_of(group)
         settings = ", ".join(f"{key} {value}" for key, value in row["settings"].items() if key != "method")
         settings += f"; best of {len(group)}" if len(group) > 1 else ""
         result.append((name, gaps([row], base), settings or "its own"))
@@ -76,19 +78,40 @@ def peer_lines(theirs: list[Row], kept: str, base: Row) -> list[tuple[str, list[
 
 def own_lines(own: list[Row], kept: str, base: Row) -> list[tuple[str, list[float], str]]:
     """Those of headfuse, the mean of its seeds; plans of equal counts and the smaller of two samples are left out."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in own:
-        usual = row["calibration"] == CALIBRATION and "+" not in row["allocator"] and row["layout"] in LAYOUTS
-        if usual and row["budget"] == kept and set(TEXTS) <= set(row["nll"]):
-            groups.setdefault((row["layout"], row["conversion"]), []).append(row)
+    usual = (row for row in own if row["calibration"] == CALIBRATION and row["layout"] in LAYOUTS)
     result = []
-    for (layout, method), group in groups.items():
-        most = max(row["samples"] for row in group)
-        used = [row for row in group if row["samples"] == most]
+    for (budget, layout, method), used in of_most_samples(usual).items():
+        if budget != kept or not set(TEXTS) <= set(used[0]["nll"]):
+            continue
+        most = used[0]["samples"]
         name = f"{method}, {layout}" if method in METHODS[:4] else f"headfuse {layout}, {method}"
         seeds = f", mean of {len(used)} samples of it" if len(used) > 1 else ""
         result.append((name, gaps(used, base), f"{most} windows{seeds}"))
     return result
+
+
+def grouped(found: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
+    """Rows by a key, in their order."""
+    groups: dict[Key, list[Row]] = {}
+    for row in found:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def of_most_samples(own: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Rows of headfuse by budget, layout and conversion: those of the most calibration text, one for each seed.
+
+    Plans of equal counts are left out.
+    """
+    allocated = (row for row in own if row["conversion"] != "source" and "+" not in row["allocator"])
+    groups = grouped(allocated, lambda row: (row["budget"], row["layout"], row["conversion"]))
+    most = {key: max(row["samples"] for row in group) for key, group in groups.items()}
+    return {key: [row for row in group if row["samples"] == most[key]] for key, group in groups.items()}
+
+
+def best_of(group: Iterable[Row]) -> Row:
+    """The row of the least NLL over its texts, of a peer's settings."""
+    return min(group, key=lambda row: sum(row["nll"].values()))
 
 
 def gaps(group: list[Row], base: Row) -> list[float]:
