@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--reads", type=int, default=0, help="how many other layers a layer reads, as --cross-layer")
-    parser.add_argument("--groups", type=int, default=1, help="of a layer's heads, as --groups")
+    parser.add_argument(
+        "--groups", type=int, default=1, help="wide keys and values of a layer, for equal parts of its heads"
+    )
     parser.add_argument("--max-mib", type=int, default=600, help="source caches above this are left out")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/decode_latent.jsonl"))
     parser.add_argument("--page", type=Path, default=Path("docs/results/decode.md"))

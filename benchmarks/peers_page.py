@@ -78,11 +78,10 @@ def peer_lines(theirs: list[Row], kept: str, base: Row) -> list[tuple[str, list[
 
 def own_lines(own: list[Row], kept: str, base: Row) -> list[tuple[str, list[float], str]]:
     """Those of headfuse, the mean of its seeds; plans of equal counts and the smaller of two samples are left out."""
-    usual = (row for row in own if row["calibration"] == CALIBRATION and row["layout"] in LAYOUTS)
+    of_budget = (row for row in own if row["budget"] == kept and set(TEXTS) <= set(row["nll"]))
+    usual = (row for row in of_budget if row["calibration"] == CALIBRATION and row["layout"] in LAYOUTS)
     result = []
-    for (budget, layout, method), used in of_most_samples(usual).items():
-        if budget != kept or not set(TEXTS) <= set(used[0]["nll"]):
-            continue
+    for (_, layout, method), used in of_most_samples(usual).items():
         most = used[0]["samples"]
         name = f"{method}, {layout}" if method in METHODS[:4] else f"headfuse {layout}, {method}"
         seeds = f", mean of {len(used)} samples of it" if len(used) > 1 else ""

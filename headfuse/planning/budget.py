@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import get_args
 
-from headfuse.choices import Side
 from headfuse.config.fuse import BudgetConfig
 from headfuse.errors import BudgetError
 from headfuse.plan import HeadBudget, HeadLayout
@@ -99,8 +97,11 @@ class BudgetRules:
                 f"layer {outside[0]} is not one of this model's", where="budget.keep_layers",
                 fix=f"layers count from 0 to {layers - 1}",
             )  # fmt: skip
-        rows, sides = list[range](), ((self.key_heads, self.min_key_heads), (self.value_heads, self.min_value_heads))
-        for side, (given, least) in zip(get_args(Side), sides, strict=True):
+        rows, shares = list[range](), self.total if isinstance(self.total, tuple) else (self.total, self.total)
+        for side, share, given, least in (
+            ("key", shares[0], self.key_heads, self.min_key_heads),
+            ("value", shares[1], self.value_heads, self.min_value_heads),
+        ):
             if given is not None and (len(given) != layers or max(given) > n):
                 raise BudgetError(
                     f"{len(given)} counts up to {max(given)}" if given else "no counts",
@@ -111,18 +112,17 @@ class BudgetRules:
                 raise BudgetError(
                     f"{least} is more than the model's {n} heads", where=f"budget.min_{side}_heads", fix=f"at most {n}"
                 )
-            least = max(least, self._least(side, heads))
+            least = max(least, self._least(share, heads))
             for layer in range(layers):
                 low, high = (least, n) if given is None else (given[layer], given[layer])
                 rows.append(range(n, n + 1) if layer in self.keep_layers else range(low, high + 1))
         return rows
 
-    def _least(self, side: Side, heads: HeadLayout) -> int:
-        """Counted units that every layer keeps of a side, whatever they cost."""
-        share, least = self.total, self.min_channels
-        share = share[side == "value"] if isinstance(share, tuple) else share
-        if least is None:
-            least = 1 if share is None or not self.wide else least_width(share, heads, len(self.keep_layers))
+    def _least(self, share: Fraction | None, heads: HeadLayout) -> int:
+        """Counted units that every layer keeps of a side with this budget, whatever they cost."""
+        least = self.min_channels or 1
+        if self.wide and share is not None:
+            least = least_width(self.min_channels, share, heads, len(self.keep_layers))
         return max(1, min(self.counted(heads), -(-least // self.channels(heads))))
 
     def allocate(self, allocator: str, heads: HeadLayout, costs: CostTable | None = None) -> HeadBudget:

@@ -100,9 +100,7 @@ def _counted(config: FuseConfig, runtime: Runtime | None, model: Any) -> FuseCon
     if LAYOUTS[config.layout].wide and not isinstance(shares, tuple) and not config.budget.keep_layers:
         heads = head_layout(model, "config.json")
         if shares * heads.num_key_value_heads * heads.head_dim >= least:
-            given = config.budget.min_channels
-            own = least_width(shares, heads) if given is None else given
-            budget["min_channels"] = max(own, least)
+            budget["min_channels"] = max(least_width(config.budget.min_channels, shares, heads), least)
     return config.model_copy(update={"budget": config.budget.model_copy(update=budget)})
 
 

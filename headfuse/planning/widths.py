@@ -22,8 +22,17 @@ def width_quantum(heads: HeadLayout) -> int:
     return math.gcd(heads.head_dim, 8 if heads.head_dim <= 32 else 16)
 
 
-def least_width(share: Fraction, heads: HeadLayout, whole_layers: int = 0) -> int:
-    """Fewest channels that a layer keeps of a side, where `share` of all layers and all of some layers are kept."""
+def least_width(given: int | None, share: Fraction, heads: HeadLayout, whole_layers: int = 0) -> int:
+    """Fewest channels that a layer keeps of a side: those given, or else LEAST_WIDTH of the equal width.
+
+    Args:
+        given: by the option.
+        share: of all layers' channels that is kept.
+        heads: the source's heads.
+        whole_layers: layers that keep all channels; the equal width is that of the others.
+    """
+    if given is not None:
+        return given
     others = heads.num_hidden_layers - whole_layers
     equal = (share * heads.num_hidden_layers - whole_layers) / others if others else Fraction(0)
     return math.floor(LEAST_WIDTH * max(equal, Fraction(0)) * heads.num_key_value_heads * heads.head_dim)
