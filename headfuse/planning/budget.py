@@ -122,7 +122,7 @@ class BudgetRules:
         """Counted units that every layer keeps of a side with this budget, whatever they cost."""
         least = self.min_channels or 1
         if self.wide and share is not None:
-            least = least_width(self.min_channels, share, heads, len(self.keep_layers))
+            least = least_width(self.min_channels, share, heads, len(set(self.keep_layers)))
         return max(1, min(self.counted(heads), -(-least // self.channels(heads))))
 
     def allocate(self, allocator: str, heads: HeadLayout, costs: CostTable | None = None) -> HeadBudget:

@@ -52,7 +52,7 @@ def test_a_budget_in_digits_is_the_fraction_that_it_means(budget: str, width: in
 
 
 BUDGETS = ("1/10", "1/6", "1/4", "0.3333", "1/2", "0.66", "0.9", "1")
-KEPT = [((), BUDGETS), ((0,), BUDGETS[2:]), ((1, 3), BUDGETS[4:])]
+KEPT = [((), BUDGETS), ((0,), BUDGETS[2:]), ((1, 3), BUDGETS[4:]), ((1, 3, 3, 1, 1, 3), BUDGETS[4:])]
 
 
 @pytest.mark.parametrize(("budget", "keep"), [(budget, keep) for keep, budgets in KEPT for budget in budgets])
