@@ -95,7 +95,7 @@ def analyze(
         if spectrum:
             spectra.append(layer_spectrum(layer, source.heads))
 
-    found = survey(streamed, text, planned, on_progress, measure, every_cost=spectrum)
+    found = survey(streamed, text, planned, on_progress, measure, every_cost=spectrum, pairs=True)
     layers = list(zip(cka, found.layers, strict=True))
     keys = [_side(each, layer.key_pairs, layer.key_energy) for (each, _), layer in layers]
     values = [_side(each, layer.value_pairs, layer.value_energy) for (_, each), layer in layers]

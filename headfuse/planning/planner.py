@@ -104,6 +104,7 @@ def survey(
     on_layer: Callable[[SourceLayer], None] = lambda layer: None,
     *,
     every_cost: bool = False,
+    pairs: bool = False,
 ) -> Survey:
     """Run the source once over a part of the text and measure every layer's heads.
 
@@ -114,6 +115,7 @@ def survey(
         on_progress: called with `survey`, the layers done and all layers.
         on_layer: called with every layer of the source on its way.
         every_cost: measure costs even where the budget leaves the allocator no choice.
+        pairs: measure what pairs of heads share even where no groups are chosen by it.
     """
     part, heads = text.part(SURVEYED), streamed.heads
     read = every_cost or options.rules.leave_a_choice(heads)
@@ -128,7 +130,7 @@ def survey(
                 surveyed, fused = survey_layer(layer.captures, layer.weights.output, heads, measures)
             else:
                 surveyed, fused = survey_wide_layer(
-                    layer.captures, layer.weights.output, heads, quantum, measures.costs
+                    layer.captures, layer.weights.output, heads, quantum, measures.costs, pairs
                 )
         for probe in probes:
             every = measures.shared_partition or quantum is not None or probe.every_count

@@ -96,6 +96,7 @@ class LayerSurvey:
 
     key_pairs: list[list[float]]
     value_pairs: list[list[float]]
+    """Pair costs `[n, n]`; empty for wide heads, which choose no groups by them, unless somebody looks at them."""
     key_energy: list[float]
     value_energy: list[float]
     key_groups: list[Groups]

@@ -20,7 +20,12 @@ from headfuse.planning.widths import measured_widths
 
 
 def survey_wide_layer(
-    captures: Sequence[AttentionCapture], output: torch.Tensor, heads: HeadLayout, quantum: int, costs: bool
+    captures: Sequence[AttentionCapture],
+    output: torch.Tensor,
+    heads: HeadLayout,
+    quantum: int,
+    costs: bool,
+    pairs: bool = False,
 ) -> tuple[LayerSurvey, Fused]:
     """Measure one source layer: the rotary slots of every width, and what it loses.
 
@@ -30,6 +35,7 @@ def survey_wide_layer(
         heads: the source's heads.
         quantum: channels of a step of the widths.
         costs: the allocator reads the measured costs of widths.
+        pairs: measure what pairs of heads share, which decides nothing here.
 
     Returns:
         The survey, its counts in quanta, and the maps of those widths whose cost is to be measured.
@@ -47,8 +53,8 @@ def survey_wide_layer(
             fused["value", count] = WideValues((narrow[1],)), whole
     slots: list[Groups | None] = [(key.slots(width),) for width in widths]
     survey = LayerSurvey(
-        key_pairs=key_pair_cost(keys, True).tolist(),
-        value_pairs=value_pair_cost(values).tolist(),
+        key_pairs=key_pair_cost(keys, True).tolist() if pairs else [],
+        value_pairs=value_pair_cost(values).tolist() if pairs else [],
         key_energy=key_energy(keys),
         value_energy=value_energy(values),
         key_groups=[whole] * len(widths),
