@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
@@ -28,7 +29,8 @@ def execute(
 ) -> None:
     """Run a command, print its result, and turn every failure into one message and an exit code."""
     first = is_first_process()
-    document = _document(work, as_json and first, verbose)
+    with _log(verbose and first):
+        document = _document(work, as_json and first, verbose)
     if not first:
         return
     if as_json:
@@ -63,6 +65,23 @@ def calm_libraries(verbose: bool) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _log(shown: bool) -> Iterator[None]:
+    """Show what the package logs on stderr, below warnings, too; these are always shown."""
+    if not shown:
+        yield
+        return
+    log, handler = logging.getLogger("headfuse"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def print_failure(what: str, where: str | None, fix: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field
@@ -78,8 +78,10 @@ class UptrainConfig(Options):
     """Weight decay of AdamW."""
     gradient_clip: Rate = 1.0
     """Gradients are clipped to this norm."""
-    gradient_checkpointing: bool = False
-    """Compute each layer again in the backward pass: less memory for longer windows, a third more time."""
+    gradient_checkpointing: Literal[False, True, "selective"] = False
+    """true: compute each layer again in the backward pass, for the least memory and a third more time; selective: all
+    of it but its matrix products and its attention.
+    """
     validation_data: str | None = None
     """Text for validation; null: sections of `data` are held out."""
     validation_windows: Count = 16

@@ -64,6 +64,13 @@ def free_bytes(device: torch.device) -> int | None:
     return None
 
 
+def allocated_bytes(device: torch.device) -> int:
+    """Bytes of this process's tensors on a device; 0 on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(torch.mps.current_allocated_memory()) if device.type == "mps" else 0
+
+
 def has_room(device: torch.device, size: int) -> bool:
     """Whether this many bytes fit on a device beside the work on them: in half of the free memory."""
     free = free_bytes(device)

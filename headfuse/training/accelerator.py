@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,10 +11,12 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
 
 from headfuse.errors import ConfigError, MissingExtraError
 from headfuse.models.loading import pick_device, stored_names
+from headfuse.models.states import decoder_layers
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 """Trackers of accelerate -> packages, of which one is needed."""
@@ -56,7 +58,35 @@ def make_accelerator(
     )
     if bfloat16 and accelerator.is_fsdp2:
         _compute_in_bfloat16(accelerator)
+    _save_without_wrappers(accelerator)
     return accelerator
+
+
+def _save_without_wrappers(accelerator: Accelerator) -> None:
+    """Let states hold whole weights by the model's own names, which any number of processes can read."""
+
+    def plain(models: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+        return [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
+
+    def on_save(models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        if weights:  # not those of shards
+            weights[:] = [model.state_dict() for model in plain(models)]
+
+    def on_load(models: list[torch.nn.Module], folder: str) -> None:
+        models[:] = plain(models)
+
+    accelerator.register_save_state_pre_hook(on_save)
+    accelerator.register_load_state_pre_hook(on_load)
+
+
+def shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Spread the layers of a frozen model over all devices; embeddings and head are whole on each.
+
+    Each layer is gathered for its forward pass and freed after it (FSDP2's fully_shard).
+    """
+    for layer in decoder_layers(model):
+        fully_shard(layer, reshard_after_forward=True)
+    model.to(accelerator.device)  # what is not sharded
 
 
 def _compute_in_bfloat16(accelerator: Accelerator) -> None:

@@ -18,13 +18,14 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from headfuse.errors import HeadfuseError
-from headfuse.models.logits import nll_in_batches, window_nll
+from headfuse.models.logits import window_nll
 from headfuse.models.states import States, document_positions
 from headfuse.text.stream import Batch, TrainingText
 from headfuse.training.averaging import averaged, swap_averages
 from headfuse.training.objective import Objective
 from headfuse.training.run import Run
 from headfuse.training.schedule import divide, learning_rate_at
+from headfuse.training.validation import mean_nll, student_nll
 
 logger = logging.getLogger(__name__)
 STATE_SECONDS = 900.0
@@ -52,6 +53,8 @@ class Progress:
     tokens_per_second: float
     seconds_left: float
     validation: float | None = None
+    mfu: float | None = None
+    """Share of the devices' peak that the model's operations reach; None where the peak is not known."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Monitor:
     """What trackers keep as the run's configuration; None without any."""
     on_progress: Callable[[Progress], None] | None = None
     """Called after every step, in every process."""
+    seconds_at_peak: float | None = None
+    """Seconds that a token takes if all devices reach their peak; None if that is not known."""
 
 
 class TrainingLoop:
@@ -144,7 +149,7 @@ class TrainingLoop:
             run.figures = {"nll_before": student_nll(self.accelerator, self.wrapped, windows), "nll_teacher": None}
             if teacher is not None:
                 cap = self.accelerator.unwrap_model(self.wrapped, keep_torch_compile=False).softcap
-                run.figures["nll_teacher"] = _nll(
+                run.figures["nll_teacher"] = mean_nll(
                     self.accelerator,
                     windows,
                     lambda b: window_nll(teacher.states(b, None, False).last, teacher.head, b, cap),
@@ -166,8 +171,11 @@ class TrainingLoop:
         rate = peak * learning_rate_at(step - 1, steps.number, self.run.recipe)
         loss, norm, late = self._optimize(step, batch, rate)
         speed = (step - self.start) * steps.tokens / (time.monotonic() - self.began)
+        at_peak = self.monitor.seconds_at_peak
+        mfu = None if at_peak is None else speed * at_peak
         if step % self.monitor.log_every == 0 or last:
             figures = {"loss": loss, "learning_rate": rate, "tokens_per_second": speed}
+            figures |= {} if mfu is None else {"mfu": mfu}
             figures = {"tokens": step * steps.tokens, **figures, "gradient_norm": norm}
             self.run.log("step", step=step, **figures)
             self._track(figures, step)
@@ -188,6 +196,7 @@ class TrainingLoop:
                     tokens_per_second=speed,
                     seconds_left=(time.monotonic() - self.began) / (step - self.start) * (steps.number - step),
                     validation=self.validation,
+                    mfu=mfu,
                 )
             )
 
@@ -248,26 +257,6 @@ class TrainingLoop:
     def _track(self, figures: Mapping[str, float], step: int) -> None:
         if self.monitor.trackers is not None:
             self.accelerator.log(dict(figures), step=step)
-
-
-def student_nll(accelerator: Accelerator, wrapped: nn.Module, windows: torch.Tensor) -> float | None:
-    """Mean NLL per token of windows, each process its share; None without windows."""
-    training = wrapped.training
-    wrapped.eval()
-    nll = _nll(accelerator, windows, lambda batch: wrapped(batch, None, None, "nll"))
-    wrapped.train(training)
-    return nll
-
-
-@torch.no_grad()
-def _nll(accelerator: Accelerator, windows: torch.Tensor, nll: Callable[[torch.Tensor], torch.Tensor]) -> float | None:
-    if not len(windows):
-        return None
-    world, share = accelerator.num_processes, -(-len(windows) // accelerator.num_processes)
-    order = [min(accelerator.process_index + i * world, len(windows) - 1) for i in range(share)]
-    found = nll_in_batches(windows[order], accelerator.device, nll)
-    gathered = accelerator.gather(found.float().to(accelerator.device)).view(world, share)
-    return gathered.T.flatten()[: len(windows)].cpu().double().mean().item() if world > 1 else found.mean().item()
 
 
 @contextlib.contextmanager

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -25,7 +28,11 @@ def prepare_training(student: PreTrainedModel, recipe: UptrainConfig) -> Callabl
     Frozen matrices keep the dtype that they were loaded in; all else is float32, the states between layers too.
     """
     if recipe.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        kept = partial(create_selective_checkpoint_contexts, _products())
+        selective = {"context_fn": kept} if recipe.gradient_checkpointing == "selective" else {}
+        # the name from transformers 5.24 on, or the one before
+        enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+        enable({"use_reentrant": False, **selective})
     if recipe.train == "all":
         return lambda: None
     config, arch = student.config, stored_architecture(student.config)
@@ -53,6 +60,15 @@ def prepare_training(student: PreTrainedModel, recipe: UptrainConfig) -> Callabl
         adapted.merge_and_unload()
 
     return merge
+
+
+def _products() -> list[Any]:
+    """Operations that cost more time than their outputs cost memory: matrix products and attention."""
+    products = ("mm", "addmm", "bmm", "baddbmm")
+    attention = ("flash", "efficient", "cudnn", "flash_attention_for_cpu", "fused_attention_overrideable")
+    full = (f"_scaled_dot_product_{name}" + "_attention" * ("attention" not in name) for name in attention)
+    aten = torch.ops.aten
+    return [getattr(aten, name).default for name in (*products, *full) if hasattr(aten, name)]
 
 
 def _widen(student: PreTrainedModel) -> None:

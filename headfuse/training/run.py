@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +19,15 @@ from headfuse.checkpoint.interrupted import RESUME, STATE, read_resume, write_re
 from headfuse.config.uptrain import UptrainConfig
 from headfuse.errors import ConfigError, OutputError
 from headfuse.text.stream import Batch
+from headfuse.training.schedule import windows_per_step, with_batch_size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
+DIVISION = ("batch_size", "gradient_accumulation", "processes")
+"""What divides the windows of a step, and may change when a run is resumed; their product may not."""
 _ANEW = "start anew with --overwrite, without --resume"
 
 
@@ -76,7 +80,7 @@ class Run:
     Args:
         folder: where the output is made.
         recipe: what is trained.
-        inputs: what else the result depends on.
+        inputs: what else the result depends on, with the number of `processes`.
         resume: go on with the run that is in the folder.
         main: whether this process writes.
 
@@ -103,11 +107,15 @@ class Run:
         elif main:
             shutil.rmtree(folder / STATE, ignore_errors=True)
             (folder / RESUME).unlink(missing_ok=True)
+        self.recipe = with_batch_size(self.recipe, inputs["processes"])
         if main:
             self._log.keep(self._logged)
 
     def _go_on(self, saved: dict[str, Any]) -> None:
-        now, before = {**self.recipe.named(), **self.inputs}, {**saved["recipe"], **saved["inputs"]}
+        before = {**saved["recipe"], **saved["inputs"]}
+        self._divide([before.pop(name) for name in DIVISION])
+        now = {**self.recipe.named(), **self.inputs}
+        now = {name: value for name, value in now.items() if name not in DIVISION}
         rate, saved_rate = now.pop("learning_rate"), before.pop("learning_rate")
         changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if now[name] != before.get(name)]
         if changed:
@@ -122,6 +130,24 @@ class Run:
         self.step, self.best, self.stopped = saved["step"], saved["best"], saved["stopped"]
         self.text, self.epochs, self.figures = saved["text"], saved["epochs"], saved["figures"]
         self.validations = {int(step): nll for step, nll in saved["validations"].items()}
+
+    def _divide(self, before: list[int]) -> None:
+        """Divide the windows of a step among the processes of today; `before`: as in the interrupted run."""
+        windows, processes, passes = math.prod(before), self.inputs["processes"], self.recipe.gradient_accumulation
+        if self.recipe.batch_size is None and windows % (passes * processes) == 0:
+            self.recipe = self.recipe.model_copy(update={"batch_size": windows // (passes * processes)})
+        if self.recipe.batch_size is None or windows_per_step(self.recipe, processes) != windows:
+            size, *others = before
+            raise ConfigError(
+                f"a step of the interrupted run had {windows} windows: batch size {size}, gradient accumulation "
+                f"{others[0]}, processes {others[1]}; now there are batch size {self.recipe.batch_size or 'default'}, "
+                f"gradient accumulation {passes}, processes {processes}",
+                where=self.folder,
+                fix=f"resume with a --batch-size and --gradient-accumulation that give {windows} windows, or start "
+                "anew with --overwrite",
+            )
+        if processes != before[-1]:
+            logger.info("continuing in %d processes instead of %d, with the same batches", processes, before[-1])
 
     def load(self, accelerator: Accelerator, step: int) -> None:
         """Restore model, optimizer and random numbers of a state.

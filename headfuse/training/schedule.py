@@ -18,6 +18,14 @@ def default_batch_size(tokens: int, tokens_per_window: int) -> int:
     return max(1, min(8, tokens // (500 * max(1, tokens_per_window))))
 
 
+def with_batch_size(recipe: UptrainConfig, processes: int) -> UptrainConfig:
+    """The recipe with a batch size: its own, or the default one."""
+    if recipe.batch_size is not None:
+        return recipe
+    per_window = recipe.gradient_accumulation * recipe.sequence_length * processes
+    return recipe.model_copy(update={"batch_size": default_batch_size(recipe.tokens, per_window)})
+
+
 def num_steps(tokens: int, tokens_per_step: int) -> int:
     """Number of optimizer steps: the one that comes nearest to the tokens, at least one."""
     return max(1, round(tokens / tokens_per_step))

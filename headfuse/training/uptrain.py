@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,16 +32,18 @@ from headfuse.models.loading import (
 from headfuse.plan import FusionPlan
 from headfuse.text.documents import DEFAULT_DATA
 from headfuse.text.stream import TrainingText
-from headfuse.training.accelerator import make_accelerator, weights_of
-from headfuse.training.loop import Monitor, Progress, TrainingLoop, student_nll
+from headfuse.training.accelerator import make_accelerator, shard_layers, weights_of
+from headfuse.training.footprint import footprint, peak_flops, report
+from headfuse.training.loop import Monitor, Progress, TrainingLoop
 from headfuse.training.objective import LossWeights, Objective
 from headfuse.training.optimizer import make_optimizer, prepare_training
 from headfuse.training.output import default_output, shared_folder, write_trained
 from headfuse.training.result import UptrainResult
 from headfuse.training.run import Run
-from headfuse.training.schedule import default_batch_size, default_learning_rate, divide, windows_per_step
+from headfuse.training.schedule import default_learning_rate, divide, windows_per_step, with_batch_size
 from headfuse.training.teacher import LiveTeacher, check_head, check_teacher, computing_dtype, find_teacher
 from headfuse.training.teacher_cache import CachedTeacher
+from headfuse.training.validation import student_nll
 
 logger = logging.getLogger(__name__)
 __all__ = ["Progress", "UptrainResult", "default_output", "uptrain"]
@@ -149,13 +151,8 @@ def _check(
     check_context(folder.config, config.sequence_length)
     if accelerator.is_main_process:
         folder.weights.report()
-    job = _Job(folder, folder.plan, teacher_folder, teacher_name, output, config, machine, accelerator)
-    if config.batch_size is None:
-        per_window = config.gradient_accumulation * config.sequence_length * accelerator.num_processes
-        size = default_batch_size(config.tokens, per_window)
-        job = replace(job, config=config.model_copy(update={"batch_size": size}))
-    _check_step(job.config, accelerator)
-    return job
+    _check_step(with_batch_size(config, accelerator.num_processes), accelerator)
+    return _Job(folder, folder.plan, teacher_folder, teacher_name, output, config, machine, accelerator)
 
 
 def _check_step(recipe: UptrainConfig, accelerator: Accelerator) -> None:
@@ -199,7 +196,8 @@ def _train(
     objective = Objective(student, teacher.head if teacher is not None else None, weights)
     optimizer = make_optimizer(student, recipe, job.sharded)
     loop = TrainingLoop(run, accelerator, objective, optimizer, teacher, text, eos)
-    monitor = Monitor(machine.log_every, _flat(recipe) if machine.trackers else None, on_progress)
+    trackers = _flat(recipe) if machine.trackers else None
+    monitor = Monitor(machine.log_every, trackers, on_progress, _seconds_at_peak(job, recipe, student, teacher))
     wrapped, seconds, trained = loop.train(monitor)
     merge()
     nll_after = run.validations.get(run.best)
@@ -224,6 +222,19 @@ def _train(
     )
     run.log("end", nll_after=result.nll_after, best_step=result.best_step, epochs=result.epochs)
     return result, weights_of(accelerator, wrapped)
+
+
+def _seconds_at_peak(
+    job: _Job, recipe: UptrainConfig, student: PreTrainedModel, teacher: LiveTeacher | CachedTeacher | None
+) -> float | None:
+    """Log the memory of the run; return the seconds that a token takes where all devices reach their peak, if known."""
+    accelerator, here = job.accelerator, job.machine.teacher_device is None
+    beside = teacher.model if isinstance(teacher, LiveTeacher) and here else None
+    shards = accelerator.num_processes if job.sharded else 1
+    counted = footprint(student, beside, recipe, shards, accelerator.mixed_precision == "bf16")
+    report(counted, accelerator.device)
+    peak = peak_flops(accelerator.device)
+    return None if peak is None or counted.flops is None else counted.flops / (peak * accelerator.num_processes)
 
 
 def _load_student(job: _Job) -> PreTrainedModel:
@@ -257,6 +268,11 @@ def _make_teacher(
     device, dtype = machine.teacher_device or str(accelerator.device), machine.teacher_dtype
     beyond = unembedded_tokens(tokenizer, student.get_input_embeddings().weight.shape[0])
     load = partial(_load_teacher, folder, device, dtype, beyond, machine.trust_remote_code)
+    if machine.teacher_cache is None and job.sharded and machine.teacher_device is None:
+        dtype = dtype or computing_dtype(folder, accelerator.device.type)
+        model = _load_teacher(folder, "cpu", dtype, beyond, machine.trust_remote_code)
+        shard_layers(model, accelerator)
+        return LiveTeacher(model, accelerator.device, eos, layers)
     if machine.teacher_cache is None:
         return LiveTeacher(load(), accelerator.device, eos, layers)
     kept = dtype or computing_dtype(folder, machine.teacher_device or accelerator.device.type)

@@ -41,6 +41,29 @@ def headfuse(*args: str | bytes, **options: Any) -> subprocess.CompletedProcess[
     return subprocess.run(line, check=False, **options)
 
 
+def test_verbose_shows_the_log_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Of the package alone, on stderr; without it, warnings only."""
+    model, text = tiny_model(tmp_path / "model"), str(tmp_path / "text.txt")
+    line = [
+        "fuse",
+        str(model),
+        "--data",
+        text,
+        "--samples",
+        "2",
+        "--sequence-length",
+        "16",
+        "--preset",
+        "fast",
+        "--quiet",
+    ]
+    for number, more in enumerate(([], ["--verbose"], [])):
+        result = CliRunner().invoke(app, [*line, "--output", str(tmp_path / f"out-{number}"), *more])
+        assert result.exit_code == 0
+        assert ("calibration windows" in result.stderr) == bool(more)
+        assert "calibration windows" not in result.stdout
+
+
 def test_bad_input_is_refused_before_torch_is_imported(folder: Path) -> None:
     """One process runs every line: torch would stay imported after the first that needs it."""
     model, missing = str(folder / "model"), str(folder / "missing")

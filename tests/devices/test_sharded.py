@@ -35,13 +35,14 @@ def test_shards_learn_from_a_float16_teacher_as_one_process_does(tmp_path: Path)
     )  # fmt: skip
     arguments = [
         "uptrain", model, "--config", tmp_path / "recipe.yaml", "--teacher", model, "--data", text, "--tokens", 256,
-        "--batch-size", 2, "--device", "cuda", "-o", tmp_path / "two",
+        "--batch-size", 2, "--device", "cuda", "-o", tmp_path / "two", "--verbose",
     ]  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "-m", "tests.support.pretended_cuda", "--no-count", "--", "headfuse", *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **FSDP}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("GB on each device: weights") == 1  # of the first process
     first, *_, last = records(tmp_path / "two")
     assert first["nll_before"] == pytest.approx(one.nll_before, abs=2e-3)
     assert first["nll_teacher"] == pytest.approx(one.nll_teacher, abs=2e-3)

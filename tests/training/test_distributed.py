@@ -65,6 +65,23 @@ def test_two_processes_equal_one_at_the_same_global_batch(source: Path, fused: P
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_in_another_number_of_processes(
+    source: Path, fused: Path, data: str, tmp_path: Path, before: int, after: int
+) -> None:
+    """With the batches of the run before; without --batch-size they are divided anew."""
+    without_dropout(source, fused)
+    whole = train(fused, data, teacher=str(source), output=tmp_path / "whole", batch_size=2)
+    script = ["-c", TOGETHER, str(fused), str(source), data, str(tmp_path / "out")]
+    launch([*script, "7", str(2 // before)], before, code=-signal.SIGKILL)
+    launch([*script, "-1"], after)
+    for a, b in zip(losses(whole.output), losses(tmp_path / "out"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.allclose(a[name].float(), b[name].float(), atol=1e-3) for name in a)
+
+
 SHARDED = """
 import copy, sys
 import torch
@@ -74,6 +91,8 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from types import SimpleNamespace
 from torch.distributed.fsdp import FSDPModule
 from headfuse.models.states import decoder_layers, model_states
+from headfuse.training.accelerator import shard_layers
+from headfuse.training.teacher import LiveTeacher
 from headfuse.training.objective import LossWeights, Objective
 from headfuse.models.loading import load_model
 dist.init_process_group("gloo")
@@ -97,6 +116,14 @@ for mode, weights in (("loss", LossWeights(1, 0.5, 0.3)), ("layerwise", LossWeig
     for a, b in zip(part.parameters(), whole.parameters(), strict=True):
         if b.grad is not None:
             assert torch.allclose(a.grad.full_tensor(), b.grad, atol=1e-6)
+
+wanted = LiveTeacher(copy.deepcopy(teacher), torch.device("cpu"), None, True).states(batch, 0)
+shard_layers(teacher, accelerator)
+with torch.no_grad():
+    found = LiveTeacher(teacher, torch.device("cpu"), None, True).states(batch, 0)
+assert all(torch.equal(a, b) for a, b in zip((found.last, *found.outputs), (wanted.last, *wanted.outputs), strict=True))
+for parameter in decoder_layers(teacher).parameters():  # freed after the forward pass
+    assert 2 * parameter.to_local().numel() == parameter.numel()
 """
 
 
@@ -134,12 +161,13 @@ TOGETHER = """
 import os, signal, sys
 from pathlib import Path
 from headfuse.training.uptrain import uptrain
-model, teacher, data, output, last = sys.argv[1:]
+model, teacher, data, output, last, *batch = sys.argv[1:]
 def kill(progress):
     if progress.step == int(last):
         os.kill(os.getpid(), signal.SIGKILL)
-uptrain(model, teacher=teacher, data=data, tokens=384, batch_size=1, sequence_length=16, checkpoint_every=5,
-        learning_rate=1e-2, device="cpu", threads=1, output=Path(output), resume=True, on_progress=kill)
+uptrain(model, teacher=teacher, data=data, tokens=384, batch_size=int(*batch) or None, sequence_length=16,
+        checkpoint_every=5, learning_rate=1e-2, device="cpu", threads=1, output=Path(output), resume=True,
+        on_progress=kill)
 """
 
 
@@ -147,10 +175,10 @@ uptrain(model, teacher=teacher, data=data, tokens=384, batch_size=1, sequence_le
 def test_killed_processes_go_on_together(source: Path, fused: Path, data: str, tmp_path: Path) -> None:
     """With dropout, of which each process draws its own."""
     script = ["-c", TOGETHER, str(fused), str(source), data]
-    launch([*script, str(tmp_path / "whole"), "-1"], 2)
-    launch([*script, str(tmp_path / "out"), "7"], 2, code=-signal.SIGKILL)
+    launch([*script, str(tmp_path / "whole"), "-1", "1"], 2)
+    launch([*script, str(tmp_path / "out"), "7", "1"], 2, code=-signal.SIGKILL)
     assert json.loads((tmp_path / "out.partial" / "resume.json").read_text())["step"] == 5
-    launch([*script, str(tmp_path / "out"), "-1"], 2)
+    launch([*script, str(tmp_path / "out"), "-1", "1"], 2)
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
     sums = [file_sha256(tmp_path / name / "model.safetensors") for name in ("out", "whole")]
     assert sums[0] == sums[1]

@@ -14,7 +14,7 @@ import torch
 from headfuse.checkpoint.checksums import file_sha256
 from headfuse.errors import ConfigError, HeadfuseError, OutputError
 from headfuse.training.loop import Progress
-from tests.training.runs import Stop, losses, records, stop_at, train
+from tests.training.runs import Stop, losses, records, stop_at, train, without_dropout
 
 KILLED = """
 import os, random, signal, sys, time
@@ -59,6 +59,22 @@ def test_killed_at_random_moments(fused: Path, data: str, tmp_path: Path, kills:
     line = [sys.executable, "-c", KILLED, str(fused), data, str(tmp_path), str(kills)]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_goes_on_with_batches_that_are_divided_otherwise(fused: Path, data: str, tmp_path: Path) -> None:
+    """The windows of a step stay the same, whatever passes they are divided into."""
+    without_dropout(fused)
+    whole, output = train(fused, data, output=tmp_path / "whole", loss="ce"), tmp_path / "out"
+    with pytest.raises(Stop):
+        train(fused, data, output=output, loss="ce", on_progress=stop_at(7))
+    with pytest.raises(ConfigError) as caught:
+        train(fused, data, output=output, loss="ce", batch_size=2, gradient_accumulation=2, resume=True)
+    assert "had 2 windows: batch size 2, gradient accumulation 1, processes 1; now" in str(caught.value)
+    with pytest.raises(ConfigError):
+        train(fused, data, output=output, loss="ce", batch_size=None, gradient_accumulation=3, resume=True)
+    train(fused, data, output=output, loss="ce", batch_size=None, gradient_accumulation=2, resume=True)
+    for a, b in zip(losses(whole.output), losses(output), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_full_disk_keeps_the_last_state(fused: Path, data: str, tmp_path: Path) -> None:

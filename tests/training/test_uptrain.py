@@ -186,12 +186,15 @@ def test_separate_documents_are_another_stream_of_losses(fused: Path, data: str,
     assert joined.nll_before == separate.nll_before
 
 
-def test_gradient_checkpointing_changes_no_loss(fused: Path, source: Path, data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [True, "selective"])
+def test_gradient_checkpointing_changes_no_loss(
+    fused: Path, source: Path, data: str, tmp_path: Path, kind: bool | str
+) -> None:
     without_dropout(fused)
     for more in ({}, {"hidden": 0.1}, {"layerwise": 0.5}):
         options: dict[str, Any] = {"teacher": str(source), "tokens": 128, "overwrite": True, **more}
         plain = train(fused, data, **options, output=tmp_path / "plain")
-        again = train(fused, data, **options, output=tmp_path / "again", gradient_checkpointing=True)
+        again = train(fused, data, **options, output=tmp_path / "again", gradient_checkpointing=kind)
         for a, b in zip(losses(plain.output), losses(again.output), strict=True):
             assert a == pytest.approx(b, rel=1e-5)
 
@@ -209,9 +212,12 @@ def test_command_document_and_table(fused: Path, data: str, capsys: pytest.Captu
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("regional", ["false", "true"])
 def test_a_compiled_model_is_written_by_its_own_names(
-    source: Path, fused: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, fused: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, regional: str
 ) -> None:
+    """As a whole, or layer by layer, as `accelerate launch --dynamo_use_regional_compilation` says."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", regional)
     result = train(fused, data, teacher=str(source), tokens=64, output=tmp_path / "out")
     assert load_file(result.output / "model.safetensors").keys() == load_file(fused / "model.safetensors").keys()
