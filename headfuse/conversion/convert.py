@@ -18,6 +18,7 @@ from headfuse.checkpoint.reader import DTYPE_NAMES, Checkpoint
 from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.config.fuse import FuseConfig
 from headfuse.conversion.conversion import Conversion, FusedModel
+from headfuse.conversion.cost import measured_speed
 from headfuse.conversion.long_runs import advice
 from headfuse.conversion.output import open_writer, write_beside_weights
 from headfuse.conversion.preflight import prepare
@@ -76,7 +77,7 @@ def fuse(
     """
     prepared = prepare(model, config, output=output, plan=plan, overwrite=overwrite, resume=resume, **options)
     source, config, output, text = prepared.source, prepared.config, prepared.output, prepared.text
-    if (long := advice(source, config, prepared.machine.device)) is not None:
+    if (long := advice(source, config, measured_speed(prepared.machine.device))) is not None:
         logger.warning("The conversion takes %s.", long)
     reviewed = prepared.plan and adopt(prepared.plan, source)
     common = {**prepared.options, "plan": None if reviewed is None else reviewed.to_json()}

@@ -45,6 +45,10 @@ EFFICIENCY = 0.6
 """Speed of whole layers relative to that of one matrix product, measured on SmolLM2-135M with two cores."""
 
 
+SPEED_TRIALS = 20
+"""Matrix products that are timed; the fastest counts, as others may have waited for another process."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """Peak memory in bytes, without the mapped pages of the source's files, and time in seconds."""
@@ -53,15 +57,15 @@ class Cost:
     seconds: float
 
 
-def estimate(source: Source, config: FuseConfig, device: str = "auto") -> Cost:
-    """Memory and time of a conversion, at the speed of a matrix product measured on this machine.
+def estimate(source: Source, config: FuseConfig, speed: float) -> Cost:
+    """Memory and time of a conversion.
 
     Args:
         source: the opened source.
         config: the options of the conversion.
-        device: as for `fuse`.
+        speed: floating-point operations per second of a matrix product, see `measured_speed`.
     """
-    return Cost(count(source, config)[0], seconds_at(measured_speed(device), source, config))
+    return Cost(count(source, config)[0], seconds_at(speed, source, config))
 
 
 def seconds_at(speed: float, source: Source, config: FuseConfig) -> float:
@@ -240,7 +244,7 @@ def measured_speed(device: str) -> float:
     a = torch.ones(512, 1024, device=pick_device(device))
     b = torch.ones(1024, 1024, device=a.device)
     best = math.inf
-    for _ in range(5):
+    for _ in range(SPEED_TRIALS):
         start = time.perf_counter()
         float((a @ b)[0, 0])  # reading one number waits for the device
         best = min(best, time.perf_counter() - start)

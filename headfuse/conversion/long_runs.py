@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.presets import PRESETS
-from headfuse.conversion.cost import measured_speed, seconds_at
+from headfuse.conversion.cost import seconds_at
 from headfuse.fusion import FUSION_METHODS
 from headfuse.models.source import Source
 
@@ -16,15 +16,14 @@ FEW_SAMPLES = 16
 """Calibration windows that are enough for preset `fast`."""
 
 
-def advice(source: Source, config: FuseConfig, device: str = "auto") -> str | None:
+def advice(source: Source, config: FuseConfig, speed: float) -> str | None:
     """Estimated time of a run of over an hour, and options that take less; None for shorter runs.
 
     Args:
         source: the opened source.
         config: the options of the conversion.
-        device: as for `fuse`.
+        speed: floating-point operations per second of a matrix product.
     """
-    speed = measured_speed(device)
     seconds = seconds_at(speed, source, config)
     if seconds < LONG:
         return None

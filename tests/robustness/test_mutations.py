@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from headfuse.conversion import cost, long_runs
+from headfuse.conversion import convert, cost
 from tests.support.mutations import TARGETS, Place, check, check_line, command_line, mutated
 
 MANY = 20
@@ -41,7 +41,7 @@ def _away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for module in (cost, long_runs):
+    for module in (cost, convert):
         monkeypatch.setattr(module, "measured_speed", lambda device: 1e10)
 
 
