@@ -18,8 +18,8 @@ from headfuse.cli.runtime import check_loads, settings_for
 from headfuse.cli.say import say
 from headfuse.reporting.progress import stages
 
-_BAR_WIDTH = 8
-"""Characters of the longest bar."""
+_CELL_WIDTH = 9
+"""Characters of a count with the longest bar: a terminal of 80 columns has no room for more."""
 
 if TYPE_CHECKING:
     from headfuse.planning.analysis import Analysis
@@ -163,7 +163,8 @@ def _spectrum(found: Spectrum) -> Document:
 
 def _bar(kept: int, most: int) -> str:
     """The number of heads or channels that a layer keeps, with a bar."""
-    return f"{kept:>{len(str(most))}} " + "█" * max(1, round(_BAR_WIDTH * kept / most))
+    digits = len(str(most))
+    return f"{kept:>{digits}} " + "█" * max(1, round((_CELL_WIDTH - 1 - digits) * kept / most))
 
 
 def render(document: Mapping[str, Any], console: Console) -> None:
