@@ -13,6 +13,9 @@ from headfuse.checkpoint.inputs import local_model, refuse_adapter
 from headfuse.checkpoint.weight_files import INDEX, SINGLE, no_weights, weight_map
 from headfuse.errors import CheckpointError, HeadfuseError
 
+HUB_SECONDS = 10.0
+"""How long an answer of the hub is waited for before what lies in its cache is taken."""
+
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
     """The local folder of a model: `name` itself, or the download of a hub id, `org/name` or `org/name@revision`.
@@ -43,8 +46,9 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
-    try:
-        names = HfApi().list_repo_files(name, revision=revision)
+    try:  # one request: a listing is tried again for half a minute where there is no network
+        found = HfApi().model_info(name, revision=revision or "main", timeout=HUB_SECONDS)
+        names = [file.rfilename for file in found.siblings or ()]
     except RevisionNotFoundError:
         raise
     except Exception as unreachable:

@@ -25,6 +25,18 @@ TWINS = ("pytorch_model.bin", "model.fp16.safetensors", "consolidated.safetensor
 QUICK = ("--samples", 8, "--sequence-length", 32, "--budget", 0.5)
 
 
+def test_a_hub_out_of_reach_is_asked_once(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is in the cache is taken at once; what is not is an error at once, and no library talks of retries."""
+    document("fuse", "acme/tiny", "--dry-run", *QUICK)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
+    document("fuse", "acme/tiny", "--dry-run", *QUICK)
+    assert document("fuse", "acme/other", "--dry-run", code=1)["error"]["where"] == "acme/other"
+    assert "Retry" not in caplog.text
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """`acme/tiny` with shards and with twins of them, at `v1` with another model; the working directory is `work`."""
