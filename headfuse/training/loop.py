@@ -6,8 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from headfuse.models.logits import window_nll
 from headfuse.models.states import States, document_positions
 from headfuse.text.stream import Batch, TrainingText
 from headfuse.training.averaging import averaged, swap_averages
+from headfuse.training.batches import shared_batches
 from headfuse.training.objective import Objective
 from headfuse.training.run import Run
 from headfuse.training.schedule import divide, learning_rate_at
@@ -121,7 +121,7 @@ class TrainingLoop:
         self.began = self.saved = time.monotonic()
         self.wrapped.train()
         left = range(0) if run.stopped else range(self.start + 1, self.steps.number + 1)
-        with _ahead(self.text.batches(self.steps.windows, run.text)) as batches:
+        with shared_batches(self.accelerator, self.text.batches(self.steps.windows, run.text)) as batches:
             for step in left:
                 self._take(step, next(batches))
                 if run.stopped:
@@ -257,21 +257,6 @@ class TrainingLoop:
     def _track(self, figures: Mapping[str, float], step: int) -> None:
         if self.monitor.trackers is not None:
             self.accelerator.log(dict(figures), step=step)
-
-
-@contextlib.contextmanager
-def _ahead(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
-    """The same batches, the next one read and tokenised in a thread while a step is computed."""
-    with ThreadPoolExecutor(1) as worker:
-
-        def generate() -> Iterator[Batch]:
-            future = worker.submit(next, batches)
-            while True:
-                batch = future.result()
-                future = worker.submit(next, batches)
-                yield batch
-
-        yield generate()
 
 
 def _check_finite(run: Run, step: int, loss: float, norm: float) -> None:

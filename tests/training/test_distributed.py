@@ -65,6 +65,37 @@ def test_two_processes_equal_one_at_the_same_global_batch(source: Path, fused: P
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
 
 
+ENDS = """
+import sys
+from pathlib import Path
+from headfuse.errors import DataError
+from headfuse.training import batches
+from headfuse.training.uptrain import uptrain
+model, teacher, data, output = sys.argv[1:]
+class Read:
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        pass
+    def __next__(self):
+        raise DataError("line 7 is no JSON", where="text.jsonl", fix="mend it")
+batches.read_ahead = lambda batches: Read()
+try:
+    uptrain(model, teacher=teacher, data=data, tokens=384, batch_size=1, sequence_length=16, device="cpu", threads=1,
+            output=Path(output))
+except DataError as error:
+    assert (error.what, error.where, error.fix) == ("line 7 is no JSON", "text.jsonl", "mend it")
+    sys.exit(7)
+"""
+
+
+@pytest.mark.long
+def test_what_the_reader_of_the_text_finds_wrong_ends_every_process(
+    source: Path, fused: Path, data: str, tmp_path: Path
+) -> None:
+    launch(["-c", ENDS, str(fused), str(source), data, str(tmp_path / "out")], 2, code=7)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_run_goes_on_in_another_number_of_processes(
