@@ -32,7 +32,7 @@ class Footprint:
         student: bytes of the student's weights.
         optimizer: bytes of gradients, moments and averages of the trained weights.
         teacher: bytes of a teacher on the same device.
-        activations: bytes that a forward pass keeps for the backward pass.
+        activations: bytes that a forward pass keeps for the backward pass; rather too many where weights are frozen.
         flops: floating-point operations per training token of a perfect run, None for mixtures of experts. A layer
             that is computed twice counts once (model FLOPs, PaLM, 2204.02311, appendix B).
     """
@@ -129,16 +129,17 @@ def _flops(student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Up
 
 
 def _activations(student: PreTrainedModel, recipe: UptrainConfig, itemsize: int) -> int:
-    """Inputs and outputs of every projection of a layer, and the residual stream in float32 before both blocks."""
+    """Outputs of every projection of a layer, inputs of those that are trained, and the residual stream in float32
+    before both blocks.
+    """
     config = student.config.get_text_config()
     assert recipe.batch_size is not None
     tokens, layers = recipe.batch_size * recipe.sequence_length, config.num_hidden_layers
     heads = (student.get_input_embeddings(), student.get_output_embeddings())
-    ends = sum(
-        sum(module.weight.shape)
-        for module in student.modules()
-        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 2 and module not in heads
-    )
+    weights = {name: getattr(m, "weight", None) for name, m in student.named_modules() if m not in heads}
+    matrices = [(name, w) for name, w in weights.items() if isinstance(w, torch.Tensor) and w.ndim == 2]
+    ends = sum(w.shape[1] for _, w in matrices if w.requires_grad)
+    ends += sum(w.shape[0] for name, w in matrices if ".lora_" not in name)  # what adapters add is part of the output
     layer, boundary = itemsize * ends / layers + 4 * 4 * config.hidden_size, 4 * config.hidden_size
     if recipe.gradient_checkpointing is True:
         return int(tokens * (layers * boundary + layer))

@@ -67,9 +67,8 @@ def test_the_optimizer_takes_the_bytes_that_are_said(source: Path, decay: float,
     assert counted.student == 4 * sum(p.numel() for p in student.parameters())
 
 
-def kept_for_backward(student: PreTrainedModel, recipe: UptrainConfig) -> int:
+def kept_for_backward(student: PreTrainedModel) -> int:
     """Bytes of all tensors that autograd holds between the forward and the backward pass, weights left out."""
-    prepare_training(student, recipe)
     weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
     seen = dict[int, int]()
 
@@ -85,10 +84,11 @@ def kept_for_backward(student: PreTrainedModel, recipe: UptrainConfig) -> int:
     return sum(seen.values())
 
 
-def test_activations_are_about_what_autograd_keeps(source: Path) -> None:
-    student = prepared(source, recipe())
-    counted = footprint(student, None, recipe(), 1, False).activations
-    assert counted == pytest.approx(kept_for_backward(student, recipe()), rel=0.35)
+@pytest.mark.parametrize(("train", "most"), [("all", 1.3), ("attention", 1.6), ("lora", 1.8)])
+def test_activations_are_a_little_more_than_what_autograd_keeps(source: Path, train: str, most: float) -> None:
+    student = prepared(source, recipe(train=train, lora_rank=2))
+    counted = footprint(student, None, recipe(train=train, lora_rank=2), 1, False).activations
+    assert 1 <= counted / kept_for_backward(student) <= most
 
 
 def test_checkpointing_takes_less(source: Path) -> None:
