@@ -113,16 +113,16 @@ class Run:
 
     def _go_on(self, saved: dict[str, Any]) -> None:
         before = {**saved["recipe"], **saved["inputs"]}
-        self._divide([before.pop(name) for name in DIVISION])
-        now = {**self.recipe.named(), **self.inputs}
-        now = {name: value for name, value in now.items() if name not in DIVISION}
+        step = self._divide([before.pop(name) for name in DIVISION])
+        now = {name: value for name, value in {**self.recipe.named(), **self.inputs}.items() if name not in DIVISION}
         rate, saved_rate = now.pop("learning_rate"), before.pop("learning_rate")
         changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if now[name] != before.get(name)]
-        if changed:
+        if changed or step:
             raise ConfigError(
-                f"the interrupted run had other options: {', '.join(changed)}",
+                f"the interrupted run had other options: {', '.join(step + changed)}",
                 where=self.folder,
-                fix="resume with the same options, or start anew with --overwrite",
+                fix="resume with the same options, or start anew with --overwrite"
+                + "; another number of processes needs a --batch-size that gives the same windows" * bool(step),
             )
         if rate not in (None, saved_rate):
             logger.warning("Continuing with learning rate %g instead of %g.", rate, saved_rate)
@@ -131,23 +131,22 @@ class Run:
         self.text, self.epochs, self.figures = saved["text"], saved["epochs"], saved["figures"]
         self.validations = {int(step): nll for step, nll in saved["validations"].items()}
 
-    def _divide(self, before: list[int]) -> None:
-        """Divide the windows of a step among the processes of today; `before`: as in the interrupted run."""
+    def _divide(self, before: list[int]) -> list[str]:
+        """Divide the windows of a step among the processes of today; returns why that cannot be.
+
+        Args:
+            before: batch size, gradient accumulation and processes of the interrupted run.
+        """
         windows, processes, passes = math.prod(before), self.inputs["processes"], self.recipe.gradient_accumulation
         if self.recipe.batch_size is None and windows % (passes * processes) == 0:
             self.recipe = self.recipe.model_copy(update={"batch_size": windows // (passes * processes)})
-        if self.recipe.batch_size is None or windows_per_step(self.recipe, processes) != windows:
-            size, *others = before
-            raise ConfigError(
-                f"a step of the interrupted run had {windows} windows: batch size {size}, gradient accumulation "
-                f"{others[0]}, processes {others[1]}; now there are batch size {self.recipe.batch_size or 'default'}, "
-                f"gradient accumulation {passes}, processes {processes}",
-                where=self.folder,
-                fix=f"resume with a --batch-size and --gradient-accumulation that give {windows} windows, or start "
-                "anew with --overwrite",
-            )
+        size = self.recipe.batch_size
+        if size is None or windows_per_step(self.recipe, processes) != windows:
+            were, are = " x ".join(map(str, before)), f"{size or 'default'} x {passes} x {processes}"
+            return [f"batch_size x gradient_accumulation x processes (was {were}, is {are})"]
         if processes != before[-1]:
             logger.info("continuing in %d processes instead of %d, with the same batches", processes, before[-1])
+        return []
 
     def load(self, accelerator: Accelerator, step: int) -> None:
         """Restore model, optimizer and random numbers of a state.

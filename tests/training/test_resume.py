@@ -69,7 +69,7 @@ def test_a_run_goes_on_with_batches_that_are_divided_otherwise(fused: Path, data
         train(fused, data, output=output, loss="ce", on_progress=stop_at(7))
     with pytest.raises(ConfigError) as caught:
         train(fused, data, output=output, loss="ce", batch_size=2, gradient_accumulation=2, resume=True)
-    assert "had 2 windows: batch size 2, gradient accumulation 1, processes 1; now" in str(caught.value)
+    assert "batch_size x gradient_accumulation x processes (was 2 x 1 x 1, is 2 x 2 x 1)" in str(caught.value)
     with pytest.raises(ConfigError):
         train(fused, data, output=output, loss="ce", batch_size=None, gradient_accumulation=3, resume=True)
     train(fused, data, output=output, loss="ce", batch_size=None, gradient_accumulation=2, resume=True)
@@ -187,7 +187,7 @@ def test_failure_before_the_first_state_leaves_nothing(fused: Path, data: str, t
 def test_resuming_with_other_options_is_refused(fused: Path, data: str, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         train(fused, data, on_progress=stop_at(7))
-    with pytest.raises(ConfigError, match=r"batch_size \(was 2, is 4\), seed \(was 0, is 3\)"):
+    with pytest.raises(ConfigError, match=r"processes \(was 2 x 1 x 1, is 4 x 1 x 1\), seed \(was 0, is 3\)"):
         train(fused, data, resume=True, batch_size=4, seed=3)
     assert (tmp_path / "fused-uptrained.partial" / "resume.json").exists()
     train(fused, data, resume=True, learning_rate=None)
