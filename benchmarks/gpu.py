@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from gpu_counts import CARDS, Card, predict
+from gpu_counts import predict
 from gpu_decode import decode_table
 from gpu_models import LENGTH, ROOT, SHAPES, Shape, fused, random_model, refining_random_weights
 
@@ -43,6 +43,7 @@ def trained(model: Path, source: Path, output: Path, shape: Shape, count: int) -
     """Train the attention of a fused model of `count` layers: tokens a second of the median step, and its share of the
     card's peak."""
     import headfuse
+    from headfuse.training.footprint import PEAKS, peak_flops
 
     torch.cuda.reset_peak_memory_stats()
     ends = list[float]()
@@ -58,7 +59,8 @@ def trained(model: Path, source: Path, output: Path, shape: Shape, count: int) -
     head = shape.vocabulary * shape.hidden
     # The teacher forwards; the student forwards, backwards towards its inputs and, in its attention, the weights.
     flops = 2 * (count * (attention + rest + 3 * kept + 2 * rest) + 3 * head)
-    share = f", {speed * flops / _card().peak:.0%} of the card's peak in bfloat16"
+    peak = peak_flops(torch.device("cuda")) or PEAKS["H100"]
+    share = f", {speed * flops / peak:.0%} of the card's peak in bfloat16"
     memory = torch.cuda.max_memory_allocated() / 1e9
     return f"{speed:,.0f} tokens/s{share}, {memory:.0f} GB"
 
@@ -113,12 +115,6 @@ def _measured_model(
             fused(model, scratch / "fused", "fast", 8)
         reached = trained(scratch / "fused", model, scratch / "trained", shape, count)
         yield from ("", f"`uptrain --train attention`, 8 x {LENGTH} tokens a step: {reached}.", "")
-
-
-def _card() -> Card:
-    """The card whose assumed figures fit the one that is here best."""
-    name = torch.cuda.get_device_name()
-    return next((card for known, card in CARDS.items() if known in name), CARDS["H100"])
 
 
 def main() -> None:

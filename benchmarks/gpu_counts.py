@@ -23,18 +23,16 @@ class Card:
     float32: float
     float64: float
     bfloat16: float
-    peak: float
-    """Of dense products in bfloat16, by the datasheet."""
     copies: float = 7e9
     wait: float = 2e-5
     launch: float = 6e-6
 
 
 CARDS = {
-    "H100": Card(50e12, 45e12, 450e12, 989e12),
-    "H200": Card(50e12, 45e12, 450e12, 989e12),
-    "A100": Card(17e12, 15e12, 230e12, 312e12, 6e9),
-    "RTX 4090": Card(55e12, 1.2e12, 140e12, 165e12, 8e9),
+    "H100": Card(50e12, 45e12, 450e12),
+    "H200": Card(50e12, 45e12, 450e12),
+    "A100": Card(17e12, 15e12, 230e12, 6e9),
+    "RTX 4090": Card(55e12, 1.2e12, 140e12, 8e9),
 }
 """Assumed, not measured: what their kernels are known to reach, pageable copies."""
 

@@ -234,14 +234,17 @@ def _shown(console: Console) -> Iterator[Callable[[Progress], None]]:
     with stages(console, "preparing") as report:
 
         def on_step(now: Progress) -> None:
-            state = f"step {now.step} of {now.steps}, loss {now.loss:.3f}, {now.tokens_per_second:,.0f} tokens/s"
-            if now.mfu is not None:
-                state += f", {now.mfu:.0%} of the peak"
+            state = f"step {now.step} of {now.steps}, loss {now.loss:.3f}, {_speed(now)}"
             if now.validation is not None:
                 state += f", validation NLL {now.validation:.3f}"
             report("training", state, now.step / now.steps)
 
         yield on_step
+
+
+def _speed(now: Progress) -> str:
+    share = "" if now.mfu is None else f", {now.mfu:.0%} of the peak"
+    return f"{now.tokens_per_second:,.0f} tokens/s{share}"
 
 
 @contextmanager
@@ -254,11 +257,11 @@ def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.3f}, validation NLL {task.fields[validation]}"),
-        TextColumn("{task.fields[speed]:,.0f} tokens/s{task.fields[mfu]}, left"),
+        TextColumn("{task.fields[speed]}, left"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Bar(*columns, console=console, disable=console.quiet, transient=True) as bar:
-        task = bar.add_task("uptrain", total=None, loss=float("nan"), validation="-", speed=0.0, mfu="")
+        task = bar.add_task("uptrain", total=None, loss=float("nan"), validation="-", speed="0 tokens/s")
 
         def on_progress(now: Progress) -> None:
             validation = "-" if now.validation is None else f"{now.validation:.3f}"
@@ -268,8 +271,7 @@ def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
                 total=now.steps,
                 loss=now.loss,
                 validation=validation,
-                speed=now.tokens_per_second,
-                mfu="" if now.mfu is None else f", {now.mfu:.0%} of the peak",
+                speed=_speed(now),
             )
 
         yield on_progress

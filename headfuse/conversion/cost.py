@@ -45,10 +45,6 @@ EFFICIENCY = 0.6
 """Speed of whole layers relative to that of one matrix product, measured on SmolLM2-135M with two cores."""
 
 
-SPEED_TRIALS = 20
-"""Matrix products that are timed; the fastest counts, as others may have waited for another process."""
-
-
 @dataclass(frozen=True)
 class Cost:
     """Peak memory in bytes, without the mapped pages of the source's files, and time in seconds."""
@@ -244,7 +240,7 @@ def measured_speed(device: str) -> float:
     a = torch.ones(512, 1024, device=pick_device(device))
     b = torch.ones(1024, 1024, device=a.device)
     best = math.inf
-    for _ in range(SPEED_TRIALS):
+    for _ in range(5):
         start = time.perf_counter()
         float((a @ b)[0, 0])  # reading one number waits for the device
         best = min(best, time.perf_counter() - start)

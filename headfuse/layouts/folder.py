@@ -20,7 +20,7 @@ from headfuse.layouts import layerwise
 from headfuse.layouts.assignment import HeadAssignment
 from headfuse.models.config import config_of, raw_config, read_config
 from headfuse.models.families import Architecture
-from headfuse.models.heads import head_layout
+from headfuse.models.heads import head_dim, head_layout
 from headfuse.models.model_code import warn_of_other_code
 from headfuse.models.weights import ModelWeights, is_supported, stored_architecture, untie
 from headfuse.plan import FusionPlan, HeadLayout
@@ -53,8 +53,7 @@ def kv_bytes_per_token(config: PreTrainedConfig, itemsize: int) -> int:
     if layout_of(config) == "latent":
         return sum(map(sum, (*config.key_widths, *config.value_widths))) * itemsize
     text = config.get_text_config() if layout_of(config) == "gqa" else config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return cached_heads(config) * head_dim * itemsize
+    return cached_heads(config) * head_dim(text) * itemsize
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,11 @@ from headfuse.models.families import Architecture, architecture_of
 from headfuse.plan import HeadLayout
 
 
+def head_dim(config: Any) -> int:
+    """Channels of a head of a transformers config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def head_layout(config: Any, where: object = None) -> HeadLayout:
     """Read the heads of a supported model from its transformers config.
 
@@ -19,13 +24,13 @@ def head_layout(config: Any, where: object = None) -> HeadLayout:
     arch = architecture_of(config.model_type, where)
     num_heads = config.num_attention_heads
     num_kv = (getattr(config, "num_key_value_heads", None) or num_heads) if arch.stock_gqa else num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    channels = head_dim(config)
     for name, value in (
         ("num_hidden_layers", config.num_hidden_layers),
         ("hidden_size", config.hidden_size),
         ("num_attention_heads", num_heads),
         ("num_key_value_heads", num_kv),
-        ("head_dim", head_dim),
+        ("head_dim", channels),
     ):
         if not isinstance(value, int) or value < 1:
             raise CheckpointError(f"{name} is {value}", where=where, fix="restore the model's own config.json")
@@ -41,8 +46,8 @@ def head_layout(config: Any, where: object = None) -> HeadLayout:
         hidden_size=config.hidden_size,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv,
-        head_dim=head_dim,
-        rotary_dim=_rotary_dim(config, arch, head_dim, where),
+        head_dim=channels,
+        rotary_dim=_rotary_dim(config, arch, channels, where),
     )
 
 

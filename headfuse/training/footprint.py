@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headfuse.config.uptrain import UptrainConfig
+from headfuse.models.heads import head_dim
 from headfuse.models.placement import allocated_bytes, free_bytes
 
 logger = logging.getLogger(__name__)
@@ -117,10 +118,7 @@ def _flops(student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Up
     config = student.config.get_text_config()
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return None
-    channels = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    scores = 4 * channels * recipe.sequence_length * config.num_hidden_layers
+    scores = 4 * config.num_attention_heads * head_dim(config) * recipe.sequence_length * config.num_hidden_layers
     # forward; backward towards the input; backward towards the weight
     work = sum(2 * size * (3 if trained else 2) for size, trained in _matrices(student)) + 3 * scores
     if teacher is not None:

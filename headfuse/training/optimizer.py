@@ -64,11 +64,12 @@ def prepare_training(student: PreTrainedModel, recipe: UptrainConfig) -> Callabl
 
 def _products() -> list[Any]:
     """Operations that cost more time than their outputs cost memory: matrix products and attention."""
-    products = ("mm", "addmm", "bmm", "baddbmm")
-    attention = ("flash", "efficient", "cudnn", "flash_attention_for_cpu", "fused_attention_overrideable")
-    full = (f"_scaled_dot_product_{name}" + "_attention" * ("attention" not in name) for name in attention)
-    aten = torch.ops.aten
-    return [getattr(aten, name).default for name in (*products, *full) if hasattr(aten, name)]
+    attention = (
+        "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu",
+        "fused_attention_overrideable",
+    )  # fmt: skip
+    names = ("mm", "addmm", "bmm", "baddbmm", *(f"_scaled_dot_product_{name}" for name in attention))
+    return [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
 
 
 def _widen(student: PreTrainedModel) -> None:

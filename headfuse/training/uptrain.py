@@ -232,7 +232,8 @@ def _seconds_at_peak(
     beside = teacher.model if isinstance(teacher, LiveTeacher) and here else None
     shards = accelerator.num_processes if job.sharded else 1
     counted = footprint(student, beside, recipe, shards, accelerator.mixed_precision == "bf16")
-    report(counted, accelerator.device)
+    if accelerator.is_main_process:
+        report(counted, accelerator.device)
     peak = peak_flops(accelerator.device)
     return None if peak is None or counted.flops is None else counted.flops / (peak * accelerator.num_processes)
 
@@ -265,17 +266,17 @@ def _make_teacher(
         return None
     layers = recipe.hidden > 0 or recipe.layerwise > 0
     check_teacher(folder, student, tokenizer, layers, machine.trust_remote_code)
-    device, dtype = machine.teacher_device or str(accelerator.device), machine.teacher_dtype
+    spread = job.sharded and machine.teacher_device is None and machine.teacher_cache is None
+    device = "cpu" if spread else machine.teacher_device or str(accelerator.device)
+    kept = machine.teacher_dtype or computing_dtype(folder, machine.teacher_device or accelerator.device.type)
+    dtype = kept if spread else machine.teacher_dtype
     beyond = unembedded_tokens(tokenizer, student.get_input_embeddings().weight.shape[0])
     load = partial(_load_teacher, folder, device, dtype, beyond, machine.trust_remote_code)
-    if machine.teacher_cache is None and job.sharded and machine.teacher_device is None:
-        dtype = dtype or computing_dtype(folder, accelerator.device.type)
-        model = _load_teacher(folder, "cpu", dtype, beyond, machine.trust_remote_code)
-        shard_layers(model, accelerator)
-        return LiveTeacher(model, accelerator.device, eos, layers)
     if machine.teacher_cache is None:
-        return LiveTeacher(load(), accelerator.device, eos, layers)
-    kept = dtype or computing_dtype(folder, machine.teacher_device or accelerator.device.type)
+        model = load()
+        if spread:
+            shard_layers(model, accelerator)
+        return LiveTeacher(model, accelerator.device, eos, layers)
     cached = CachedTeacher(
         machine.teacher_cache, folder, kept, recipe, text.validation, accelerator.device, machine.trust_remote_code
     )

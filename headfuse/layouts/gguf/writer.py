@@ -15,6 +15,7 @@ from headfuse.errors import CheckpointError, HeadfuseError, MissingExtraError, U
 from headfuse.layouts import layerwise
 from headfuse.layouts.gguf.tokenizer import chat_template, tokenizer_keys
 from headfuse.layouts.slot_table import is_table
+from headfuse.models.heads import head_dim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -70,11 +71,6 @@ def architecture(
             fix="fuse the source with --layout gqa",
         )
     return PER_LAYER
-
-
-def head_dim(config: PreTrainedConfig) -> int:
-    """Channels of a head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def require_gguf() -> Any:
