@@ -18,12 +18,11 @@ from headfuse.plan import Groups, HeadLayout
 class KeyMoments:
     """Second moments of the keys of n source heads over the calibration text.
 
-    `gram [F, n, n]` complex: E[k_i conj k_j] per frequency; `query_energy [n, F]`: E|q|^2 summed over the query heads
-    that read the source head. Both are the same before and after RoPE, which turns all heads of a plane alike. `tail`:
-    moments of the channels that are not rotated. Any linear map may read them, so they are treated like values. Their
-    `covariance` is that of keys about their mean, as adding one score to every key changes no attention; their
-    `output_gram` is the sum of E[q q^T]. `normed`: a norm stands between projection and RoPE, so read maps are not
-    folded into the queries.
+    `gram [F, n, n]` complex: E[k_i conj k_j] per frequency, of keys after RoPE about the mean of their window, because
+    adding one score to every key changes no attention; `query_energy [n, F]`: E|q|^2 summed over the query heads that
+    read the source head. `tail`: moments of the channels that are not rotated. Any linear map may read them, so they
+    are treated like values. Their `covariance` is that of keys about their mean; their `output_gram` is the sum of
+    E[q q^T]. `normed`: a norm stands between projection and RoPE, so read maps are not folded into the queries.
     """
 
     gram: torch.Tensor
@@ -76,6 +75,17 @@ def planes(x: torch.Tensor) -> torch.Tensor:
     return torch.complex(first.contiguous(), second.contiguous())
 
 
+def about_mean(capture: AttentionCapture, keys: torch.Tensor, dim: int) -> torch.Tensor:
+    """Keys after RoPE, or what is cached of them, less their mean over the tokens of each window, dimension `dim`.
+
+    A key that is added to all keys of a window adds one number to all scores of a query, and a softmax does not see it.
+    A cap of the scores or a sink beside them does: there keys stay as they are.
+    """
+    if capture.softcap is not None or capture.sinks is not None:
+        return keys
+    return keys - keys.mean(dim, keepdim=True)
+
+
 MAX_ROWS = 16384
 """Rows of averaged values that enter a covariance. More rows do not change it, and cost most on MHA models."""
 
@@ -87,7 +97,7 @@ def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyM
     gram = torch.zeros(rotated // 2, n, n, dtype=torch.complex128, device=place)
     energy = torch.zeros(n, rotated // 2, dtype=torch.float64, device=place)
     for capture in captures:
-        k = widened(planes(capture.key[..., :rotated]))  # [B, n, T, F]
+        k = about_mean(capture, widened(planes(capture.key[..., :rotated])), dim=2)  # [B, n, T, F]
         k = k.permute(3, 1, 0, 2).flatten(2)  # [F, n, B T]
         gram += capture.weight * (k @ k.mH)
         q = widened(planes(capture.query[..., :rotated]).abs().square().sum((0, 2)))  # [n_q, F]

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headfuse.fusion.moments import KeyMoments, ValueMoments, averaged, key_moments, output_gram, planes
+from headfuse.fusion.moments import (
+    KeyMoments,
+    ValueMoments,
+    about_mean,
+    averaged,
+    key_moments,
+    output_gram,
+    planes,
+)
 from headfuse.fusion.wide import KeyBasis, PlainBasis
 from headfuse.fusion.wide_attention import cached_keys, cached_values
 from headfuse.models.capture import AttentionCapture
@@ -161,14 +169,18 @@ def _both(own: KeyBasis, source: Cached, index: int, capture: AttentionCapture) 
 def _slot_moments(
     captures: Captures, slots: Sequence[torch.Tensor], frequency: torch.Tensor, rotated: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[S, S]`: E[c conj c'] of slots of one frequency, 0 between others; `[S, n]`: E[c conj k] on the slot's plane."""
+    """`[S, S]`: E[c conj c'] of slots of one frequency, 0 between others; `[S, n]`: E[c conj k] on the slot's plane.
+
+    Both about the mean of the window, like the moments of the keys.
+    """
     gram = cross = torch.zeros((), dtype=torch.complex128)
     tokens = 0.0
     for capture, part in zip(captures, slots, strict=True):
-        c = widened(part.flatten(0, 1))  # [B T, S]
-        k = widened(planes(capture.key[..., :rotated])[..., frequency])  # [B, n, T, S]
+        centred = about_mean(capture, widened(part), dim=1)
+        c = centred.flatten(0, 1)  # [B T, S]
+        k = about_mean(capture, widened(planes(capture.key[..., :rotated])[..., frequency]), dim=2)  # [B, n, T, S]
         gram = gram.to(c.device) + capture.weight * (c.T @ c.conj())
-        cross = cross.to(c.device) + capture.weight * torch.einsum("bts,bnts->sn", c.view(part.shape), k.conj())
+        cross = cross.to(c.device) + capture.weight * torch.einsum("bts,bnts->sn", centred, k.conj())
         tokens += capture.weight * len(c)
     alike = (frequency[:, None] == frequency).to(gram.device)
     return gram * alike / tokens, cross / tokens

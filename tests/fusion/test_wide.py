@@ -111,6 +111,7 @@ def test_lost_energy_is_that_of_what_is_missing(tmp_path: Path, model_type: str)
             [c.key.double() - _back(c.key.double(), keys.narrowed(width), rotated) for c in layer.captures]
         )
         z = planes(missing[..., :rotated])  # [B, n, T, F]
+        z = z - z.mean(2, keepdim=True)  # a softmax does not see what all keys of a window have in common
         energy = (z.abs().square().mean((0, 2)) * layer.keys.query_energy).sum() / 2
         if layer.keys.tail is not None:
             rest = missing[..., rotated:].transpose(0, 1).flatten(1, 2)  # [n, B T, t]
