@@ -116,14 +116,13 @@ def logits_one_by_one(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Ten
 
 def test_one_pass_reads_what_decoding_reads(folder: Path) -> None:
     """So the NLL of a pass over a window is that of a model that decodes with such a cache."""
-    model, tokens = headfuse.load(folder), torch.randint(300, (8, 20), generator=torch.Generator().manual_seed(0))
+    model = headfuse.load(folder).double()  # in float32, the order of a sum decides how a number half-way is rounded
+    tokens = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = model(tokens).logits
         caches = QuantisedCaches(model, "int3")
         whole, steps = model(tokens).logits, logits_one_by_one(model, tokens)
-        apart = (whole - steps).abs().amax(dim=(1, 2))
-        # A number half-way between two steps rounds either way, as the sums before it have another order.
-        assert (apart > 1e-4).sum() <= 1
+        assert torch.allclose(whole, steps, atol=1e-4)
         assert not torch.allclose(whole, exact, atol=1e-2)
         assert caches.last is not None
         assert caches.last.get_seq_length() == 20
