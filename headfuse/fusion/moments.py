@@ -75,15 +75,13 @@ def planes(x: torch.Tensor) -> torch.Tensor:
     return torch.complex(first.contiguous(), second.contiguous())
 
 
-def about_mean(capture: AttentionCapture, keys: torch.Tensor, dim: int) -> torch.Tensor:
-    """Keys after RoPE, or what is cached of them, less their mean over the tokens of each window, dimension `dim`.
+def about_mean(capture: AttentionCapture, keys: torch.Tensor) -> torch.Tensor:
+    """Keys after RoPE, or what is cached of them, `[..., T, c]`, less their mean over the tokens of each window.
 
     A key that is added to all keys of a window adds one number to all scores of a query, and a softmax does not see it.
     A cap of the scores or a sink beside them does: there keys stay as they are.
     """
-    if capture.softcap is not None or capture.sinks is not None:
-        return keys
-    return keys - keys.mean(dim, keepdim=True)
+    return keys - keys.mean(-2, keepdim=True) if capture.plain_softmax else keys
 
 
 MAX_ROWS = 16384
@@ -97,7 +95,7 @@ def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyM
     gram = torch.zeros(rotated // 2, n, n, dtype=torch.complex128, device=place)
     energy = torch.zeros(n, rotated // 2, dtype=torch.float64, device=place)
     for capture in captures:
-        k = about_mean(capture, widened(planes(capture.key[..., :rotated])), dim=2)  # [B, n, T, F]
+        k = about_mean(capture, widened(planes(capture.key[..., :rotated])))  # [B, n, T, F]
         k = k.permute(3, 1, 0, 2).flatten(2)  # [F, n, B T]
         gram += capture.weight * (k @ k.mH)
         q = widened(planes(capture.query[..., :rotated]).abs().square().sum((0, 2)))  # [n_q, F]

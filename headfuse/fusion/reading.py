@@ -176,12 +176,12 @@ def _slot_moments(
     gram = cross = torch.zeros((), dtype=torch.complex128)
     tokens = 0.0
     for capture, part in zip(captures, slots, strict=True):
-        centred = about_mean(capture, widened(part), dim=1)
-        c = centred.flatten(0, 1)  # [B T, S]
-        k = about_mean(capture, widened(planes(capture.key[..., :rotated])[..., frequency]), dim=2)  # [B, n, T, S]
-        gram = gram.to(c.device) + capture.weight * (c.T @ c.conj())
-        cross = cross.to(c.device) + capture.weight * torch.einsum("bts,bnts->sn", centred, k.conj())
-        tokens += capture.weight * len(c)
+        c = about_mean(capture, widened(part))  # [B, T, S]
+        k = about_mean(capture, widened(planes(capture.key[..., :rotated])[..., frequency]))  # [B, n, T, S]
+        rows = c.flatten(0, 1)  # [B T, S]
+        gram = gram.to(c.device) + capture.weight * (rows.T @ rows.conj())
+        cross = cross.to(c.device) + capture.weight * torch.einsum("bts,bnts->sn", c, k.conj())
+        tokens += capture.weight * len(rows)
     alike = (frequency[:, None] == frequency).to(gram.device)
     return gram * alike / tokens, cross / tokens
 

@@ -36,9 +36,14 @@ class AttentionCapture:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
 
+    @property
+    def plain_softmax(self) -> bool:
+        """Attention is the softmax of the scores themselves: no cap bounds them, and no sink stands beside them."""
+        return self.softcap is None and self.sinks is None
+
     def attend(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Head outputs `[B, n_q, T, d]`, computed with the given keys and values `[B, n_s, T, d]`."""
-        if self.softcap is not None or self.sinks is not None:
+        if not self.plain_softmax:
             shares = self.probabilities(key).unflatten(1, (key.shape[1], -1))  # [B, n_s, q, T, T]
             return (shares @ value[:, :, None]).flatten(1, 2)
         return nn.functional.scaled_dot_product_attention(
