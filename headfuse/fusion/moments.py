@@ -21,7 +21,7 @@ class KeyMoments:
     `gram [F, n, n]` complex: E[k_i conj k_j] per frequency, of keys after RoPE about the mean of their window, because
     adding one score to every key changes no attention; `query_energy [n, F]`: E|q|^2 summed over the query heads that
     read the source head. `tail`: moments of the channels that are not rotated. Any linear map may read them, so they
-    are treated like values. Their `covariance` is that of keys about their mean; their `output_gram` is the sum of
+    are treated like values. Their `covariance` is about the mean of the window, too; their `output_gram` is the sum of
     E[q q^T]. `normed`: a norm stands between projection and RoPE, so read maps are not folded into the queries.
     """
 
@@ -111,18 +111,16 @@ def _tail_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> Va
     if not rest:
         return None
     zeros = partial(torch.zeros, dtype=torch.float64, device=exact(captures[0].key.device))
-    gram, mean, metric = zeros(n * rest, n * rest), zeros(n * rest), zeros(n, rest, rest)
+    gram, metric = zeros(n * rest, n * rest), zeros(n, rest, rest)
     for capture in captures:
-        k = widened(capture.key[..., rotated:]).transpose(1, 2).flatten(2).flatten(0, 1)  # [B T, n t]
+        k = about_mean(capture, widened(capture.key[..., rotated:]))  # [B, n, T, t]
+        k = k.transpose(1, 2).flatten(2).flatten(0, 1)  # [B T, n t]
         q = widened(capture.query[..., rotated:])  # [B, n_q, T, t]
         q = q.unflatten(1, (n, -1)).transpose(0, 1).flatten(1, 3)  # [n, B q T, t]
         gram += capture.weight * (k.T @ k)
-        mean += capture.weight * k.sum(0)
         metric += capture.weight * (q.mT @ q)
         tokens += capture.weight * len(k)
-    mean /= tokens
-    covariance = gram / tokens - torch.outer(mean, mean)
-    return ValueMoments(covariance.view(n, rest, n, rest), metric / tokens)
+    return ValueMoments((gram / tokens).view(n, rest, n, rest), metric / tokens)
 
 
 def value_moments(

@@ -199,15 +199,13 @@ def _conditional_tail(
 
 
 def _covariance(captures: Captures, states: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Covariance `[w, w]` of states `[B, T, w]`."""
-    gram = mean = torch.zeros((), dtype=torch.float64)
-    tokens = 0.0
+    """Covariance `[w, w]` of states `[B, T, w]` about the mean of their window, like the moments of the keys."""
+    gram, tokens = torch.zeros((), dtype=torch.float64), 0.0
     for capture, part in zip(captures, states, strict=True):
-        rows = widened(part.flatten(0, 1))
+        rows = about_mean(capture, widened(part)).flatten(0, 1)
         gram = gram.to(rows.device) + capture.weight * (rows.T @ rows)
-        mean = mean.to(rows.device) + capture.weight * rows.sum(0)
         tokens += capture.weight * len(rows)
-    return gram / tokens - torch.outer(mean, mean) / tokens**2
+    return gram / tokens
 
 
 def _left(joint: torch.Tensor, size: int) -> torch.Tensor:

@@ -20,8 +20,11 @@ HEADS = HeadLayout(
 
 
 @pytest.mark.parametrize("seen", [{}, {"softcap": 5.0}, {"sinks": torch.zeros(QUERIES)}])
-def test_a_key_added_to_all_of_a_window_counts_only_where_attention_sees_it(seen: dict[str, Any]) -> None:
-    """A softmax does not see it; a cap of the scores and a sink beside them do."""
+@pytest.mark.parametrize("rotary_dim", [D, D // 2, 0])
+def test_a_key_added_to_all_of_a_window_counts_only_where_attention_sees_it(
+    seen: dict[str, Any], rotary_dim: int
+) -> None:
+    """A softmax does not see it; a cap of the scores and a sink beside them do. So of channels that are not rotated."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -32,8 +35,14 @@ def test_a_key_added_to_all_of_a_window_counts_only_where_attention_sees_it(seen
     shifted = replace(plain, key=key + common)
     same = torch.allclose(plain.probabilities(plain.key), shifted.probabilities(shifted.key))
     assert same == (not seen)
-    gram, moved = key_moments([plain], HEADS).gram, key_moments([shifted], HEADS).gram
-    assert torch.allclose(gram, moved) == same
+    heads = HEADS.model_copy(update={"rotary_dim": rotary_dim})
+    before, after = key_moments([plain], heads), key_moments([shifted], heads)
+    if rotary_dim:
+        assert torch.allclose(before.gram, after.gram) == same
+    if rotary_dim < D:
+        assert before.tail is not None
+        assert after.tail is not None
+        assert torch.allclose(before.tail.covariance, after.tail.covariance) == same
 
 
 @pytest.mark.parametrize("length", [8, 40])

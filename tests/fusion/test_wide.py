@@ -114,8 +114,8 @@ def test_lost_energy_is_that_of_what_is_missing(tmp_path: Path, model_type: str)
         z = z - z.mean(2, keepdim=True)  # a softmax does not see what all keys of a window have in common
         energy = (z.abs().square().mean((0, 2)) * layer.keys.query_energy).sum() / 2
         if layer.keys.tail is not None:
-            rest = missing[..., rotated:].transpose(0, 1).flatten(1, 2)  # [n, B T, t]
-            rest = rest - rest.mean(1, keepdim=True)
+            rest = missing[..., rotated:]
+            rest = (rest - rest.mean(2, keepdim=True)).transpose(0, 1).flatten(1, 2)  # [n, B T, t]
             energy += torch.einsum("jta,jab,jtb->", rest, layer.keys.tail.output_gram, rest) / rest.shape[1]
         torch.testing.assert_close(lost_keys[width], energy, rtol=1e-6, atol=1e-9 * float(lost_keys[0]))
         narrow = values.narrowed(width)
