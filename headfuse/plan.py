@@ -85,6 +85,8 @@ class LayerPlan(_Frozen):
     """Channels of each fused key head; None: `head_dim`. 0 only where another layer's are read."""
     value_widths: tuple[_Width, ...] | None = None
     """Channels of each fused value head; None: `head_dim`. 0 only where another layer's are read."""
+    still_planes: _Width = 0
+    """The rotary planes, the slowest ones, that the fused layer does not turn; only of a wide head."""
     key_sources: tuple[_Width, ...] = ()
     """The earlier layers whose cached keys this one reads beside its own."""
     value_sources: tuple[_Width, ...] = ()
@@ -113,7 +115,8 @@ class LayerPlan(_Frozen):
     @model_serializer(mode="wrap")
     def _as_before_without_widths(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
-        return {name: value for name, value in fields.items() if not name.endswith(("_widths", "_sources")) or value}
+        of_wide_heads = ("_widths", "_sources", "still_planes")
+        return {name: value for name, value in fields.items() if not name.endswith(of_wide_heads) or value}
 
 
 class SourceModel(_Frozen):

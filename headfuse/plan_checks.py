@@ -34,14 +34,16 @@ def check_slots(layer: LayerPlan, frequencies: int) -> None:
 
 def check_wide(layer: LayerPlan, heads: HeadLayout) -> None:
     """Raise ValueError for groups, widths and slots that a layer of wide heads cannot have."""
-    where, groups, planes = f"layer {layer.layer_idx}", layer.key_groups, heads.rotary_dim // 2
+    where, groups, planes = f"layer {layer.layer_idx}", layer.key_groups, heads.rotary_dim // 2 - layer.still_planes
     if groups != layer.value_groups:
         raise ValueError(f"{where}: wide heads need key_groups equal to value_groups")
     keys, values, slots = layer.key_widths, layer.value_widths, layer.rotary_slots
-    if keys is None and values is None and slots is None and layer.untouched:
+    if keys is None and values is None and slots is None and layer.untouched and not layer.still_planes:
         return
     if keys is None or values is None or slots is None or {len(keys), len(values), len(slots)} != {len(groups)}:
         raise ValueError(f"{where}: key_widths, value_widths or rotary_slots are missing: each has one entry per group")
+    if planes < 0:
+        raise ValueError(f"{where}, still_planes: at most {heads.rotary_dim // 2}")
     for group, key, value, table in zip(groups, keys, values, slots, strict=True):
         size, plain = len(group), key - 2 * len(table)
         if max(key, value) > size * heads.head_dim:
@@ -50,7 +52,7 @@ def check_wide(layer: LayerPlan, heads: HeadLayout) -> None:
             raise ValueError(f"{where}, rotary_slots: planes are from 0 to {planes - 1}, each at most {size} times")
         if (key == 0 and not layer.key_sources) or (value == 0 and not layer.value_sources):
             raise ValueError(f"{where}: a width is at least 1, but for layers that read another one's cache")
-        if not 0 <= plain <= size * (heads.head_dim - heads.rotary_dim):
+        if not 0 <= plain <= size * (heads.head_dim - 2 * planes):
             raise ValueError(f"{where}: a key of width {key} cannot have {len(table)} rotary slots")
 
 
@@ -58,6 +60,8 @@ def check_one_width(layers: Sequence[LayerPlan], layout: Layout) -> None:
     """Raise ValueError unless all heads of all layers have one width and one table of rotary slots."""
     widths = {width for layer in layers for width in (layer.key_widths or (None,)) + (layer.value_widths or (None,))}
     tables = {table for layer in layers for table in layer.rotary_slots or (None,)}
+    if any(layer.still_planes for layer in layers):
+        raise ValueError(f"layout {layout} turns all rotary planes: no still_planes")
     if len(widths) > 1 or len(tables) > 1:
         raise ValueError(f"layout {layout} needs one width and one table of rotary slots for all heads of all layers")
     width, table = next(iter(widths)), next(iter(tables))
@@ -76,3 +80,5 @@ def check_sources(layers: Sequence[LayerPlan], layout: Layout, wide: bool) -> No
                 raise ValueError(f"{where}: must be different earlier layers")
             if sources and (len(layer.key_groups) > 1 or layer.key_widths is None):
                 raise ValueError(f"{where}: a layer that reads another one has one group, with widths of its own")
+            if name == "key_sources" and any(layers[s].still_planes > layer.still_planes for s in sources):
+                raise ValueError(f"{where}: a source has more still_planes, and what it caches of them cannot turn")

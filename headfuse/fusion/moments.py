@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
 
+from headfuse.fusion.key_channels import KeyChannels
 from headfuse.fusion.maps import Reconstruction
 from headfuse.models.capture import AttentionCapture
 from headfuse.models.placement import exact, widened
@@ -23,12 +24,19 @@ class KeyMoments:
     read the source head. `tail`: moments of the channels that are not rotated. Any linear map may read them, so they
     are treated like values. Their `covariance` is about the mean of the window, too; their `output_gram` is the sum of
     E[q q^T]. `normed`: a norm stands between projection and RoPE, so read maps are not folded into the queries.
+    `still`: the slowest rotary planes that are not in `gram`, but in the tail (key_channels.py).
     """
 
     gram: torch.Tensor
     query_energy: torch.Tensor
     tail: ValueMoments | None = None
     normed: bool = False
+    still: int = 0
+
+    @property
+    def plane_energy(self) -> torch.Tensor:
+        """`[F]`: E|q|^2 E|k|^2 of each plane, summed over the heads."""
+        return (self.gram.diagonal(dim1=1, dim2=2).real * self.query_energy.T).sum(1)
 
     @property
     def tail_energy(self) -> torch.Tensor:
@@ -39,7 +47,7 @@ class KeyMoments:
     def of(self, group: tuple[int, ...]) -> KeyMoments:
         """The moments of one group's heads."""
         index, tail = list(group), None if self.tail is None else self.tail.of(group)
-        return KeyMoments(self.gram[:, index][:, :, index], self.query_energy[index], tail, self.normed)
+        return replace(self, gram=self.gram[:, index][:, :, index], query_energy=self.query_energy[index], tail=tail)
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,6 @@ class ValueMoments:
         return ValueMoments(self.covariance[index][:, :, index], self.output_gram[index], self.root[index])
 
 
-def planes(x: torch.Tensor) -> torch.Tensor:
-    """Rotated channels `[..., 2 F]` in the canonical order as complex planes `[..., F]`: plane f is (f, f + F)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.complex(first.contiguous(), second.contiguous())
-
-
 def about_mean(capture: AttentionCapture, keys: torch.Tensor) -> torch.Tensor:
     """Keys after RoPE, or what is cached of them, `[..., T, c]`, less their mean over the tokens of each window.
 
@@ -88,34 +90,42 @@ MAX_ROWS = 16384
 """Rows of averaged values that enter a covariance. More rows do not change it, and cost most on MHA models."""
 
 
-def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> KeyMoments:
-    """Moments of one layer's keys: rotary planes, and unrotated channels (mathematics.md section 3.2)."""
-    n, rotated, tokens = heads.num_key_value_heads, heads.rotary_dim, 0.0
+def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout, still: int = 0) -> KeyMoments:
+    """Moments of one layer's keys: rotary planes, and unrotated channels (mathematics.md section 3.2).
+
+    Args:
+        captures: the layer on the calibration windows.
+        heads: the source's heads.
+        still: rotary planes, the slowest ones, that count as channels that are not rotated.
+    """
+    n, channels, tokens = heads.num_key_value_heads, KeyChannels(heads.rotary_dim, still), 0.0
     place = exact(captures[0].key.device)
-    gram = torch.zeros(rotated // 2, n, n, dtype=torch.complex128, device=place)
-    energy = torch.zeros(n, rotated // 2, dtype=torch.float64, device=place)
+    gram = torch.zeros(channels.planes, n, n, dtype=torch.complex128, device=place)
+    energy = torch.zeros(n, channels.planes, dtype=torch.float64, device=place)
     for capture in captures:
-        k = about_mean(capture, widened(planes(capture.key[..., :rotated])))  # [B, n, T, F]
+        k = about_mean(capture, widened(channels.split(capture.key)[0]))  # [B, n, T, F]
         k = k.permute(3, 1, 0, 2).flatten(2)  # [F, n, B T]
         gram += capture.weight * (k @ k.mH)
-        q = widened(planes(capture.query[..., :rotated]).abs().square().sum((0, 2)))  # [n_q, F]
+        q = widened(channels.split(capture.query)[0].abs().square().sum((0, 2)))  # [n_q, F]
         energy += capture.weight * q.unflatten(0, (n, heads.queries_per_head)).sum(1)
         tokens += capture.weight * k.shape[2]
     normed = captures[0].key_before_norm is not None
-    return KeyMoments(gram / tokens, energy / tokens, _tail_moments(captures, heads), normed)
+    return KeyMoments(gram / tokens, energy / tokens, _tail_moments(captures, heads, channels), normed, still)
 
 
-def _tail_moments(captures: Sequence[AttentionCapture], heads: HeadLayout) -> ValueMoments | None:
+def _tail_moments(
+    captures: Sequence[AttentionCapture], heads: HeadLayout, channels: KeyChannels
+) -> ValueMoments | None:
     """Moments of the unrotated channels: keys are treated as values, and queries as output weights."""
-    n, rotated, rest, tokens = heads.num_key_value_heads, heads.rotary_dim, heads.head_dim - heads.rotary_dim, 0.0
+    n, rest, tokens = heads.num_key_value_heads, heads.head_dim - 2 * channels.planes, 0.0
     if not rest:
         return None
     zeros = partial(torch.zeros, dtype=torch.float64, device=exact(captures[0].key.device))
     gram, metric = zeros(n * rest, n * rest), zeros(n, rest, rest)
     for capture in captures:
-        k = about_mean(capture, widened(capture.key[..., rotated:]))  # [B, n, T, t]
+        k = about_mean(capture, widened(channels.split(capture.key)[1]))  # [B, n, T, t]
         k = k.transpose(1, 2).flatten(2).flatten(0, 1)  # [B T, n t]
-        q = widened(capture.query[..., rotated:])  # [B, n_q, T, t]
+        q = widened(channels.split(capture.query)[1])  # [B, n_q, T, t]
         q = q.unflatten(1, (n, -1)).transpose(0, 1).flatten(1, 3)  # [n, B q T, t]
         gram += capture.weight * (k.T @ k)
         metric += capture.weight * (q.mT @ q)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from headfuse.fusion.key_channels import KeyChannels, planes
 from headfuse.fusion.moments import (
     KeyMoments,
     ValueMoments,
@@ -19,7 +20,6 @@ from headfuse.fusion.moments import (
     averaged,
     key_moments,
     output_gram,
-    planes,
 )
 from headfuse.fusion.wide import KeyBasis, PlainBasis
 from headfuse.fusion.wide_attention import cached_keys, cached_values
@@ -44,12 +44,17 @@ class Cached:
     slots: Groups
     widths: tuple[int, ...]
 
-    def split(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A capture's cached keys as complex slots `[B, T, S]` and channels that are not rotated `[B, T, c]`."""
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def split(self, index: int, like: torch.Tensor, turning: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A capture's cached keys as complex slots `[B, T, S]` and channels that are not rotated `[B, T, c]`.
+
+        Slots of planes from `turning` on are two channels each: the reader does not turn them.
+        """
+        slots, plain = list[torch.Tensor](), list[torch.Tensor]()
         for part, table in zip(self.keys[index].to(like).split(self.widths, dim=-1), self.slots, strict=True):
-            found.append((planes(part[..., : 2 * len(table)]), part[..., 2 * len(table) :]))
-        slots, plain = zip(*found, strict=True)
+            own, rest = planes(part[..., : 2 * len(table)]), part[..., 2 * len(table) :]
+            turn, stand = ([i for i, f in enumerate(table) if (f < turning) == turns] for turns in (True, False))
+            slots.append(own[..., turn])
+            plain += [own[..., stand].real, own[..., stand].imag, rest]
         return torch.cat(slots, dim=-1), torch.cat(plain, dim=-1)
 
     @classmethod
@@ -63,10 +68,9 @@ class Cached:
             tuple(width for layer in layers for width in layer.widths),
         )
 
-    @property
-    def frequencies(self) -> list[int]:
-        """Of all slots."""
-        return [frequency for table in self.slots for frequency in table]
+    def frequencies(self, turning: int) -> list[int]:
+        """Of all slots, less those of planes from `turning` on."""
+        return [frequency for table in self.slots for frequency in table if frequency < turning]
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class ReadKeys:
     """Keys of the source's heads from own and read channels.
 
     `own`: what the layer caches; complex `read [S, n]` of all slots, own ones first, with their `frequency [S]`;
-    `read_plain [c, n, d - 2 p]` of all channels that are not rotated.
+    `read_plain [c, n, d - 2 p]` of all channels that are not rotated; `channels`: of a source key.
     """
 
     own: KeyBasis
@@ -82,19 +86,17 @@ class ReadKeys:
     frequency: torch.Tensor
     read: torch.Tensor
     read_plain: torch.Tensor | None
+    channels: KeyChannels
 
     def heads(self, index: int, capture: AttentionCapture) -> torch.Tensor:
         """Source keys `[B, n, T, d]` of a capture."""
-        slots, plain = _both(self.own, self.source, index, capture)
+        slots, plain = _both(self.own, self.source, index, capture, self.channels)
         weighted = slots[:, None] * self.read.T[None, :, None].to(slots)  # [B, n, T, S]
-        count = (capture.key.shape[-1] - (0 if self.read_plain is None else self.read_plain.shape[-1])) // 2
-        found = weighted.new_zeros(*weighted.shape[:-1], count).index_add(
+        found = weighted.new_zeros(*weighted.shape[:-1], self.channels.planes).index_add(
             -1, self.frequency.to(weighted.device), weighted
         )
-        parts = [found.real, found.imag]
-        if self.read_plain is not None:
-            parts.append(torch.einsum("btc,cnd->bntd", plain, self.read_plain.to(plain)))
-        return torch.cat(parts, dim=-1)
+        read = self.read_plain
+        return self.channels.join(found, None if read is None else torch.einsum("btc,cnd->bntd", plain, read.to(plain)))
 
 
 @dataclass(frozen=True)
@@ -111,27 +113,29 @@ class ReadValues:
         return torch.einsum("btc,cnd->bntd", torch.cat([own, source], dim=-1), self.read.to(own))
 
 
-def conditional_keys(captures: Captures, heads: HeadLayout, source: Cached) -> KeyMoments:
-    """The moments of a layer's keys that its source's cached keys do not explain."""
-    moments, slots = key_moments(captures, heads), [source.split(i, c.key)[0] for i, c in enumerate(captures)]
-    frequency = torch.tensor(source.frequencies, dtype=torch.long)
-    gram, cross = _slot_moments(captures, slots, frequency, heads.rotary_dim)
+def conditional_keys(captures: Captures, heads: HeadLayout, source: Cached, still: int) -> KeyMoments:
+    """The moments of a layer's keys that its source's cached keys do not explain; `still` as of `key_moments`."""
+    moments, channels = key_moments(captures, heads, still), KeyChannels(heads.rotary_dim, still)
+    slots = [source.split(i, c.key, channels.planes)[0] for i, c in enumerate(captures)]
+    frequency = torch.tensor(source.frequencies(channels.planes), dtype=torch.long)
+    gram, cross = _slot_moments(captures, slots, frequency, channels)
     explained = cross.conj()[:, :, None] * (_inverse(gram) @ cross)[:, None, :]  # [S, n, n]
     left = moments.gram.index_add(0, frequency.to(moments.gram.device), -explained)
-    return replace(moments, gram=(left + left.mH) / 2, tail=_conditional_tail(captures, heads, source, moments.tail))
+    return replace(moments, gram=(left + left.mH) / 2, tail=_conditional_tail(captures, channels, source, moments.tail))
 
 
 def read_keys(captures: Captures, heads: HeadLayout, source: Cached, own: KeyBasis) -> ReadKeys:
     """The read maps of own and read keys together."""
-    both = [_both(own, source, i, capture) for i, capture in enumerate(captures)]
-    frequency = torch.tensor([*own.frequency.tolist(), *source.frequencies], dtype=torch.long)
-    gram, cross = _slot_moments(captures, [slots for slots, _ in both], frequency, heads.rotary_dim)
+    channels = KeyChannels(heads.rotary_dim, own.still)
+    both = [_both(own, source, i, capture, channels) for i, capture in enumerate(captures)]
+    frequency = torch.tensor([*own.frequency.tolist(), *source.frequencies(channels.planes)], dtype=torch.long)
+    gram, cross = _slot_moments(captures, [slots for slots, _ in both], frequency, channels)
     read, plain = (_inverse(gram) @ cross).conj().resolve_conj(), None
-    if heads.rotary_dim < heads.head_dim:
-        tails = [capture.key[..., heads.rotary_dim :].transpose(1, 2).flatten(2) for capture in captures]
+    if 2 * channels.planes < heads.head_dim:
+        tails = [channels.split(capture.key)[1].transpose(1, 2).flatten(2) for capture in captures]
         joint = _covariance(captures, [torch.cat([t, p], -1) for t, (_, p) in zip(tails, both, strict=True)])
         plain = _regression(joint, tails[0].shape[-1]).unflatten(1, (heads.num_key_value_heads, -1))
-    return ReadKeys(own, source, frequency.to(read.device), read, plain)
+    return ReadKeys(own, source, frequency.to(read.device), read, plain, channels)
 
 
 def conditional_values(joint: torch.Tensor, output: torch.Tensor, heads: HeadLayout) -> ValueMoments:
@@ -158,16 +162,18 @@ def read_values(heads: HeadLayout, source: Cached, own: PlainBasis, joint: torch
     return ReadValues(own, source, _regression(together, size).unflatten(1, (n, -1)))
 
 
-def _both(own: KeyBasis, source: Cached, index: int, capture: AttentionCapture) -> tuple[torch.Tensor, torch.Tensor]:
+def _both(
+    own: KeyBasis, source: Cached, index: int, capture: AttentionCapture, channels: KeyChannels
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Own slots, then those of the source, and likewise the channels that are not rotated."""
     count, cached = 2 * len(own.energy), cached_keys(capture.key, own)
-    slots, plain = source.split(index, capture.key)
+    slots, plain = source.split(index, capture.key, channels.planes)
     mine = planes(cached[..., :count]), cached[..., count:]
     return torch.cat([mine[0], slots], dim=-1), torch.cat([mine[1], plain], dim=-1)
 
 
 def _slot_moments(
-    captures: Captures, slots: Sequence[torch.Tensor], frequency: torch.Tensor, rotated: int
+    captures: Captures, slots: Sequence[torch.Tensor], frequency: torch.Tensor, channels: KeyChannels
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[S, S]`: E[c conj c'] of slots of one frequency, 0 between others; `[S, n]`: E[c conj k] on the slot's plane.
 
@@ -177,7 +183,7 @@ def _slot_moments(
     tokens = 0.0
     for capture, part in zip(captures, slots, strict=True):
         c = about_mean(capture, widened(part))  # [B, T, S]
-        k = about_mean(capture, widened(planes(capture.key[..., :rotated])[..., frequency]))  # [B, n, T, S]
+        k = about_mean(capture, widened(channels.split(capture.key)[0][..., frequency]))  # [B, n, T, S]
         rows = c.flatten(0, 1)  # [B T, S]
         gram = gram.to(c.device) + capture.weight * (rows.T @ rows.conj())
         cross = cross.to(c.device) + capture.weight * torch.einsum("bts,bnts->sn", c, k.conj())
@@ -187,13 +193,13 @@ def _slot_moments(
 
 
 def _conditional_tail(
-    captures: Captures, heads: HeadLayout, source: Cached, tail: ValueMoments | None
+    captures: Captures, channels: KeyChannels, source: Cached, tail: ValueMoments | None
 ) -> ValueMoments | None:
     """The same of the channels that are not rotated."""
     if tail is None:
         return None
-    own = [capture.key[..., heads.rotary_dim :].transpose(1, 2).flatten(2) for capture in captures]
-    plain = [source.split(i, capture.key)[1] for i, capture in enumerate(captures)]
+    own = [channels.split(capture.key)[1].transpose(1, 2).flatten(2) for capture in captures]
+    plain = [source.split(i, capture.key, channels.planes)[1] for i, capture in enumerate(captures)]
     joint = _covariance(captures, [torch.cat(pair, dim=-1) for pair in zip(own, plain, strict=True)])
     return ValueMoments(_left(joint, own[0].shape[-1]).view_as(tail.covariance), tail.output_gram)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from headfuse.fusion.moments import key_moments
+from headfuse.fusion.key_channels import KeyChannels
+from headfuse.fusion.moments import KeyMoments, key_moments
 from headfuse.fusion.reading import (
     Cached,
     conditional_keys,
@@ -26,12 +27,13 @@ from headfuse.fusion.wide_layer import (
     fuse_wide_layer,
     reads_of,
     rows_of,
+    turning_first,
     wide_maps,
     with_wide_heads,
 )
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
-from headfuse.plan import FusionPlan, Groups, HeadLayout
+from headfuse.plan import FusionPlan, Groups, HeadLayout, LayerPlan
 
 Heads = Callable[[int], torch.Tensor]
 """Keys or values of the source's heads `[B, n, T, d]` in a capture, as the fused layer reconstructs them."""
@@ -57,14 +59,12 @@ def reading_maps(
     `output [D, n_q, d]` is the source's.
     """
     layer, heads = plan.layers[layer_idx], plan.heads
-    assert layer.rotary_slots is not None
-    assert layer.key_widths is not None
     assert layer.value_widths is not None
     read = [
         Cached.together([kept[source] for source in each]) if each else None
         for each in (layer.key_sources, layer.value_sources)
     ]
-    own, keys, key_reads = _keys(captures, heads, read[0], (layer.rotary_slots[0], layer.key_widths[0]))
+    own, keys, key_reads = _keys(captures, heads, read[0], layer)
     own_values, values, value_reads = _values(captures, heads, read[1], (output, keys, layer.value_widths[0]))
     maps = WideKeys((own,), heads.rotary_dim), WideValues((own_values,))
     return ReadingMaps(maps, keys, values, {**key_reads, **value_reads})
@@ -94,6 +94,7 @@ def fuse_latent_layer(
             weights.output, captures, lambda index: captures[index].attend(maps.keys(index), maps.values(index))
         )
         weights = with_wide_heads(weights, own, layer.key_groups, output, maps.reads)
+        weights = turning_first(weights, KeyChannels(plan.heads.rotary_dim, layer.still_planes))
     elif not layer.untouched:
         weights, own = fuse_wide_layer(weights, captures, layer, plan.heads)
     if layer_idx in plan.sources:
@@ -144,18 +145,24 @@ _SIDES = ("key", "value")
 
 
 def conditional_slots(
-    captures: Sequence[AttentionCapture], heads: HeadLayout, source: Cached | None, width: int
+    captures: Sequence[AttentionCapture], heads: HeadLayout, source: Cached | None, width: int, still: int = 0
 ) -> tuple[int, ...]:
-    """The frequencies of the slots that a key of this width has, beside what it reads."""
-    moments = key_moments(captures, heads) if source is None else conditional_keys(captures, heads, source)
-    return key_basis(moments).slots(width)
+    """The frequencies of the slots that a key of this width has, beside what it reads; `still` as of `key_moments`."""
+    return key_basis(_moments(captures, heads, source, still)).slots(width)
+
+
+def _moments(captures: Sequence[AttentionCapture], heads: HeadLayout, source: Cached | None, still: int) -> KeyMoments:
+    """Of the keys, or of what is left of them beside what the layer reads."""
+    return key_moments(captures, heads, still) if source is None else conditional_keys(captures, heads, source, still)
 
 
 def _keys(
-    captures: Sequence[AttentionCapture], heads: HeadLayout, source: Cached | None, shape: tuple[tuple[int, ...], int]
+    captures: Sequence[AttentionCapture], heads: HeadLayout, source: Cached | None, layer: LayerPlan
 ) -> tuple[KeyBasis, Heads, Reads]:
     """The basis of the own keys, the keys that all channels give back, and the read maps."""
-    moments = key_moments(captures, heads) if source is None else conditional_keys(captures, heads, source)
+    assert layer.rotary_slots is not None
+    assert layer.key_widths is not None
+    moments, shape = _moments(captures, heads, source, layer.still_planes), (layer.rotary_slots[0], layer.key_widths[0])
     whole: Groups = (tuple(range(heads.num_key_value_heads)),)
     maps = WideKeys((key_basis(moments).carrying(*shape),), heads.rotary_dim).even(captures, whole)
     own = maps.bases[0]

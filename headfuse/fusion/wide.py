@@ -54,7 +54,7 @@ class KeyBasis:
 
     `frequency [s]` of each slot; complex `write [s, g]` and `read [s, g]`: on the plane of its frequency
     key_j ~ sum_s read_sj slot_s with slot_s = sum_i write_si key_i; `energy [s]` in the scores. `plain`: of the
-    channels that are not rotated.
+    channels that are not rotated. `still`: rotary planes, the slowest ones, that are among those (key_channels.py).
     """
 
     frequency: torch.Tensor
@@ -62,6 +62,7 @@ class KeyBasis:
     read: torch.Tensor
     energy: torch.Tensor
     plain: PlainBasis | None = None
+    still: int = 0
 
     @property
     def width(self) -> int:
@@ -87,7 +88,8 @@ class KeyBasis:
         ranked = {f: iter((self.frequency == f).nonzero().flatten().tolist()) for f in set(slots)}
         index = torch.tensor([next(ranked[f]) for f in slots], dtype=torch.long)
         plain = None if self.plain is None else self.plain.narrowed(width - 2 * len(index))
-        return KeyBasis(self.frequency[index], self.write[index], self.read[index], self.energy[index], plain)
+        own = self.frequency[index], self.write[index], self.read[index], self.energy[index]
+        return KeyBasis(*own, plain, self.still)
 
     def over(self, sizes: torch.Tensor) -> KeyBasis:
         """The same maps with what is cached divided by sizes: `[S]` of the slots, then of the plain channels."""
@@ -134,7 +136,8 @@ def key_basis(moments: KeyMoments) -> KeyBasis:
     # As large as the source's keys: the weighted mean square of what heads read of a slot is 1.
     scale = ((read.abs() * a).square().sum(1) / a.square().sum(1)).sqrt()[:, None]
     plain = None if moments.tail is None else plain_basis(moments.tail)
-    return KeyBasis(frequency, write * scale, read / scale, energy.flatten()[index].clamp_min(0) / 2, plain)
+    kept = energy.flatten()[index].clamp_min(0) / 2
+    return KeyBasis(frequency, write * scale, read / scale, kept, plain, moments.still)
 
 
 def plain_basis(moments: ValueMoments) -> PlainBasis:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from headfuse.fusion.moments import planes
+from headfuse.fusion.key_channels import KeyChannels, planes
 from headfuse.fusion.wide import KeyBasis, PlainBasis
 
 
@@ -17,25 +17,22 @@ def cached_keys(keys: torch.Tensor, basis: KeyBasis) -> torch.Tensor:
 
     The map commutes with RoPE: of keys before it, this is the cached key before each slot is rotated by its frequency.
     """
-    rotated = keys.shape[-1] - _plain_width(basis)
-    source = planes(keys[..., :rotated])[..., basis.frequency]  # [..., g, T, S]
+    turning, rest = _channels(basis, keys.shape[-1]).split(keys)
+    source = turning[..., basis.frequency]  # [..., g, T, S]
     slots = torch.einsum("...gts,sg->...ts", source, basis.write.to(source))
     parts = [slots.real, slots.imag]
     if basis.plain is not None:
-        parts.append(cached_values(keys[..., rotated:], basis.plain))
+        parts.append(cached_values(rest, basis.plain))
     return torch.cat(parts, dim=-1)
 
 
 def expanded_keys(cached: torch.Tensor, basis: KeyBasis, rotated: int) -> torch.Tensor:
     """Source keys `[..., g, T, d]`, `rotated` of their channels rotary, reconstructed from cached `[..., T, w_k]`."""
-    count = 2 * len(basis.frequency)
+    count, channels = 2 * len(basis.frequency), KeyChannels(rotated, basis.still)
     slots, read = planes(cached[..., :count]), basis.read.T
     weighted = slots[..., None, :, :] * read[:, None, :].to(slots)  # [..., g, T, S]
-    found = weighted.new_zeros(*weighted.shape[:-1], rotated // 2).index_add(-1, basis.frequency, weighted)
-    parts = [found.real, found.imag]
-    if basis.plain is not None:
-        parts.append(expanded_values(cached[..., count:], basis.plain))
-    return torch.cat(parts, dim=-1)
+    found = weighted.new_zeros(*weighted.shape[:-1], channels.planes).index_add(-1, basis.frequency, weighted)
+    return channels.join(found, None if basis.plain is None else expanded_values(cached[..., count:], basis.plain))
 
 
 def expanded_queries(queries: torch.Tensor, basis: KeyBasis, readers: torch.Tensor) -> torch.Tensor:
@@ -46,12 +43,12 @@ def expanded_queries(queries: torch.Tensor, basis: KeyBasis, readers: torch.Tens
         basis: of the group's keys.
         readers: the place in the group of the source head that each query head reads, `[n]`.
     """
-    rotated = queries.shape[-1] - _plain_width(basis)
-    source = planes(queries[..., :rotated])[..., basis.frequency]  # [..., n, T, S]
+    turning, rest = _channels(basis, queries.shape[-1]).split(queries)
+    source = turning[..., basis.frequency]  # [..., n, T, S]
     slots = source * basis.read.T.conj()[readers][:, None, :].to(source)
     parts = [slots.real, slots.imag]
     if basis.plain is not None:
-        parts.append(queries[..., rotated:] @ basis.plain.read[readers].to(queries))
+        parts.append(rest @ basis.plain.read[readers].to(queries))
     return torch.cat(parts, dim=-1)
 
 
@@ -92,6 +89,7 @@ def wide_attention(
     return (weights @ values[:, None]) @ bases[1].read[readers].mT.to(values)
 
 
-def _plain_width(basis: KeyBasis) -> int:
-    """Channels of a source key that are not rotated."""
-    return 0 if basis.plain is None else basis.plain.write.shape[2]
+def _channels(basis: KeyBasis, head_dim: int) -> KeyChannels:
+    """How source heads of `head_dim` channels divide in a basis."""
+    plain = 0 if basis.plain is None else basis.plain.write.shape[2]
+    return KeyChannels(head_dim - plain + 2 * basis.still, basis.still)

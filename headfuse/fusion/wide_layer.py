@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headfuse.fusion.moments import key_moments, planes, value_moments
+from headfuse.fusion.key_channels import KeyChannels
+from headfuse.fusion.moments import key_moments, value_moments
 from headfuse.fusion.refit import refit_output
 from headfuse.fusion.wide import KeyBasis, PlainBasis, even_sizes, key_basis, plain_basis
 from headfuse.fusion.wide_attention import cached_keys, cached_values, expanded_values
@@ -46,18 +47,18 @@ class WideKeys:
         result = heads.clone()
         for basis, group in zip(self.bases, groups, strict=True):
             own = heads[..., list(group), :, :]
-            source, product = planes(own[..., : self.rotated]), self._product(basis)
+            channels = KeyChannels(self.rotated, basis.still)
+            source, rest = channels.split(own)
+            product = self._product(basis, channels.planes)
             found = torch.einsum("fji,...itf->...jtf", product.to(source), source)
-            parts = [found.real, found.imag]
-            if basis.plain is not None:
-                parts.append(expanded_values(cached_values(own[..., self.rotated :], basis.plain), basis.plain))
-            result[..., list(group), :, :] = torch.cat(parts, dim=-1)
+            plain = None if basis.plain is None else expanded_values(cached_values(rest, basis.plain), basis.plain)
+            result[..., list(group), :, :] = channels.join(found, plain)
         return result
 
-    def _product(self, basis: KeyBasis) -> torch.Tensor:
+    def _product(self, basis: KeyBasis, planes: int) -> torch.Tensor:
         """`[F, g, g]`: key_j on a plane is the sum of product_ji key_i."""
         size = basis.read.shape[1]
-        none = basis.read.new_zeros(self.rotated // 2, size, size)
+        none = basis.read.new_zeros(planes, size, size)
         return none.index_add(0, basis.frequency, basis.read[:, :, None] * basis.write[:, None, :])
 
 
@@ -90,7 +91,9 @@ class WideValues:
 def fuse_wide_layer(
     weights: AttentionWeights, captures: Sequence[AttentionCapture], layer: LayerPlan, heads: HeadLayout
 ) -> tuple[AttentionWeights, tuple[WideKeys, WideValues]]:
-    """Give one layer wide heads: the query projection is unchanged, and read maps are stored beside the projections.
+    """Give one layer wide heads: read maps are stored beside the projections.
+
+    The query projection is the source's, with the channels of turning planes first (key_channels.py).
 
     Args:
         weights: the source's.
@@ -105,7 +108,8 @@ def fuse_wide_layer(
     groups, (keys, values) = layer.key_groups, wide_maps(weights.output, captures, layer, heads)
     output = refit_output(weights.output, captures, {"key": (keys, groups), "value": (values, groups)})
     reads = {**reads_of(keys.bases), "value_read": torch.cat([basis.read.mT.flatten(0, 1) for basis in values.bases])}
-    return with_wide_heads(weights, (keys, values), groups, output, reads), (keys, values)
+    fused = with_wide_heads(weights, (keys, values), groups, output, reads)
+    return turning_first(fused, KeyChannels(heads.rotary_dim, layer.still_planes)), (keys, values)
 
 
 def wide_maps(
@@ -116,7 +120,7 @@ def wide_maps(
     assert layer.key_widths is not None
     assert layer.value_widths is not None
     assert layer.rotary_slots is not None
-    moments = key_moments(captures, heads)
+    moments = key_moments(captures, heads, layer.still_planes)
     tables = zip(groups, layer.rotary_slots, layer.key_widths, strict=True)
     keys = WideKeys(
         tuple(key_basis(moments.of(group)).carrying(slots, width) for group, slots, width in tables), heads.rotary_dim
@@ -125,6 +129,14 @@ def wide_maps(
     widths = zip(groups, layer.value_widths, strict=True)
     values = WideValues(tuple(plain_basis(averaged.of(group)).narrowed(width) for group, width in widths))
     return keys.even(captures, groups), values.even(captures, groups)
+
+
+def turning_first(weights: AttentionWeights, channels: KeyChannels) -> AttentionWeights:
+    """Queries with the channels of turning planes first, as the model code rotates them."""
+    if not channels.still:
+        return weights
+    order, bias = channels.order(weights.query.shape[1]), weights.query_bias
+    return replace(weights, query=weights.query[:, order], query_bias=None if bias is None else bias[:, order])
 
 
 def _largest(states: Sequence[torch.Tensor], basis: KeyBasis | PlainBasis) -> torch.Tensor:

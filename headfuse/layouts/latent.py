@@ -29,8 +29,15 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
         "key_widths": list(keys),
         "value_widths": list(values),
         "rotary_slots": list(slots),
+        **_still_planes(plan),
         **_sources(plan),
     }
+
+
+def _still_planes(plan: FusionPlan) -> dict[str, Any]:
+    """The planes that each layer does not turn; nothing where all layers turn all of them."""
+    still = [layer.still_planes for layer in plan.layers]
+    return {"still_planes": still} if any(still) else {}
 
 
 def _sources(plan: FusionPlan) -> dict[str, Any]:
@@ -81,7 +88,8 @@ def sized(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> Atte
         return weights.key.new_empty((count, columns)) if count else None
 
     plain = [width - 2 * len(table) for width, table in zip(keys, slots, strict=True)]
-    read_slots = sum(len(table) for _, _, tables in read for table in tables)
+    turning = heads.rotary_dim // 2 - layer.still_planes
+    read_slots = sum(f < turning for _, _, tables in read for table in tables for f in table)
     read_plain = sum(map(sum, (widths for widths, _, _ in read))) - 2 * read_slots
     return replace(
         weights,
@@ -90,7 +98,7 @@ def sized(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> Atte
         value=wide(weights.value, sum(values)),
         value_bias=wide(weights.value_bias, sum(values)),
         key_read=rows([len(table) for table in slots], read_slots, 2),
-        key_read_plain=rows(plain, read_plain, heads.head_dim - heads.rotary_dim),
+        key_read_plain=rows(plain, read_plain, heads.head_dim - heads.rotary_dim + 2 * layer.still_planes),
         value_read=rows(values, read_values, heads.head_dim),
     )
 

@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headfuse.errors import UnsupportedModelError
-from headfuse.models.heads import head_layout
+from headfuse.models.rope import STATIC, frequencies, stock_frequencies
 
-STATIC = ("default", "linear", "llama3", "proportional", "yarn")
-"""Kinds of RoPE whose frequencies do not depend on the length of the text."""
 FAMILIES = (
     "cohere", "gemma", "granite", "llama", "mistral", "mixtral", "olmo", "qwen2", "qwen2_moe", "starcoder2",
 )  # fmt: skip
@@ -49,22 +47,6 @@ def check(config: Any) -> None:
         )  # fmt: skip
 
 
-def frequencies(config: Any) -> tuple[list[float], float]:
-    """Radians per position of each rotary plane `[rotary_dim / 2]`, and the factor on the cosines and sines.
-
-    Args:
-        config: the transformers config.
-    """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = config.rope_parameters
-    kind = rope.get("rope_type") or "default"
-    if kind != "default":
-        inverse, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-        return inverse.double().tolist(), float(factor)
-    return _stock(rope["rope_theta"], head_layout(config).head_dim), 1.0
-
-
 def with_slot_table(raw: dict[str, Any], config: Any, slots: Sequence[int]) -> dict[str, Any]:
     """A config.json whose heads have one rotary plane for each of `slots`, of the frequency that it names.
 
@@ -77,7 +59,8 @@ def with_slot_table(raw: dict[str, Any], config: Any, slots: Sequence[int]) -> d
     result = {**raw, "head_dim": width}
     if list(slots) == list(range(len(own))):
         return result
-    factors = [base / own[slot] for base, slot in zip(_stock(theta, width), slots, strict=True)]
+    stock = stock_frequencies(theta, width)
+    factors = [base / own[slot] for base, slot in zip(stock, slots, strict=True)]
     positions = config.max_position_embeddings
     scaling = {
         "rope_type": "longrope",
@@ -97,8 +80,3 @@ def is_table(rope_parameters: Mapping[str, Any]) -> bool:
     short, long = (rope_parameters.get(f"{name}_factor") for name in ("short", "long"))
     scale = rope_parameters.get("attention_factor")
     return rope_parameters.get("rope_type") == "longrope" and short == long and scale == 1.0
-
-
-def _stock(theta: float, width: int) -> list[float]:
-    """Frequencies of the stock order of a head of `width` channels."""
-    return [theta ** (-2 * plane / width) for plane in range(width // 2)]

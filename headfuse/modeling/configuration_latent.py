@@ -7,7 +7,7 @@ from typing import Any
 
 from .configuration_headfuse import FusedConfig, has_norm, one_head_width, rotary_dim
 
-CODE_VERSION = 5  # of the files beside the weights: a release that changes them raises it
+CODE_VERSION = 6  # of the files beside the weights: a release that changes them raises it
 AUTO_MAP = {
     "AutoConfig": "configuration_latent.LatentConfig",
     "AutoModel": "modeling_latent.LatentModel",
@@ -28,6 +28,8 @@ class LatentConfig(FusedConfig):
         value_widths: for each layer, the channels of each group's cached value.
         rotary_slots: for each layer, the rotary frequency that each slot of each group's cached key carries. Slot s of
             S is the pair of channels (s, s + S); the channels after the slots are not rotated.
+        still_planes: None, or for each layer the number of rotary planes, the slowest ones, that it does not turn. Its
+            queries have the channels of the other planes first.
         key_sources: None, or for each layer the earlier layers whose cached keys it reads beside its own, in order.
         value_sources: likewise of values. A layer that reads has one group, whose width may be 0 on that side.
 
@@ -42,6 +44,7 @@ class LatentConfig(FusedConfig):
     key_widths: Any = None
     value_widths: Any = None
     rotary_slots: Any = None
+    still_planes: Any = None
     key_sources: Any = None
     value_sources: Any = None
 
@@ -55,6 +58,7 @@ class LatentConfig(FusedConfig):
         heads = getattr(source, "num_key_value_heads", None) or source.num_attention_heads
         names = ("groups", "key_widths", "value_widths", "rotary_slots")
         for layer_idx, layer in enumerate(zip(*map(self._per_layer, names), strict=True)):
+            self._check_still(layer_idx)
             self._check_sources(layer_idx)
             for name, entry in zip(names, layer, strict=True):
                 if not isinstance(entry, list | tuple) or len(entry) != len(layer[0]):
@@ -84,16 +88,16 @@ class LatentConfig(FusedConfig):
         widths = zip(self.key_widths, self.value_widths, strict=True)
         return [one_head_width(sum(keys), sum(values)) for keys, values in widths]
 
-    @property
-    def rotary_planes(self) -> int:
-        """Rotary planes of a source head."""
-        return rotary_dim(self.source_config) // 2
+    def rotary_planes(self, layer_idx: int) -> int:
+        """Rotary planes of a source head that a layer turns."""
+        still = 0 if self.still_planes is None else self.still_planes[layer_idx]
+        return rotary_dim(self.source_config) // 2 - still
 
     def _check_layer(self, layer_idx: int, heads: int, groups: Any, keys: Any, values: Any, slots: Any) -> None:
         members = [head for group in groups for head in (group if isinstance(group, list | tuple) else [group])]
         if sorted(map(str, members)) != sorted(map(str, range(heads))) or not all(groups):
             raise ValueError(f"groups[{layer_idx}]: must hold each of the source heads 0 to {heads - 1} exactly once")
-        head_dim, planes = self.source_head_dim, self.rotary_planes
+        head_dim, planes = self.source_head_dim, self.rotary_planes(layer_idx)
         for group, key, value, table in zip(groups, keys, values, slots, strict=True):
             sides = zip(("key_widths", "value_widths"), (key, value), self.sources(layer_idx), strict=True)
             for name, width, sources in sides:
@@ -110,6 +114,12 @@ class LatentConfig(FusedConfig):
                     f"key_widths[{layer_idx}]: {key} is more than {len(table)} slots and the other channels"
                 )
 
+    def _check_still(self, layer_idx: int) -> None:
+        still = 0 if self.still_planes is None else self._per_layer("still_planes")[layer_idx]
+        planes = rotary_dim(self.source_config) // 2
+        if type(still) is not int or not 0 <= still <= planes:
+            raise ValueError(f"still_planes[{layer_idx}]: must be from 0 to {planes}, not {still!r}")
+
     def _check_sources(self, layer_idx: int) -> None:
         kinds = layer_kinds(self.source_config)
         for name in ("key_sources", "value_sources"):
@@ -119,6 +129,9 @@ class LatentConfig(FusedConfig):
                 raise ValueError(f"{name}[{layer_idx}]: must be a list of different earlier layers, not {sources!r}")
             if any(kinds[source] != kinds[layer_idx] for source in sources):
                 raise ValueError(f"{name}[{layer_idx}]: a source has another window, or positions of another kind")
+            turning = self.rotary_planes(layer_idx)
+            if name == "key_sources" and any(self.rotary_planes(source) < turning for source in sources):
+                raise ValueError(f"key_sources[{layer_idx}]: a source has more still_planes")
             if sources and len(self.groups[layer_idx]) != 1:
                 raise ValueError(f"groups[{layer_idx}]: a layer that reads another one has one group")
 

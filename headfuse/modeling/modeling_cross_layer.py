@@ -87,7 +87,7 @@ class ReadingAttention(SharingAttention):
         layer = self.layer_idx
         self.key_sources, self.value_sources = config.sources(layer)
         self.is_last = layer == config.last_reader
-        self.num_planes = config.rotary_planes
+        self.num_planes = config.rotary_planes(layer)
         self.num_source_heads = sum(map(len, config.groups[layer]))
         self.num_key_value_groups = config.num_attention_heads // self.num_source_heads
         self.own_slots = len(config.rotary_slots[layer][0])
@@ -119,11 +119,15 @@ class ReadingAttention(SharingAttention):
         first, second, plain, frequencies = list[int](), list[int](), list[int](), list[int]()
         for source in (layer, *self.key_sources):
             for width, table in zip(config.key_widths[source], config.rotary_slots[source], strict=True):
+                turning = [slot for slot, frequency in enumerate(table) if frequency < self.num_planes]
+                still = [slot for slot, frequency in enumerate(table) if frequency >= self.num_planes]
                 middle, rest = start + len(table), start + 2 * len(table)
-                first += range(start, middle)
-                second += range(middle, rest)
+                first += [start + slot for slot in turning]
+                second += [middle + slot for slot in turning]
+                plain += [start + slot for slot in still]  # those of planes that this layer does not turn
+                plain += [middle + slot for slot in still]
                 plain += range(rest, start + width)
-                frequencies += table
+                frequencies += [table[slot] for slot in turning]
                 start += width
         return {"first": first, "second": second, "plain": plain, "frequencies": frequencies}
 
@@ -141,7 +145,7 @@ class ReadingAttention(SharingAttention):
         key, value = (none if p is None else p(hidden_states) for p in (self.k_proj, self.v_proj))
         key, value = key.unsqueeze(2), value.unsqueeze(2)
         if position_embeddings is not None:
-            cos, sin = self._cos_and_sin(position_embeddings)
+            cos, sin = (angles[..., : self.num_planes] for angles in self._cos_and_sin(position_embeddings))
             query, own = rotate(query, cos, sin), self.frequencies[: self.own_slots]
             if self.own_slots:
                 key = rotate(key, cos.index_select(-1, own), sin.index_select(-1, own))

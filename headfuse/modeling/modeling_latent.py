@@ -57,7 +57,7 @@ class LatentAttention(SharingAttention):
         groups, key_widths = config.groups[layer], config.key_widths[layer]
         value_widths, slots = config.value_widths[layer], config.rotary_slots[layer]
         self.replace_projections(sum(key_widths), sum(value_widths))
-        self.num_planes = config.rotary_planes
+        self.num_planes = config.rotary_planes(layer)
         heads = sum(map(len, groups))
         self.num_key_value_groups = config.num_attention_heads // heads
         self.groups, key, value, slot = [], 0, 0, 0
@@ -100,7 +100,7 @@ class LatentAttention(SharingAttention):
         query = self._queries(hidden_states)
         key, value = self.k_proj(hidden_states).unsqueeze(2), self.v_proj(hidden_states).unsqueeze(2)
         if position_embeddings is not None:
-            cos, sin = self._cos_and_sin(position_embeddings)  # [b, s, 1, p]
+            cos, sin = (angles[..., : self.num_planes] for angles in self._cos_and_sin(position_embeddings))
             query = rotate(query, cos, sin)
             if self.frequencies is not None:
                 cos, sin = cos.index_select(-1, self.frequencies), sin.index_select(-1, self.frequencies)

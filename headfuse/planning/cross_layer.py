@@ -23,7 +23,9 @@ def with_sources(
     """A plan in which every layer reads what up to `reach` layers before it cache, at the same widths.
 
     Widths stay as they were allocated without reading, so cache bytes are the same. Slots are chosen anew, for what the
-    read keys leave. Layers with another window or other positions are not read; untouched layers read nothing.
+    read keys leave. Slow planes are still in all layers that are not untouched, or in none: what a layer caches of a
+    still plane serves only a reader whose plane is still, too. Layers with another window or other positions are not
+    read; untouched layers read nothing.
 
     Args:
         plan: of layout latent, one group in every layer that is not untouched.
@@ -33,16 +35,20 @@ def with_sources(
         on_progress: called with `sources`, the layers done and all layers.
     """
     kinds, kept = layer_kinds(streamed.config.get_text_config()), Kept()
+    still = max(layer.still_planes for layer in plan.layers)
     states = [streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)]
     for source in streamed.walk(states):
         layer, index = plan.layers[source.index], source.index
         alike = [i for i in range(index) if kinds[i] == kinds[index]][-reach:]
         with factories_on(streamed.device):
-            if alike and not layer.untouched:
+            if not layer.untouched:
                 assert layer.key_widths is not None
-                read = Cached.together([kept[i] for i in alike])
-                slots = conditional_slots(source.captures, plan.heads, read, layer.key_widths[0])
-                found = {"key_sources": tuple(alike), "value_sources": tuple(alike), "rotary_slots": (slots,)}
+                read = Cached.together([kept[i] for i in alike]) if alike else None
+                slots = conditional_slots(source.captures, plan.heads, read, layer.key_widths[0], still)
+                found = {
+                    "key_sources": tuple(alike), "value_sources": tuple(alike), "rotary_slots": (slots,),
+                    "still_planes": still,
+                }  # fmt: skip
                 layers = (*plan.layers[:index], layer.model_copy(update=found), *plan.layers[index + 1 :])
                 plan = plan.model_copy(update={"layers": layers})
             kept[index] = latent_cache(source.weights.output, source.captures, plan, index, kept)

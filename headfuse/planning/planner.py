@@ -13,6 +13,7 @@ from headfuse.config.presets import PRESETS
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
 from headfuse.models.placement import factories_on
+from headfuse.models.rope import slow_planes
 from headfuse.models.source import Source
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
@@ -124,13 +125,14 @@ def survey(
     probes = _probes(streamed, text, options) if measures.costs else ()
     few = measured_counts(heads.num_key_value_heads, False)
     quantum = options.rules.channels(heads) if LAYOUTS[options.layout].wide else None
+    slow = slow_planes(streamed.config) if quantum is not None else []
     for layer in streamed.walk([streamed.embed(part.statistics), streamed.embed(part.starts, START_WEIGHT)]):
         with factories_on(streamed.device):
             if quantum is None:
                 surveyed, fused = survey_layer(layer.captures, layer.weights.output, heads, measures)
             else:
                 surveyed, fused = survey_wide_layer(
-                    layer.captures, layer.weights.output, heads, quantum, measures.costs, pairs
+                    layer.captures, layer.weights.output, heads, quantum, measures.costs, pairs, slow
                 )
         for probe in probes:
             every = measures.shared_partition or quantum is not None or probe.every_count

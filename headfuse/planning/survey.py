@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -105,6 +105,8 @@ class LayerSurvey:
     shared_groups: dict[int, Groups]
     lost: Mapping[Side, list[float]]
     """Lost energy of 1 to n heads of each side; empty where the allocator reads no costs of fusing."""
+    key_still: list[int] = field(default_factory=list)
+    """Planes that do not turn, for each width of a wide key; empty for other heads."""
     slot_energy: torch.Tensor | None = None
     """Of slot_choice.py, for the groups of the one count; None where heads keep the source's width."""
 
@@ -154,8 +156,10 @@ def survey_layer(
                 maps["key", count], maps["value", count] = (key_maps, key), (value_maps, value)
     energy = key_energy(keys), value_energy(values)
     slot_share = None if options.one_width is None else slot_energy(keys, shared[options.one_width])
-    survey = LayerSurvey(key_pairs, value_pairs, *energy, key_groups, key_slots, value_groups, shared, lost, slot_share)
-    return survey, maps
+    found = LayerSurvey(
+        key_pairs, value_pairs, *energy, key_groups, key_slots, value_groups, shared, lost, slot_energy=slot_share
+    )
+    return found, maps
 
 
 def key_energy(moments: KeyMoments) -> list[float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from headfuse.choices import Side
 from headfuse.fusion.maps import Reconstruction
-from headfuse.fusion.moments import key_moments, value_moments
-from headfuse.fusion.wide import key_basis, plain_basis
+from headfuse.fusion.moments import KeyMoments, key_moments, value_moments
+from headfuse.fusion.wide import KeyBasis, key_basis, plain_basis
 from headfuse.fusion.wide_layer import WideKeys, WideValues
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import Groups, HeadLayout, LayerPlan
@@ -26,6 +27,7 @@ def survey_wide_layer(
     quantum: int,
     costs: bool,
     pairs: bool = False,
+    slow: Sequence[float] = (),
 ) -> tuple[LayerSurvey, Fused]:
     """Measure one source layer: the rotary slots of every width, and what it loses.
 
@@ -36,22 +38,24 @@ def survey_wide_layer(
         quantum: channels of a step of the widths.
         costs: the allocator reads the measured costs of widths.
         pairs: measure what pairs of heads share, which decides nothing here.
+        slow: the angles of the slowest rotary planes over all positions (models/rope.py). At each width a layer turns
+            them, or none of them, whichever is expected to lose less.
 
     Returns:
         The survey, its counts in quanta, and the maps of those widths whose cost is to be measured.
     """
     whole: Groups = (tuple(range(heads.num_key_value_heads)),)
     keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
-    key, value = key_basis(keys), plain_basis(values)
     widths = range(quantum, heads.num_key_value_heads * heads.head_dim + 1, quantum)
+    key, value = _KeyBases.of(keys, captures, heads, slow), plain_basis(values)
     fused, lost = dict[tuple[Side, int], tuple[Reconstruction, Groups]](), dict[Side, list[float]]()
     if costs:
-        lost = {"key": key.lost()[list(widths)].tolist(), "value": value.lost()[list(widths)].tolist()}
+        lost = {"key": key.lost[list(widths)].tolist(), "value": value.lost()[list(widths)].tolist()}
         for count in measured_widths(len(widths)):
-            narrow = key.narrowed(widths[count - 1]), value.narrowed(widths[count - 1])
+            narrow = key.at(widths[count - 1]).narrowed(widths[count - 1]), value.narrowed(widths[count - 1])
             fused["key", count] = WideKeys((narrow[0],), heads.rotary_dim), whole
             fused["value", count] = WideValues((narrow[1],)), whole
-    slots: list[Groups | None] = [(key.slots(width),) for width in widths]
+    slots: list[Groups | None] = [(key.at(width).slots(width),) for width in widths]
     survey = LayerSurvey(
         key_pairs=key_pair_cost(keys, True).tolist() if pairs else [],
         value_pairs=value_pair_cost(values).tolist() if pairs else [],
@@ -62,8 +66,42 @@ def survey_wide_layer(
         value_groups=[whole] * len(widths),
         shared_groups={},
         lost=lost,
+        key_still=[key.at(width).still for width in widths],
     )
     return survey, fused
+
+
+@dataclass(frozen=True)
+class _KeyBases:
+    """The keys of a layer with all planes turning, and with the slow ones still; `lost [c + 1]` of the better one.
+
+    A still plane that should turn by an angle x has the mean square error x^2 |q|^2 |k|^2 / 2 in the scores. Over all
+    distances between two positions, the mean of x^2 is a sixth of its largest value. This drift is counted as lost, so
+    a layer whose heads fuse without loss turns all planes, and stays what it was at any length of text.
+    """
+
+    turning: KeyBasis
+    still: KeyBasis | None
+    lost: torch.Tensor
+    stands: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, moments: KeyMoments, captures: Sequence[AttentionCapture], heads: HeadLayout, slow: Sequence[float]
+    ) -> _KeyBases:
+        turning = key_basis(moments)
+        lost = turning.lost()
+        if not slow:
+            return cls(turning, None, lost, torch.zeros(len(lost), dtype=torch.bool))
+        still = key_basis(key_moments(captures, heads, len(slow)))
+        squares = moments.plane_energy.new_tensor(slow).square()
+        drift = (moments.plane_energy[-len(slow) :] * squares).sum() / 12
+        other = still.lost() + drift.to(lost)
+        return cls(turning, still, torch.minimum(lost, other), other < lost)
+
+    def at(self, width: int) -> KeyBasis:
+        """The basis that loses less in `width` channels."""
+        return self.turning if self.still is None or not self.stands[width] else self.still
 
 
 def wide_layer_plan(layer_idx: int, surveyed: LayerSurvey, keys: int, values: int, quantum: int) -> LayerPlan:
@@ -78,6 +116,7 @@ def wide_layer_plan(layer_idx: int, surveyed: LayerSurvey, keys: int, values: in
         key_groups=whole,
         value_groups=whole,
         rotary_slots=surveyed.key_slots[keys - 1],
+        still_planes=surveyed.key_still[keys - 1],
         key_widths=(keys * quantum,),
         value_widths=(values * quantum,),
     )

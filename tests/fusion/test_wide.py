@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from headfuse.fusion.moments import KeyMoments, ValueMoments, key_moments, planes, value_moments
+from headfuse.fusion.key_channels import planes
+from headfuse.fusion.moments import KeyMoments, ValueMoments, key_moments, value_moments
 from headfuse.fusion.wide import KeyBasis, even_sizes, key_basis, plain_basis
 from headfuse.fusion.wide_attention import (
     cached_keys,

@@ -176,13 +176,15 @@ def test_every_command_reads_the_folder(half: tuple[Path, dict[str, Any]], tmp_p
         assert "layout latent" in " ".join(run("export", out, "--to", target, "-o", tmp_path / target, code=1).split())
 
 
-NO_WIDTHS = dict.fromkeys(("key_widths", "value_widths", "rotary_slots"))
+NO_WIDTHS = {**dict.fromkeys(("key_widths", "value_widths", "rotary_slots")), "still_planes": 0}
+ALL_PLANES: dict[str, Any] = {"key_widths": [32], "rotary_slots": [[f for f in range(4) for _ in range(4)]]}
 READING_HEADS: dict[str, Any] = {**APART, "layer_idx": 1, "key_sources": [0]}
 BAD: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda plan: plan["layers"][1].update(key_sources=[1]), "must be different earlier layers"),
     (lambda plan: plan["layers"][1].update(value_sources=[0, 0]), "must be different earlier layers"),
     (lambda plan: plan["layers"][1].update(key_sources=[], key_widths=[0], rotary_slots=[[]]), "at least 1"),
     (lambda plan: plan["layers"][1].update(**APART, **NO_WIDTHS), "has one group"),
+    (lambda plan: plan["layers"][1].update(still_planes=0, **ALL_PLANES), "a source has more still_planes"),
     (lambda plan: plan.update(layout="decoupled", layers=[{**APART, "layer_idx": 0}, READING_HEADS]), "no layers that"),
 ]
 
