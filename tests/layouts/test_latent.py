@@ -157,7 +157,9 @@ def test_layers_that_are_kept_are_copied(tmp_path: Path) -> None:
     attention = {name for name in source if "layers.0.self_attn" in name}
     queries = {name for name in attention if "q_proj" in name}
     assert source.keys() - same - queries == attention - queries
-    assert all(torch.equal(*(each[name].sort(0).values for each in (source, fused))) for name in queries)  # in any order
+    assert all(
+        torch.equal(*(each[name].sort(0).values for each in (source, fused))) for name in queries
+    )  # in any order
     headfuse.load(tmp_path / "out")
 
 
