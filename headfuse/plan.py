@@ -144,6 +144,8 @@ class FusionPlan(_Frozen):
     method: str
     allocator: str
     budget: str
+    max_position_embeddings: _Count | None = None
+    """Tokens of the longest text that the fused model is for; None: the source's."""
     layers: tuple[LayerPlan, ...]
     files: dict[str, str] = {}
     """SHA-256 of every written file but plan.json itself."""
@@ -225,6 +227,11 @@ class FusionPlan(_Frozen):
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Cache bytes that one token takes after fusion, at `itemsize` bytes a number."""
         return self.kv_channels * itemsize
+
+    @model_serializer(mode="wrap")
+    def _as_before_without_positions(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        return {name: value for name, value in fields.items() if name != "max_position_embeddings" or value}
 
     def to_json(self) -> str:
         """The text of plan.json."""

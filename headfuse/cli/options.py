@@ -103,6 +103,16 @@ CrossLayer = Annotated[
         rich_help_panel=KEEP,
     ),
 ]
+MaxPositions = Annotated[
+    int | None,
+    typer.Option(
+        "--max-position-embeddings",
+        min=1,
+        metavar="TOKENS",
+        help="Layout latent: longest text that the fused model is for; fewer than the source's lose less.",
+        rich_help_panel=KEEP,
+    ),
+]
 For = Annotated[
     choices.Runtime | None,
     typer.Option(

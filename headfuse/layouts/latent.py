@@ -24,7 +24,7 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
         "auto_map": dict(AUTO_MAP),
         "dtype": source.get("dtype") or source.get("torch_dtype"),
         "headfuse_format": 1,
-        "source_config": source,
+        "source_config": _with_positions(source, plan.max_position_embeddings),
         "groups": [[list(group) for group in layer.key_groups] for layer in plan.layers],
         "key_widths": list(keys),
         "value_widths": list(values),
@@ -32,6 +32,11 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
         **_still_planes(plan),
         **_sources(plan),
     }
+
+
+def _with_positions(source: dict[str, Any], positions: int | None) -> dict[str, Any]:
+    """The source's config with the positions that the fused model is for."""
+    return source if positions is None else {**source, "max_position_embeddings": positions}
 
 
 def _still_planes(plan: FusionPlan) -> dict[str, Any]:

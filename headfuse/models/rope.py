@@ -37,14 +37,18 @@ def stock_frequencies(theta: float, rotary_dim: int) -> list[float]:
     return [theta ** (-2 * plane / rotary_dim) for plane in range(rotary_dim // 2)]
 
 
-def slow_planes(config: Any) -> list[float]:
+def slow_planes(config: Any, positions: int | None = None) -> list[float]:
     """The angle that each of the slowest rotary planes turns over all positions of a model, in plane order, in radians.
 
     Those of at most `STILL`, which are the last ones. None where frequencies depend on the layer or on the length of
     the text, where RoPE scales what it rotates, and where a family's RoPE has no parameters.
+
+    Args:
+        config: a transformers config.
+        positions: fewer than those of the model.
     """
     arch, rope = architecture_of(config.model_type), getattr(config, "rope_parameters", None) or {}
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions or getattr(config, "max_position_embeddings", None)
     if arch.rotary == "none" or not positions or "rope_theta" not in rope:
         return []
     if (rope.get("rope_type") or "default") not in STATIC:

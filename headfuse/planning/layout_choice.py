@@ -118,8 +118,29 @@ def check_fits(config: FuseConfig, model: Any) -> None:
             f"layout {config.layout} has no layers that read another one's cache", where="--cross-layer",
             fix="add --layout latent, or leave --cross-layer out",
         )  # fmt: skip
+    if config.max_position_embeddings is not None:
+        _check_positions(config, config.max_position_embeddings, model)
     if LAYOUTS[config.layout].wide or rules.head_dim is not None:
         _check_wide(config)
+
+
+def _check_positions(config: FuseConfig, positions: int, model: Any) -> None:
+    """Refuse a number of positions that the layout makes no use of, or that the text or the model does not fit."""
+    own, where = getattr(model, "max_position_embeddings", None), "--max-position-embeddings"
+    if not LAYOUTS[config.layout].wide:
+        raise ConfigError(
+            f"layout {config.layout} turns every rotary plane, for texts of any length", where=where,
+            fix="leave it out, or add --layout latent",
+        )  # fmt: skip
+    if own is None or positions > own:
+        raise ConfigError(
+            f"the model has {own or 'no limit of'} positions", where=where, fix="leave it out, or lower it"
+        )
+    if config.calibration.sequence_length > positions:
+        raise ConfigError(
+            f"{config.calibration.sequence_length} is longer than the fused model's {positions} positions",
+            where="--sequence-length", fix=f"choose {positions} or less",
+        )  # fmt: skip
 
 
 def _check_wide(config: FuseConfig) -> None:

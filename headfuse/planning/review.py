@@ -37,7 +37,9 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
         slot_table.check(source.config)
     given = config.model_fields_set
     changed: list[str] = [
-        name for name in ("method", "layout") if name in given and getattr(config, name) != getattr(plan, name)
+        name
+        for name in ("method", "layout", "max_position_embeddings")
+        if name in given and getattr(config, name) != getattr(plan, name)
     ]
     if "budget" in given and not _keeps_the_same(config, plan):
         changed.append("budget")
@@ -52,7 +54,8 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
     if plan.layers[0].wide or LAYOUTS[plan.layout].wide:  # counts say nothing of widths
         total = str(Fraction(plan.kv_channels, plan.heads.kv_channels))
         budget = BudgetConfig(total=total, head_dim=plan.head_width)
-    return plan, config.model_copy(update={"method": plan.method, "layout": plan.layout, "budget": budget})
+    positions = {"max_position_embeddings": plan.max_position_embeddings}
+    return plan, config.model_copy(update={"method": plan.method, "layout": plan.layout, "budget": budget, **positions})
 
 
 def _check_kinds(plan: FusionPlan, source: Source, path: Path) -> None:
