@@ -19,9 +19,17 @@ _WINDOWS_AT_ONCE = 8
 def kl_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """Forward divergence KL(teacher || student), summed over tokens; both logits are `[tokens, vocabulary]`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_student = F.log_softmax(logits.to(dtype), dim=-1)
-    log_teacher = F.log_softmax(teacher_logits.to(dtype), dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return divergence_from(log_probabilities(teacher_logits.to(dtype)), logits)
+
+
+def divergence_from(log_teacher: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The same, where several students have one teacher: `log_teacher` is `log_probabilities` of its logits."""
+    return F.kl_div(log_probabilities(logits), log_teacher, reduction="sum", log_target=True)
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of logits `[tokens, vocabulary]`, in float32 at least."""
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
 def chunk_tokens(vocabulary: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from headfuse.choices import Side
 from headfuse.fusion.refit import FusedHeads, refit_output
 from headfuse.models.decoder_layers import HiddenStates
-from headfuse.models.logits import kl_divergence
+from headfuse.models.logits import divergence_from, log_probabilities
 from headfuse.models.placement import widened
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
@@ -118,8 +118,8 @@ def divergences(streamed: StreamedModel, source: HiddenStates, variants: Sequenc
 
     found = list[torch.Tensor]()
     for window in range(len(source)):
-        wanted = logits(source, window)
-        found += [kl_divergence(logits(states, window), wanted) for states in variants]
+        wanted = log_probabilities(logits(source, window))
+        found += [divergence_from(wanted, logits(states, window)) for states in variants]
     rows = torch.stack(found).view(len(source), len(variants)).T.tolist() if found else [[] for _ in variants]
     return [sum(row) / source.hidden.shape[:2].numel() for row in rows]
 
