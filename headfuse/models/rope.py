@@ -38,9 +38,11 @@ def stock_frequencies(theta: float, rotary_dim: int) -> list[float]:
 
 
 def slow_planes(config: Any, positions: int | None = None) -> list[float]:
-    """The angle that each of the slowest rotary planes turns over all positions of a model, in plane order, in radians.
+    """The mean square of the angle between two positions on each of the slowest rotary planes, in radians squared.
 
-    Those of at most `STILL`, which are the last ones. None where frequencies depend on the layer or on the length of
+    Slowest are those that turn by at most `STILL` over all L positions, which are the last ones. Attention falls off
+    about inversely with the distance, so the mean is over distances from 1 to L with equal weight on a logarithmic
+    scale: (angle over L)^2 / (2 ln L). None where frequencies depend on the layer or on the length of
     the text, where RoPE scales what it rotates, and where a family's RoPE has no parameters.
 
     Args:
@@ -49,11 +51,11 @@ def slow_planes(config: Any, positions: int | None = None) -> list[float]:
     """
     arch, rope = architecture_of(config.model_type), getattr(config, "rope_parameters", None) or {}
     positions = positions or getattr(config, "max_position_embeddings", None)
-    if arch.rotary == "none" or not positions or "rope_theta" not in rope:
+    if arch.rotary == "none" or not positions or positions < 2 or "rope_theta" not in rope:
         return []
     if (rope.get("rope_type") or "default") not in STATIC:
         return []
     turns, factor = frequencies(config)
-    slowest = [positions * turn for turn in turns if positions * turn <= STILL]
+    slowest = [(positions * turn) ** 2 / (2 * math.log(positions)) for turn in turns if positions * turn <= STILL]
     falling = all(math.isfinite(turn) for turn in turns) and turns == sorted(turns, reverse=True)
     return slowest if factor == 1.0 and falling else []

@@ -38,8 +38,8 @@ def survey_wide_layer(
         quantum: channels of a step of the widths.
         costs: the allocator reads the measured costs of widths.
         pairs: measure what pairs of heads share, which decides nothing here.
-        slow: the angles of the slowest rotary planes over all positions (models/rope.py). At each width a layer turns
-            them, or none of them, whichever is expected to lose less.
+        slow: the mean square of the angle on each of the slowest rotary planes (models/rope.py). At each width a layer
+            turns all of them or none, whichever is expected to lose less.
 
     Returns:
         The survey, its counts in quanta, and the maps of those widths whose cost is to be measured.
@@ -75,9 +75,8 @@ def survey_wide_layer(
 class _KeyBases:
     """The keys of a layer with all planes turning, and with the slow ones still; `lost [c + 1]` of the better one.
 
-    A still plane that should turn by an angle x has the mean square error x^2 |q|^2 |k|^2 / 2 in the scores. Over all
-    distances between two positions, the mean of x^2 is a sixth of its largest value. This drift is counted as lost, so
-    a layer whose heads fuse without loss turns all planes, and stays what it was at any length of text.
+    A still plane that should turn by an angle x has the mean square error x^2 |q|^2 |k|^2 / 2 in the scores. This drift
+    is counted as lost, so a layer whose heads fuse without loss turns all planes, and is exact for texts of any length.
     """
 
     turning: KeyBasis
@@ -94,8 +93,7 @@ class _KeyBases:
         if not slow:
             return cls(turning, None, lost, torch.zeros(len(lost), dtype=torch.bool))
         still = key_basis(key_moments(captures, heads, len(slow)))
-        squares = moments.plane_energy.new_tensor(slow).square()
-        drift = (moments.plane_energy[-len(slow) :] * squares).sum() / 12
+        drift = (moments.plane_energy[-len(slow) :] * moments.plane_energy.new_tensor(slow)).sum() / 2
         other = still.lost() + drift.to(lost)
         return cls(turning, still, torch.minimum(lost, other), other < lost)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,8 @@ def test_a_folder_whose_planes_do_not_fit_does_not_load(tmp_path: Path) -> None:
 def test_slow_planes_of_a_config() -> None:
     config = tiny_config("llama")
     found = slow_planes(config)
-    assert found == pytest.approx([128 * 1e4**-0.75])
-    assert found[0] <= STILL
+    assert found == pytest.approx([(128 * 1e4**-0.75) ** 2 / (2 * math.log(128))])
+    assert 128 * 1e4**-0.75 <= STILL < 128 * 1e4**-0.5
     config.max_position_embeddings = 1024
     assert slow_planes(config) == []
 
@@ -158,7 +159,7 @@ def test_planes_that_depend_on_the_length_or_are_scaled_are_not_slow(rope: dict[
     config.rope_parameters = rope
     assert slow_planes(config) == []
     config.rope_parameters = {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}
-    assert slow_planes(config) == pytest.approx([64 * 1e4**-0.75])
+    assert slow_planes(config) == pytest.approx([(64 * 1e4**-0.75) ** 2 / (2 * math.log(128))])
 
 
 def test_families_without_rotary_planes_have_no_slow_ones() -> None:
