@@ -144,7 +144,7 @@ class FusionPlan(_Frozen):
     method: str
     allocator: str
     budget: str
-    max_position_embeddings: _Count | None = None
+    max_positions: _Count | None = None
     """Tokens of the longest text that the fused model is for; None: the source's."""
     layers: tuple[LayerPlan, ...]
     files: dict[str, str] = {}
@@ -231,7 +231,7 @@ class FusionPlan(_Frozen):
     @model_serializer(mode="wrap")
     def _as_before_without_positions(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
-        return {name: value for name, value in fields.items() if name != "max_position_embeddings" or value}
+        return {name: value for name, value in fields.items() if name != "max_positions" or value}
 
     def to_json(self) -> str:
         """The text of plan.json."""

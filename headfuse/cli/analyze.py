@@ -33,7 +33,7 @@ def analyze(  # a parameter an option: Typer reads them
     layout: options.Layout = None,
     head_dim: options.HeadDim = None,
     cross_layer: options.CrossLayer = None,
-    max_position_embeddings: options.MaxPositions = None,
+    max_positions: options.MaxPositions = None,
     runtime: options.For = None,
     curves: Annotated[
         bool,

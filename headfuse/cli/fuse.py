@@ -33,7 +33,7 @@ def fuse(  # a parameter an option: Typer reads them
     layout: options.Layout = None,
     head_dim: options.HeadDim = None,
     cross_layer: options.CrossLayer = None,
-    max_position_embeddings: options.MaxPositions = None,
+    max_positions: options.MaxPositions = None,
     runtime: options.For = None,
     plan: Annotated[
         Path | None, typer.Option(help="Apply this plan.json instead of making one.", rich_help_panel=KEEP)

@@ -106,7 +106,7 @@ CrossLayer = Annotated[
 MaxPositions = Annotated[
     int | None,
     typer.Option(
-        "--max-position-embeddings",
+        "--max-positions",
         min=1,
         metavar="TOKENS",
         help="Layout latent: longest text that the fused model is for; fewer than the source's lose less.",

@@ -145,7 +145,7 @@ class FuseConfig(Options):
     layout: Layout = "latent"
     """The format of the output: latent, decoupled, layerwise or gqa. Leave it out for latent, or decoupled where latent
     does not fit the model or the other options."""
-    max_position_embeddings: Count | None = None
+    max_positions: Count | None = None
     """Layout latent: tokens of the longest text that the fused model is for; null: the source's. With fewer, more
     rotary planes hardly turn and need not be turned, so the same bytes lose less."""
     preset: Annotated[str, one_of(*names(Preset))] = "balanced"

@@ -24,7 +24,7 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
         "auto_map": dict(AUTO_MAP),
         "dtype": source.get("dtype") or source.get("torch_dtype"),
         "headfuse_format": 1,
-        "source_config": _with_positions(source, plan.max_position_embeddings),
+        "source_config": _with_positions(source, plan.max_positions),
         "groups": [[list(group) for group in layer.key_groups] for layer in plan.layers],
         "key_widths": list(keys),
         "value_widths": list(values),

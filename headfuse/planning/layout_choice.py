@@ -118,15 +118,15 @@ def check_fits(config: FuseConfig, model: Any) -> None:
             f"layout {config.layout} has no layers that read another one's cache", where="--cross-layer",
             fix="add --layout latent, or leave --cross-layer out",
         )  # fmt: skip
-    if config.max_position_embeddings is not None:
-        _check_positions(config, config.max_position_embeddings, model)
+    if config.max_positions is not None:
+        _check_positions(config, config.max_positions, model)
     if LAYOUTS[config.layout].wide or rules.head_dim is not None:
         _check_wide(config)
 
 
 def _check_positions(config: FuseConfig, positions: int, model: Any) -> None:
     """Refuse a number of positions that the layout makes no use of, or that the text or the model does not fit."""
-    own, where = getattr(model, "max_position_embeddings", None), "--max-position-embeddings"
+    own, where = getattr(model, "max_position_embeddings", None), "--max-positions"
     if not LAYOUTS[config.layout].wide:
         raise ConfigError(
             f"layout {config.layout} turns every rotary plane, for texts of any length", where=where,

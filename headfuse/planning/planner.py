@@ -67,7 +67,7 @@ class PlanOptions:
     seed: int
     reach: int = 0
     """How many layers before it a layer reads."""
-    max_position_embeddings: int | None = None
+    max_positions: int | None = None
     """Of the fused model; None: the source's."""
 
 
@@ -85,7 +85,7 @@ def plan_options(config: FuseConfig) -> PlanOptions:
         probe_cost=PROBE_COST if PRESETS[config.preset].end_loss_probes else FAST_PROBE_COST,
         seed=config.seed,
         reach=config.budget.cross_layer or 0,
-        max_position_embeddings=config.max_position_embeddings,
+        max_positions=config.max_positions,
     )
 
 
@@ -128,7 +128,7 @@ def survey(
     probes = _probes(streamed, text, options) if measures.costs else ()
     few = measured_counts(heads.num_key_value_heads, False)
     quantum = options.rules.channels(heads) if LAYOUTS[options.layout].wide else None
-    slow = slow_planes(streamed.config, options.max_position_embeddings) if quantum is not None else []
+    slow = slow_planes(streamed.config, options.max_positions) if quantum is not None else []
     for layer in streamed.walk([streamed.embed(part.statistics), streamed.embed(part.starts, START_WEIGHT)]):
         with factories_on(streamed.device):
             if quantum is None:
@@ -235,6 +235,6 @@ def plan_of(source: Source, options: PlanOptions, layers: list[LayerPlan]) -> Fu
         method=options.method,
         allocator=options.allocator,
         budget=options.budget,
-        max_position_embeddings=options.max_position_embeddings,
+        max_positions=options.max_positions,
         layers=tuple(layers),
     )

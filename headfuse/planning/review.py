@@ -38,7 +38,7 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
     given = config.model_fields_set
     changed: list[str] = [
         name
-        for name in ("method", "layout", "max_position_embeddings")
+        for name in ("method", "layout", "max_positions")
         if name in given and getattr(config, name) != getattr(plan, name)
     ]
     if "budget" in given and not _keeps_the_same(config, plan):
@@ -54,7 +54,7 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
     if plan.layers[0].wide or LAYOUTS[plan.layout].wide:  # counts say nothing of widths
         total = str(Fraction(plan.kv_channels, plan.heads.kv_channels))
         budget = BudgetConfig(total=total, head_dim=plan.head_width)
-    positions = {"max_position_embeddings": plan.max_position_embeddings}
+    positions = {"max_positions": plan.max_positions}
     return plan, config.model_copy(update={"method": plan.method, "layout": plan.layout, "budget": budget, **positions})
 
 

@@ -98,25 +98,25 @@ def test_heads_that_fuse_without_loss_turn_all_planes(tmp_path: Path) -> None:
 def test_a_model_for_shorter_texts_has_more_still_planes(tmp_path: Path) -> None:
     """Its config says how long they may be, and so does its plan."""
     model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
-    fuse(model, tmp_path / "out", *LATENT, "--max-position-embeddings", "32")
+    fuse(model, tmp_path / "out", *LATENT, "--max-positions", "32")
     plan = plan_of(tmp_path / "out")
-    assert plan["max_position_embeddings"] == 32
+    assert plan["max_positions"] == 32
     assert {layer["still_planes"] for layer in plan["layers"]} == {2}
     assert headfuse.load(tmp_path / "out").config.max_position_embeddings == 32
     by_plan = ("--plan", tmp_path / "out/plan.json", "--preset", "fast")
     fuse(model, tmp_path / "again", *by_plan)
     assert plan_of(tmp_path / "again")["layers"] == plan["layers"]
     assert headfuse.load(tmp_path / "again").config.max_position_embeddings == 32
-    line = ("fuse", model, *by_plan, "--max-position-embeddings", 64, "--sequence-length", 32)
-    assert "contradict the plan in max_position_embeddings" in " ".join(run(*line, code=1).split())
+    line = ("fuse", model, *by_plan, "--max-positions", 64, "--sequence-length", 32)
+    assert "contradict the plan in max_positions" in " ".join(run(*line, code=1).split())
     fuse(model, tmp_path / "whole", *LATENT)
-    assert "max_position_embeddings" not in plan_of(tmp_path / "whole")
+    assert "max_positions" not in plan_of(tmp_path / "whole")
 
 
 REFUSED = {
-    "--max-position-embeddings 129": "the model has 128 positions",
-    "--max-position-embeddings 31": "32 is longer than the fused model's 31 positions",
-    "--max-position-embeddings 64 --layout decoupled": "layout decoupled turns every rotary plane",
+    "--max-positions 129": "the model has 128 positions",
+    "--max-positions 31": "32 is longer than the fused model's 31 positions",
+    "--max-positions 64 --layout decoupled": "layout decoupled turns every rotary plane",
 }
 
 
