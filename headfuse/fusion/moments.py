@@ -34,9 +34,9 @@ class KeyMoments:
     still: int = 0
 
     @property
-    def plane_energy(self) -> torch.Tensor:
-        """`[F]`: E|q|^2 E|k|^2 of each plane, summed over the heads."""
-        return (self.gram.diagonal(dim1=1, dim2=2).real * self.query_energy.T).sum(1)
+    def energy(self) -> torch.Tensor:
+        """`[n, F]`: E|q|^2 E|k|^2 of each head on each plane."""
+        return self.gram.diagonal(dim1=1, dim2=2).real.T * self.query_energy
 
     @property
     def tail_energy(self) -> torch.Tensor:
@@ -111,6 +111,16 @@ def key_moments(captures: Sequence[AttentionCapture], heads: HeadLayout, still: 
         tokens += capture.weight * k.shape[2]
     normed = captures[0].key_before_norm is not None
     return KeyMoments(gram / tokens, energy / tokens, _tail_moments(captures, heads, channels), normed, still)
+
+
+def with_still_planes(
+    moments: KeyMoments, captures: Sequence[AttentionCapture], heads: HeadLayout, still: int
+) -> KeyMoments:
+    """What `key_moments` gives with `still` planes, from the moments of a layer that turns all of them."""
+    channels = KeyChannels(heads.rotary_dim, still)
+    gram, energy = moments.gram[: channels.planes], moments.query_energy[:, : channels.planes]
+    tail = _tail_moments(captures, heads, channels)
+    return replace(moments, gram=gram, query_energy=energy, tail=tail, still=still)
 
 
 def _tail_moments(

@@ -41,7 +41,7 @@ def with_sources(
         layer, index = plan.layers[source.index], source.index
         alike = [i for i in range(index) if kinds[i] == kinds[index]][-reach:]
         with factories_on(streamed.device):
-            if not layer.untouched:
+            if not layer.untouched and (alike or layer.still_planes != still):
                 assert layer.key_widths is not None
                 read = Cached.together([kept[i] for i in alike]) if alike else None
                 slots = conditional_slots(source.captures, plan.heads, read, layer.key_widths[0], still)

@@ -17,6 +17,9 @@ from headfuse.plan import FusionPlan
 
 logger = logging.getLogger(__name__)
 
+_DECIDED = ("method", "layout", "max_positions")
+"""Options that a plan decides as they are; beside these, the budget."""
+
 
 def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[FusionPlan, FuseConfig]:
     """A reviewed plan, and the options updated with what the plan decides: heads, method, layout.
@@ -36,11 +39,7 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
     if plan.head_width is not None:
         slot_table.check(source.config)
     given = config.model_fields_set
-    changed: list[str] = [
-        name
-        for name in ("method", "layout", "max_positions")
-        if name in given and getattr(config, name) != getattr(plan, name)
-    ]
+    changed: list[str] = [name for name in _DECIDED if name in given and getattr(config, name) != getattr(plan, name)]
     if "budget" in given and not _keeps_the_same(config, plan):
         changed.append("budget")
     if changed:
@@ -54,8 +53,8 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
     if plan.layers[0].wide or LAYOUTS[plan.layout].wide:  # counts say nothing of widths
         total = str(Fraction(plan.kv_channels, plan.heads.kv_channels))
         budget = BudgetConfig(total=total, head_dim=plan.head_width)
-    positions = {"max_positions": plan.max_positions}
-    return plan, config.model_copy(update={"method": plan.method, "layout": plan.layout, "budget": budget, **positions})
+    decided = {name: getattr(plan, name) for name in _DECIDED}
+    return plan, config.model_copy(update={**decided, "budget": budget})
 
 
 def _check_kinds(plan: FusionPlan, source: Source, path: Path) -> None:

@@ -105,10 +105,10 @@ class LayerSurvey:
     shared_groups: dict[int, Groups]
     lost: Mapping[Side, list[float]]
     """Lost energy of 1 to n heads of each side; empty where the allocator reads no costs of fusing."""
-    key_still: list[int] = field(default_factory=list)
-    """Planes that do not turn, for each width of a wide key; empty for other heads."""
     slot_energy: torch.Tensor | None = None
     """Of slot_choice.py, for the groups of the one count; None where heads keep the source's width."""
+    key_still: list[int] = field(default_factory=list)
+    """Planes that do not turn, for each width of a wide key; empty for other heads."""
 
 
 def survey_layer(
@@ -156,15 +156,13 @@ def survey_layer(
                 maps["key", count], maps["value", count] = (key_maps, key), (value_maps, value)
     energy = key_energy(keys), value_energy(values)
     slot_share = None if options.one_width is None else slot_energy(keys, shared[options.one_width])
-    found = LayerSurvey(
-        key_pairs, value_pairs, *energy, key_groups, key_slots, value_groups, shared, lost, slot_energy=slot_share
-    )
-    return found, maps
+    survey = LayerSurvey(key_pairs, value_pairs, *energy, key_groups, key_slots, value_groups, shared, lost, slot_share)
+    return survey, maps
 
 
 def key_energy(moments: KeyMoments) -> list[float]:
     """Each head's share of the layer's key energy, as queries see it."""
-    energy = (moments.gram.diagonal(dim1=1, dim2=2).real.T * moments.query_energy).sum(1)
+    energy = moments.energy.sum(1)
     if moments.tail is not None:
         energy = energy + torch.einsum("iaib,iab->i", moments.tail.covariance, moments.tail.output_gram)
     return (energy / energy.sum().clamp_min(1e-300)).tolist()

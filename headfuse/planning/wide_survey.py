@@ -9,7 +9,7 @@ import torch
 
 from headfuse.choices import Side
 from headfuse.fusion.maps import Reconstruction
-from headfuse.fusion.moments import KeyMoments, key_moments, value_moments
+from headfuse.fusion.moments import KeyMoments, key_moments, value_moments, with_still_planes
 from headfuse.fusion.wide import KeyBasis, key_basis, plain_basis
 from headfuse.fusion.wide_layer import WideKeys, WideValues
 from headfuse.models.capture import AttentionCapture
@@ -92,8 +92,8 @@ class _KeyBases:
         lost = turning.lost()
         if not slow:
             return cls(turning, None, lost, torch.zeros(len(lost), dtype=torch.bool))
-        still = key_basis(key_moments(captures, heads, len(slow)))
-        drift = (moments.plane_energy[-len(slow) :] * moments.plane_energy.new_tensor(slow)).sum() / 2
+        still = key_basis(with_still_planes(moments, captures, heads, len(slow)))
+        drift = (moments.energy[:, -len(slow) :] * moments.energy.new_tensor(slow)).sum() / 2
         other = still.lost() + drift.to(lost)
         return cls(turning, still, torch.minimum(lost, other), other < lost)
 

@@ -24,11 +24,11 @@ from tests.support.tiny_models import VOCABULARY, tiny_config, tiny_model
 LATENT = ("--layout", "latent", "--preset", "fast", "--budget", "0.5")
 
 
-def slow_model(folder: Path, family: str, theta: float = 1e14, **options: int) -> Path:
+def slow_model(folder: Path, family: str, **options: int) -> Path:
     """A tiny model whose planes turn by 1, 3e-4, 1e-7 and 3e-11 radians per token, or fewer planes likewise."""
     tiny_model(folder, family, **options)  # type: ignore[arg-type]
     config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = theta
+    config["rope_parameters"]["rope_theta"] = 1e14
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -69,7 +69,7 @@ def test_a_reader_of_equal_keys_and_values_is_exact(tmp_path: Path, source: str,
     reader = nothing_of_its_own(side)
     slots = [[f for f in table if f < 2] for table in reader["rotary_slots"]]
     reader |= {"still_planes": 2, "rotary_slots": slots}
-    first = {**APART} if source == "untouched" else still_layer(plan, 2 if source == "still" else 0)
+    first = APART if source == "untouched" else still_layer(plan, 2 if source == "still" else 0)
     path = with_layers(plan, tmp_path / "plan.json", first, {**WHOLE, **reader})
     fuse(model, tmp_path / "out", "--plan", path, "--preset", "fast")
     torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=5e-4, atol=5e-4)
