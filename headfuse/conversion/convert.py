@@ -38,8 +38,7 @@ from headfuse.models.placement import factories_on
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.planning.cross_layer import with_sources
-from headfuse.planning.planner import SURVEYED, PlanOptions, ProgressCallback, make_plan, plan_options, survey
+from headfuse.planning.planner import PlanOptions, ProgressCallback, plan_model, plan_options, survey
 from headfuse.planning.review import adopt
 from headfuse.text.calibration import START_WEIGHT
 
@@ -126,12 +125,14 @@ def _finish(
 
 def _plan(conversion: Conversion, options: PlanOptions) -> FusionPlan:
     """Survey the source and plan every layer."""
-    found = survey(conversion.streamed, conversion.text, options, conversion.on_progress)
-    plan = make_plan(conversion.source, options, found)
-    part = conversion.text.part(SURVEYED)
-    return (
-        with_sources(plan, conversion.streamed, part, options.reach, conversion.on_progress) if options.reach else plan
+    source, streamed, text, on_progress = (
+        conversion.source,
+        conversion.streamed,
+        conversion.text,
+        conversion.on_progress,
     )
+    found = survey(streamed, text, options, on_progress)
+    return plan_model(source, streamed, text, options, found, on_progress)
 
 
 def _train(

@@ -21,6 +21,7 @@ from headfuse.models.placement import DeviceMemory, batch_tokens
 from headfuse.models.source import Source
 from headfuse.plan import HeadLayout
 from headfuse.planning.allocators import ALLOCATORS
+from headfuse.planning.comparison import COMPARED_WINDOWS, FITTED_WINDOWS
 from headfuse.planning.costs import measured_counts
 from headfuse.planning.fused_variants import (
     FAST_PROBE_COST,
@@ -82,6 +83,8 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
     memory, work = _closed_form(sizes)
     if ALLOCATORS[config.budget.allocator].costs == "measured" and not LAYOUTS[config.layout].one_count:
         work += _measuring_work(sizes, config)
+    if sizes.wide and ALLOCATORS[config.budget.allocator].candidates:
+        work += _comparing_work(sizes)
     if config.budget.cross_layer:
         work += _reading_work(sizes, _channels_read(config, sizes.heads))
     passes = PRESETS[config.preset].model_passes
@@ -212,6 +215,16 @@ def _measuring_work(sizes: _Sizes, config: FuseConfig) -> float:
         work += price * seen * sizes.once + layers * (2 * counts + 1) * refit * refits
         work += layers * 2 * counts * probe_tokens(seen, layers, counts, price) * 2 * sizes.head
     return WIDE_PROBES * work if sizes.wide else work
+
+
+def _comparing_work(sizes: _Sizes) -> float:
+    """Work of comparing two plans, at most: walks over the text that layers are fitted to and over unseen windows."""
+    fitted, unseen = min(sizes.surveyed, FITTED_WINDOWS * sizes.length), COMPARED_WINDOWS * sizes.length / 2
+    queries, pairs, length = sizes.queries, sizes.pairs, sizes.length
+    sums = 2 * sizes.heads.num_attention_heads * length**2 + 2 * length * pairs + 2 * pairs**2
+    refit = fitted * (2 * queries * (queries + sizes.width) + 4 * queries * length) + 6 * queries**3
+    layers = sizes.layers * (2 * (fitted * sums + WIDE_EIGEN * pairs**3) + 2 * refit)
+    return layers + (fitted + 3 * unseen) * sizes.once + 3 * unseen * 2 * sizes.head
 
 
 def _channels_read(config: FuseConfig, heads: HeadLayout) -> int:

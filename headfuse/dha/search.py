@@ -13,7 +13,7 @@ from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan, Groups, HeadLayout, LayerPlan
 from headfuse.planning.allocators import ALLOCATORS
-from headfuse.planning.budget import CostTable
+from headfuse.planning.costs import CostTable
 from headfuse.planning.grouping import GROUPERS, anneal, canonical
 from headfuse.planning.planner import PlanOptions, ProgressCallback, plan_of, survey
 from headfuse.text.calibration import CalibrationText

@@ -27,6 +27,10 @@ class Allocator:
     """What the cost table holds: the measured cost of fusing, or the importance of single heads (importance.py)."""
     reads_search: bool = False
     """Method dha passes the distances that its search learned instead of measured costs."""
+    candidates: tuple[str, str] | None = None
+    """Two others that it stands for: the plan is the first one's, and with wide heads the second one's unless the first
+    one's loses less beyond doubt (comparison.py).
+    """
 
 
 def uniform(total: int, choices: Choices, costs: Rows | None = None) -> list[int]:
@@ -97,6 +101,7 @@ def dha_greedy(total: int, choices: Choices, costs: Rows | None = None) -> list[
 
 
 ALLOCATORS: dict[str, Allocator] = {
+    "auto": Allocator(least_cost, "measured", candidates=("sensitivity", "uniform")),
     "uniform": Allocator(uniform, "none"),
     "dha-greedy": Allocator(dha_greedy, "measured", reads_search=True),
     "sensitivity": Allocator(least_cost, "measured"),

@@ -15,19 +15,10 @@ from headfuse.models.source import Source
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
-from headfuse.planning.cross_layer import with_sources
 from headfuse.planning.curves import Point, check_curves
 from headfuse.planning.curves import curves as predicted_curves
 from headfuse.planning.layout_choice import check_budget, with_layout, with_possible_width
-from headfuse.planning.planner import (
-    SURVEYED,
-    PlanOptions,
-    ProgressCallback,
-    Survey,
-    make_plan,
-    plan_options,
-    survey,
-)
+from headfuse.planning.planner import PlanOptions, ProgressCallback, Survey, plan_model, plan_options, survey
 from headfuse.planning.similarity import aligned_similarity, linear_cka, redundancy
 from headfuse.planning.spectrum import LayerSpectrum, Spectrum, layer_spectrum, predictions
 
@@ -101,9 +92,7 @@ def analyze(
     values = [_side(each, layer.value_pairs, layer.value_energy) for (_, each), layer in layers]
     every = predicted_curves(source, streamed, text, config, on_progress) if curves else None
     decomposed = Spectrum(spectra, predictions(spectra, _equal_costs(source, planned, found))) if spectrum else None
-    plan = make_plan(source, planned, found)
-    if planned.reach:
-        plan = with_sources(plan, streamed, text.part(SURVEYED), planned.reach, on_progress)
+    plan = plan_model(source, streamed, text, planned, found, on_progress)
     return Analysis(keys, values, plan, every, decomposed)
 
 

@@ -10,27 +10,9 @@ from fractions import Fraction
 from headfuse.config.fuse import BudgetConfig
 from headfuse.errors import BudgetError
 from headfuse.plan import HeadBudget, HeadLayout
-from headfuse.planning.allocators import ALLOCATORS, Choices, Choose, Rows
+from headfuse.planning.allocators import ALLOCATORS, Choices, Choose
+from headfuse.planning.costs import CostTable
 from headfuse.planning.widths import WIDEST, least_width, width_quantum
-
-
-@dataclass(frozen=True)
-class CostTable:
-    """What keeping 1 to n heads costs in every layer, `[layers][n]` for keys and for values."""
-
-    key: Rows
-    value: Rows
-
-    @property
-    def rows(self) -> Rows:
-        """The key side of every layer, then the value side, `[2 layers][n]`."""
-        return [*self.key, *self.value]
-
-    @property
-    def pairs(self) -> Rows:
-        """Keys and values of a layer together, `[layers][n]`."""
-        both = zip(self.key, self.value, strict=True)
-        return [[k + v for k, v in zip(keys, values, strict=True)] for keys, values in both]
 
 
 @dataclass(frozen=True)

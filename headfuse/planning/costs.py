@@ -4,8 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from headfuse.plan import HeadBudget
+from headfuse.planning.allocators import Rows
 
 TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """What keeping 1 to n heads costs in every layer, `[layers][n]` for keys and for values."""
+
+    key: Rows
+    value: Rows
+
+    @property
+    def rows(self) -> Rows:
+        """The key side of every layer, then the value side, `[2 layers][n]`."""
+        return [*self.key, *self.value]
+
+    def of(self, budget: HeadBudget) -> float:
+        """What a budget costs; more heads never cost more than fewer."""
+        counts = zip(self.rows, (*budget.key_heads, *budget.value_heads), strict=True)
+        return sum(min(row[:count]) for row, count in counts)
+
+    @property
+    def pairs(self) -> Rows:
+        """Keys and values of a layer together, `[layers][n]`."""
+        both = zip(self.key, self.value, strict=True)
+        return [[k + v for k, v in zip(keys, values, strict=True)] for keys, values in both]
 
 
 def cost_row(lost: Sequence[float], measured: Sequence[tuple[float, Mapping[int, float]]]) -> list[float]:

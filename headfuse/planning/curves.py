@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate
 from pathlib import Path
 
 from headfuse.choices import Layout
@@ -16,7 +15,8 @@ from headfuse.layouts import LAYOUTS, slot_table
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadLayout
-from headfuse.planning.budget import BudgetRules, CostTable
+from headfuse.planning.budget import BudgetRules
+from headfuse.planning.costs import CostTable
 from headfuse.planning.planner import ProgressCallback, plan_options, survey
 from headfuse.text.calibration import CalibrationText
 
@@ -118,22 +118,15 @@ def _allocated(rules: BudgetRules, heads: HeadLayout, costs: CostTable) -> list[
             budget = replace(rules, total=share).allocate("sensitivity", heads, costs)
         except BudgetError:
             continue
-        sides = zip((budget.key_heads, budget.value_heads), (costs.key, costs.value), strict=True)
-        lost = sum(_at_most(row, count) for counts, rows in sides for count, row in zip(counts, rows, strict=True))
         kept = budget.total * rules.channels(heads) / heads.kv_channels
-        points.setdefault(kept, Point(kept, lost))
+        points.setdefault(kept, Point(kept, costs.of(budget)))
     return list(points.values())
 
 
 def _equal(counts: Sequence[int], full: int, costs: CostTable, divisors: bool = False) -> list[Point]:
     """The same count in every layer, for keys and for values."""
     wanted = sorted({count for count in counts if 0 < count < full and (not divisors or full % count == 0)})
-    return [Point(c / full, sum(_at_most(row, c) for row in costs.rows)) for c in wanted]
-
-
-def _at_most(row: Sequence[float], count: int) -> float:
-    """The cost of a count, no larger than that of any smaller one: the rest of the heads can stay unused."""
-    return list(accumulate(row, min))[count - 1]
+    return [Point(c / full, sum(min(row[:c]) for row in costs.rows)) for c in wanted]
 
 
 def plot_curves(found: dict[str, list[Point]], path: Path) -> None:

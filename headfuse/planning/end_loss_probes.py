@@ -109,19 +109,30 @@ class EndLossProbes:
         return costs(self.results())
 
 
-@torch.no_grad()
 def divergences(streamed: StreamedModel, source: HiddenStates, variants: Sequence[HiddenStates]) -> list[float]:
     """KL(source || variant) of each variant, in nats per position, given what the last layers made of the windows."""
+    rows = window_divergences(streamed, source, variants, exact=True).tolist()
+    return [sum(row) / source.hidden.shape[:2].numel() for row in rows]
 
-    def logits(states: HiddenStates, window: int) -> torch.Tensor:  # float64: that of equal models is 0, not rounding
-        return widened(streamed.logits(streamed.last_hidden_state(states.hidden[window : window + 1])).flatten(0, 1))
+
+@torch.no_grad()
+def window_divergences(
+    streamed: StreamedModel, source: HiddenStates, variants: Sequence[HiddenStates], exact: bool = False
+) -> torch.Tensor:
+    """The same of each window, in nats, summed over its positions, `[variants, windows]`.
+
+    `exact`: in float64, where that of equal models is 0 and not rounding.
+    """
+
+    def logits(states: HiddenStates, window: int) -> torch.Tensor:
+        found = streamed.logits(streamed.last_hidden_state(states.hidden[window : window + 1])).flatten(0, 1)
+        return widened(found) if exact else found
 
     found = list[torch.Tensor]()
     for window in range(len(source)):
         wanted = log_probabilities(logits(source, window))
         found += [divergence_from(wanted, logits(states, window)) for states in variants]
-    rows = torch.stack(found).view(len(source), len(variants)).T.tolist() if found else [[] for _ in variants]
-    return [sum(row) / source.hidden.shape[:2].numel() for row in rows]
+    return torch.stack(found or [torch.empty(0)]).view(len(source), len(variants)).T
 
 
 def costs(probes: Iterable[Probe]) -> Costs:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadLayout
-from headfuse.planning.budget import CostTable
+from headfuse.planning.costs import CostTable
 
 COALITIONS_PER_HEAD, COALITION_COST, MIN_TOKENS = 2, 6.0, 32
 TRUNCATED_SHARE, TRUNCATED_LOSS = 0.25, 2.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import headfuse
@@ -19,8 +20,10 @@ from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan
 from headfuse.planning.allocators import ALLOCATORS
-from headfuse.planning.budget import BudgetRules, CostTable, budget_rules
-from headfuse.planning.costs import cost_row, measured_counts
+from headfuse.planning.budget import BudgetRules, budget_rules
+from headfuse.planning.comparison import CLEAR, COMPARED_WINDOWS, FITTED_WINDOWS, better_plan
+from headfuse.planning.costs import CostTable, cost_row, measured_counts
+from headfuse.planning.cross_layer import with_sources
 from headfuse.planning.end_loss_probes import EndLossProbes
 from headfuse.planning.error_probes import WIDE_ERRORS_WORTH, ErrorProbes
 from headfuse.planning.fused_variants import (
@@ -36,6 +39,8 @@ from headfuse.planning.survey import LayerSurvey, SurveyOptions, survey_layer
 from headfuse.planning.wide_survey import one_width_plans, survey_wide_layer, wide_layer_plan
 from headfuse.planning.widths import measured_widths
 from headfuse.text.calibration import START_WEIGHT, CalibrationText
+
+logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with a phase, the layers done and all layers."""
@@ -55,6 +60,8 @@ class PlanOptions:
     """Its name in the plan."""
     allocator: str
     """Name in ALLOCATORS."""
+    against: str | None
+    """Another one, whose plan is taken where the allocator's does not lose less; None: plans are not compared."""
     method: str
     """Name in FUSION_METHODS."""
     layout: Layout
@@ -73,11 +80,13 @@ class PlanOptions:
 
 def plan_options(config: FuseConfig) -> PlanOptions:
     """The plan options among the options of `fuse`."""
-    layout = LAYOUTS[config.layout]
+    layout, allocator = LAYOUTS[config.layout], config.budget.allocator
+    first, second = ALLOCATORS[allocator].candidates or (allocator, None)
     return PlanOptions(
         rules=budget_rules(config.budget, layout.shared_partition, layout.one_count, layout.wide),
         budget=config.budget.label,
-        allocator=config.budget.allocator,
+        allocator=first,
+        against=second if layout.wide else None,
         method=config.method,
         layout=config.layout,
         grouping=config.grouping,
@@ -197,6 +206,45 @@ def _probes(
     if wide and seen < WIDE_PROBE_TOKENS:
         return (errors,)
     return errors, EndLossProbes(streamed, probe_windows(unseen, seen), equal, refit, full)
+
+
+def plan_model(
+    source: Source,
+    streamed: StreamedModel,
+    text: CalibrationText,
+    options: PlanOptions,
+    found: Survey,
+    on_progress: ProgressCallback,
+) -> FusionPlan:
+    """The plan of a surveyed model, compared with another one where that is in doubt, with the layers that are read.
+
+    Args:
+        source: the opened source.
+        streamed: the same, layer by layer.
+        text: the calibration text.
+        options: what decides the plan.
+        found: the survey.
+        on_progress: called with `compare` or `sources`, the layers done and all layers.
+    """
+    plan, part = make_plan(source, options, found), text.part(SURVEYED)
+    unseen = text.statistics[len(part.statistics) :][-COMPARED_WINDOWS:]
+    if options.against is not None and len(unseen) > 1 and _in_doubt(options, options.against, source.heads, found):
+        other = make_plan(source, replace(options, allocator=options.against), found)
+        fitted = text.part(min(SURVEYED, FITTED_WINDOWS / len(text.statistics)))
+        windows, slow = unseen[:, : unseen.shape[1] // 2], slow_planes(streamed.config, options.max_positions)
+        plan = better_plan(plan, other, streamed, fitted, windows, slow, on_progress)
+    return with_sources(plan, streamed, part, options.reach, on_progress) if options.reach else plan
+
+
+def _in_doubt(options: PlanOptions, against: str, heads: HeadLayout, found: Survey) -> bool:
+    """Whether the allocator's plan may lose more than another one's: its expected gain is small."""
+    if found.costs is None:
+        return False
+    first, second = (
+        found.costs.of(options.rules.allocate(name, heads, found.costs)) for name in (options.allocator, against)
+    )
+    logger.debug("%s is expected to lose %.4f nats per token, %s %.4f", options.allocator, first, against, second)
+    return first > CLEAR * second
 
 
 def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan:

@@ -10,7 +10,7 @@ import torch
 from headfuse.choices import Side
 from headfuse.fusion.maps import Reconstruction
 from headfuse.fusion.moments import KeyMoments, key_moments, value_moments, with_still_planes
-from headfuse.fusion.wide import KeyBasis, key_basis, plain_basis
+from headfuse.fusion.wide import KeyBasis, PlainBasis, key_basis, plain_basis
 from headfuse.fusion.wide_layer import WideKeys, WideValues
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import Groups, HeadLayout, LayerPlan
@@ -44,17 +44,16 @@ def survey_wide_layer(
     Returns:
         The survey, its counts in quanta, and the maps of those widths whose cost is to be measured.
     """
-    whole: Groups = (tuple(range(heads.num_key_value_heads)),)
     keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
     widths = range(quantum, heads.num_key_value_heads * heads.head_dim + 1, quantum)
-    key, value = _KeyBases.of(keys, captures, heads, slow), plain_basis(values)
+    bases = WideBases(_KeyBases.of(keys, captures, heads, slow), plain_basis(values), heads)
+    key, whole = bases.keys, bases.whole
     fused, lost = dict[tuple[Side, int], tuple[Reconstruction, Groups]](), dict[Side, list[float]]()
     if costs:
-        lost = {"key": key.lost[list(widths)].tolist(), "value": value.lost()[list(widths)].tolist()}
+        lost = {"key": key.lost[list(widths)].tolist(), "value": bases.values.lost()[list(widths)].tolist()}
         for count in measured_widths(len(widths)):
-            narrow = key.at(widths[count - 1]).narrowed(widths[count - 1]), value.narrowed(widths[count - 1])
-            fused["key", count] = WideKeys((narrow[0],), heads.rotary_dim), whole
-            fused["value", count] = WideValues((narrow[1],)), whole
+            maps = bases.fused(widths[count - 1], widths[count - 1])
+            fused["key", count], fused["value", count] = maps["key"], maps["value"]
     slots: list[Groups | None] = [(key.at(width).slots(width),) for width in widths]
     survey = LayerSurvey(
         key_pairs=key_pair_cost(keys, True).tolist() if pairs else [],
@@ -100,6 +99,37 @@ class _KeyBases:
     def at(self, width: int) -> KeyBasis:
         """The basis that loses less in `width` channels."""
         return self.turning if self.still is None or not self.stands[width] else self.still
+
+
+@dataclass(frozen=True)
+class WideBases:
+    """What one wide head caches of all heads of a layer, at every width of its keys and of its values."""
+
+    keys: _KeyBases
+    values: PlainBasis
+    heads: HeadLayout
+
+    @classmethod
+    def of(
+        cls,
+        captures: Sequence[AttentionCapture],
+        output: torch.Tensor,
+        heads: HeadLayout,
+        slow: Sequence[float] = (),
+    ) -> WideBases:
+        """Measure a layer; arguments as of `survey_wide_layer`."""
+        keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
+        return cls(_KeyBases.of(keys, captures, heads, slow), plain_basis(values), heads)
+
+    @property
+    def whole(self) -> Groups:
+        """The one group of all heads."""
+        return (tuple(range(self.heads.num_key_value_heads)),)
+
+    def fused(self, key_width: int, value_width: int) -> dict[Side, tuple[Reconstruction, Groups]]:
+        """Maps and groups of both sides at these widths, in channels."""
+        keys = WideKeys((self.keys.at(key_width).narrowed(key_width),), self.heads.rotary_dim)
+        return {"key": (keys, self.whole), "value": (WideValues((self.values.narrowed(value_width),)), self.whole)}
 
 
 def wide_layer_plan(layer_idx: int, surveyed: LayerSurvey, keys: int, values: int, quantum: int) -> LayerPlan:

@@ -24,7 +24,8 @@ from headfuse.models.loading import load_model
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadLayout
-from headfuse.planning.budget import BudgetRules, CostTable
+from headfuse.planning.budget import BudgetRules
+from headfuse.planning.costs import CostTable
 from headfuse.planning.grouping import anneal
 from tests.support.commands import fuse, run
 from tests.support.model_outputs import logits

@@ -13,7 +13,8 @@ from headfuse.errors import BudgetError
 from headfuse.layouts import LAYOUTS
 from headfuse.plan import HeadLayout
 from headfuse.planning.allocators import ALLOCATORS, least_cost
-from headfuse.planning.budget import BudgetRules, CostTable
+from headfuse.planning.budget import BudgetRules
+from headfuse.planning.costs import CostTable
 from headfuse.planning.importance import HEAD_IMPORTANCE
 from tests.laws.tables import allocators
 

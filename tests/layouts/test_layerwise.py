@@ -23,7 +23,8 @@ from headfuse.errors import BudgetError, CheckpointError
 from headfuse.layouts import LAYOUTS, layerwise
 from headfuse.plan import FusionPlan, HeadLayout
 from headfuse.planning.allocators import ALLOCATORS
-from headfuse.planning.budget import BudgetRules, CostTable
+from headfuse.planning.budget import BudgetRules
+from headfuse.planning.costs import CostTable
 from tests.support.commands import fuse, run
 from tests.support.model_outputs import logits
 from tests.support.tiny_models import tiny_model

@@ -10,7 +10,8 @@ import torch
 from headfuse.config.values import parse_budget
 from headfuse.errors import BudgetError
 from headfuse.plan import HeadLayout
-from headfuse.planning.budget import BudgetRules, CostTable
+from headfuse.planning.budget import BudgetRules
+from headfuse.planning.costs import CostTable
 
 LAYOUT = HeadLayout(
     model_type="llama", num_hidden_layers=3, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8

@@ -1,0 +1,113 @@
+"""Which of two plans loses less, on calibration text that neither was made from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from headfuse.fusion.refit import refit_output
+from headfuse.models.placement import factories_on
+from headfuse.models.source_layer import SourceLayer
+from headfuse.models.streamed import StreamedModel
+from headfuse.plan import FusionPlan, LayerPlan
+from headfuse.planning.end_loss_probes import window_divergences
+from headfuse.planning.fused_variants import captures_for_refit, with_heads
+from headfuse.planning.wide_survey import WideBases
+from headfuse.text.calibration import START_WEIGHT, CalibrationText
+
+logger = logging.getLogger(__name__)
+
+COMPARED_WINDOWS = 4
+"""Windows that plans are compared on, the first halves of them (docs/experiments/errors-that-look-small.md)."""
+FITTED_WINDOWS = 8
+"""Most windows that layers are fitted to for it; all plans are fitted to the same."""
+CERTAIN = 2.0
+"""Standard errors of the mean difference from which on a plan is taken to lose less."""
+CLEAR = 0.75
+"""Allocated widths that are expected to lose less than this share of what equal ones lose are not compared."""
+Widths = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+"""Of keys and of values of a layer's groups; None where it is copied."""
+
+
+def loses_less(allocated: torch.Tensor, equal: torch.Tensor) -> bool:
+    """Whether an allocated plan loses less than one of equal widths by more than chance, window by window.
+
+    Costs are measured on a little text and add up only roughly, so allocated widths have to prove that they are better.
+    In a tie equal ones are better on text of another kind (docs/experiments/errors-that-look-small.md).
+
+    Args:
+        allocated: what the allocated plan loses in each window `[k]`.
+        equal: what the plan of equal widths loses there.
+    """
+    gain = equal - allocated
+    return bool(gain.mean() > CERTAIN * gain.std() / len(gain) ** 0.5)
+
+
+def better_plan(
+    allocated: FusionPlan,
+    equal: FusionPlan,
+    streamed: StreamedModel,
+    text: CalibrationText,
+    windows: torch.Tensor,
+    slow: Sequence[float],
+    on_progress: Callable[[str, int, int], None],
+) -> FusionPlan:
+    """The allocated plan if it loses less than equal widths beyond doubt, else the plan of equal widths.
+
+    Arguments as of `plan_losses`.
+    """
+    losses = plan_losses((allocated, equal), streamed, text, windows, slow, on_progress)
+    won = loses_less(*losses)
+    logger.info(
+        "on %d windows that neither was made from, allocated widths lose %.3f nats per token and equal widths %.3f: "
+        "widths are %s", len(windows), *losses.mean(1).tolist(), "allocated" if won else "equal",
+    )  # fmt: skip
+    return allocated if won else equal
+
+
+def plan_losses(
+    plans: Sequence[FusionPlan],
+    streamed: StreamedModel,
+    text: CalibrationText,
+    windows: torch.Tensor,
+    slow: Sequence[float],
+    on_progress: Callable[[str, int, int], None],
+) -> torch.Tensor:
+    """What each plan loses in each window: KL(source || fused model), in nats per token, `[plans, k]`.
+
+    Args:
+        plans: of layout latent, with one group in every layer that is not untouched; what they read is left out.
+        streamed: the source.
+        text: what was surveyed, which the layers are fitted to.
+        windows: the tokens that the divergences are measured on, `[k, T]`.
+        slow: planes that may be still, as the survey had them.
+        on_progress: called with `compare`, the layers done and all layers.
+    """
+    states = [streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)]
+    source, fused = streamed.embed(windows), [streamed.embed(windows) for _ in plans]
+    for layer in streamed.walk(states, [source]):
+        variants = _variants(layer, [plan.layers[layer.index] for plan in plans], streamed, slow)
+        source = layer.outputs[-1]
+        for index, tensors in enumerate(variants):
+            with streamed.layer(layer.index, tensors) as run:
+                fused[index] = run(fused[index])
+        on_progress("compare", layer.index + 1, streamed.num_layers)
+    return window_divergences(streamed, source, fused).cpu() / windows.shape[1]
+
+
+def _variants(
+    source: SourceLayer, layers: Sequence[LayerPlan], streamed: StreamedModel, slow: Sequence[float]
+) -> list[Mapping[str, torch.Tensor]]:
+    """The tensors of a source layer as each plan changes it, with the source's shapes."""
+    output = source.weights.output
+    fitted, found = captures_for_refit(source.captures, output), dict[Widths, Mapping[str, torch.Tensor]]()
+    with factories_on(output.device):
+        bases = WideBases.of(source.captures, output, streamed.heads, slow)
+        for widths in {(layer.key_widths, layer.value_widths) for layer in layers}:
+            found[widths] = source.tensors
+            if widths[0] is not None and widths[1] is not None:
+                heads = bases.fused(widths[0][0], widths[1][0])
+                found[widths] = with_heads(source.tensors, streamed, heads, refit_output(output, fitted, heads))
+    return [found[layer.key_widths, layer.value_widths] for layer in layers]
