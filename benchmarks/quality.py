@@ -57,7 +57,10 @@ def main() -> None:
     parser.add_argument("--layout", nargs="+", default=["gqa", "decoupled"])
     parser.add_argument("--conversion", nargs="+", default=list(CONVERSIONS), choices=CONVERSIONS)
     parser.add_argument(
-        "--allocator", nargs="+", default=["sensitivity"], help="of layout decoupled; K+V: so many heads in every layer"
+        "--allocator",
+        nargs="+",
+        default=["sensitivity"],
+        help="of layouts decoupled and latent; K+V: so many heads in every layer, decoupled",
     )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
@@ -112,7 +115,7 @@ def allocators(layout: str, conversion: str, wanted: list[str]) -> list[str]:
     """Those that a layout and a conversion leave open: of layouts with a choice; `dha`, in `decoupled`, its own."""
     if conversion == "dha":
         return ["dha-greedy"] if layout == "decoupled" else []
-    return wanted if layout == "decoupled" else ["sensitivity"] if layout.startswith("latent") else [""]
+    return wanted if layout == "decoupled" or layout.startswith("latent") else [""]
 
 
 def source(row: dict[str, Any], folder: str, options: argparse.Namespace) -> dict[str, Any]:
