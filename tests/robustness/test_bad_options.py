@@ -95,7 +95,7 @@ def test_a_failure_that_nobody_foresaw_is_one_message(
     def fail(*args: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("headfuse.conversion.convert.make_plan", fail)
+    monkeypatch.setattr("headfuse.conversion.convert.plan_model", fail)
     line = ["fuse", str(model), "-o", str(tmp_path / "out"), "--data", str(tmp_path / "text.txt"), *map(str, SMALL)]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 1

@@ -219,7 +219,7 @@ def test_an_interruption_before_the_first_layer_leaves_nothing(
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "make_plan", interrupt)
+    monkeypatch.setattr(convert, "plan_model", interrupt)
     assert "nothing was written" in place.fuse(code=130)
     assert not list(place.out.parent.iterdir())
 
