@@ -219,7 +219,7 @@ def _measuring_work(sizes: _Sizes, config: FuseConfig) -> float:
 
 def _comparing_work(sizes: _Sizes) -> float:
     """Work of comparing two plans, at most: walks over the text that layers are fitted to and over unseen windows."""
-    fitted, unseen = min(sizes.surveyed, FITTED_WINDOWS * sizes.length), COMPARED_WINDOWS * sizes.length / 2
+    fitted, unseen = min(sizes.surveyed, FITTED_WINDOWS * sizes.length), COMPARED_WINDOWS * sizes.length
     queries, pairs, length = sizes.queries, sizes.pairs, sizes.length
     sums = 2 * sizes.heads.num_attention_heads * length**2 + 2 * length * pairs + 2 * pairs**2
     refit = fitted * (2 * queries * (queries + sizes.width) + 4 * queries * length) + 6 * queries**3

@@ -20,7 +20,7 @@ from headfuse.text.calibration import START_WEIGHT, CalibrationText
 logger = logging.getLogger(__name__)
 
 COMPARED_WINDOWS = 4
-"""Windows that plans are compared on, the first halves of them (docs/experiments/errors-that-look-small.md)."""
+"""Windows that plans are compared on, whole: halves repeat too little (docs/experiments/errors-that-look-small.md)."""
 FITTED_WINDOWS = 8
 """Most windows that layers are fitted to for it; all plans are fitted to the same."""
 CERTAIN = 2.0

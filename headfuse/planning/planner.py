@@ -231,8 +231,8 @@ def plan_model(
     if options.against is not None and len(unseen) > 1 and _in_doubt(options, options.against, source.heads, found):
         other = make_plan(source, replace(options, allocator=options.against), found)
         fitted = text.part(min(SURVEYED, FITTED_WINDOWS / len(text.statistics)))
-        windows, slow = unseen[:, : unseen.shape[1] // 2], slow_planes(streamed.config, options.max_positions)
-        plan = better_plan(plan, other, streamed, fitted, windows, slow, on_progress)
+        slow = slow_planes(streamed.config, options.max_positions)
+        plan = better_plan(plan, other, streamed, fitted, unseen, slow, on_progress)
     return with_sources(plan, streamed, part, options.reach, on_progress) if options.reach else plan
 
 
