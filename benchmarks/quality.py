@@ -115,7 +115,7 @@ def allocators(layout: str, conversion: str, wanted: list[str]) -> list[str]:
     """Those that a layout and a conversion leave open: of layouts with a choice; `dha`, in `decoupled`, its own."""
     if conversion == "dha":
         return ["dha-greedy"] if layout == "decoupled" else []
-    return wanted if layout == "decoupled" or layout.startswith("latent") else [""]
+    return wanted if layout.startswith(("decoupled", "latent")) else [""]
 
 
 def source(row: dict[str, Any], folder: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -125,14 +125,9 @@ def _finish(
 
 def _plan(conversion: Conversion, options: PlanOptions) -> FusionPlan:
     """Survey the source and plan every layer."""
-    source, streamed, text, on_progress = (
-        conversion.source,
-        conversion.streamed,
-        conversion.text,
-        conversion.on_progress,
-    )
+    streamed, text, on_progress = conversion.streamed, conversion.text, conversion.on_progress
     found = survey(streamed, text, options, on_progress)
-    return plan_model(source, streamed, text, options, found, on_progress)
+    return plan_model(conversion.source, streamed, text, options, found, on_progress)
 
 
 def _train(

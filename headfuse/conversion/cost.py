@@ -168,6 +168,17 @@ class _Sizes:
         return 2 * self.layer * self.layers + 4 * self.queries * self.length * self.layers
 
     @property
+    def value_sums(self) -> int:
+        """Operations of one token's averaged values in the moments of a layer, in float64."""
+        pairs, length = self.pairs, self.length
+        return 2 * self.heads.num_attention_heads * length**2 + 2 * length * pairs + 2 * pairs**2
+
+    @property
+    def refit(self) -> int:
+        """Operations of one token in the refit of a layer's output."""
+        return 2 * self.queries * (self.queries + self.width) + 4 * self.queries * self.length
+
+    @property
     def surveyed(self) -> float:
         """Tokens that the survey measures again."""
         return self.seen * SURVEYED
@@ -184,13 +195,11 @@ def _closed_form(sizes: _Sizes) -> tuple[int, float]:
     at_work = max(2 * sizes.layer, sizes.layer + statistics)  # while the text runs through it; while it is fused
     memory = LIBRARIES + 4 * (sizes.outer + at_work + hidden + captures + attention)
 
-    per_token = 2 * queries * (queries + width) + 4 * queries * length  # refit of one layer
     solve = 3 * queries**3
-    sums = 2 * num_heads * length**2 + 2 * length * pairs + 2 * pairs**2  # of one token's values
     groups = (WIDE_EIGEN if sizes.wide else EIGEN) * pairs**3
-    moments = (seen + sizes.surveyed) * sums + solve + groups  # float64
+    moments = (seen + sizes.surveyed) * sizes.value_sums + solve + groups  # float64
     passes = seen + 2 * held_out + sizes.surveyed
-    work = passes * sizes.once + sizes.layers * (seen * per_token + 2 * moments) + 2 * 2 * held_out * sizes.head
+    work = passes * sizes.once + sizes.layers * (seen * sizes.refit + 2 * moments) + 2 * 2 * held_out * sizes.head
     return memory, work
 
 
@@ -220,10 +229,9 @@ def _measuring_work(sizes: _Sizes, config: FuseConfig) -> float:
 def _comparing_work(sizes: _Sizes) -> float:
     """Work of comparing two plans, at most: walks over the text that layers are fitted to and over unseen windows."""
     fitted, unseen = min(sizes.surveyed, FITTED_WINDOWS * sizes.length), COMPARED_WINDOWS * sizes.length
-    queries, pairs, length = sizes.queries, sizes.pairs, sizes.length
-    sums = 2 * sizes.heads.num_attention_heads * length**2 + 2 * length * pairs + 2 * pairs**2
-    refit = fitted * (2 * queries * (queries + sizes.width) + 4 * queries * length) + 6 * queries**3
-    layers = sizes.layers * (2 * (fitted * sums + WIDE_EIGEN * pairs**3) + 2 * refit)
+    moments = fitted * sizes.value_sums + WIDE_EIGEN * sizes.pairs**3  # float64
+    refit = fitted * sizes.refit + 6 * sizes.queries**3
+    layers = sizes.layers * 2 * (moments + refit)
     return layers + (fitted + 3 * unseen) * sizes.once + 3 * unseen * 2 * sizes.head
 
 

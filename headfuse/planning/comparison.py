@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from headfuse.fusion.moments import key_moments, value_moments
 from headfuse.fusion.refit import refit_output
 from headfuse.models.placement import factories_on
 from headfuse.models.source_layer import SourceLayer
@@ -104,7 +105,9 @@ def _variants(
     output = source.weights.output
     fitted, found = captures_for_refit(source.captures, output), dict[Widths, Mapping[str, torch.Tensor]]()
     with factories_on(output.device):
-        bases = WideBases.of(source.captures, output, streamed.heads, slow)
+        keys = key_moments(source.captures, streamed.heads)
+        values = value_moments(source.captures, output, streamed.heads, None)
+        bases = WideBases.of(keys, values, source.captures, streamed.heads, slow)
         for widths in {(layer.key_widths, layer.value_widths) for layer in layers}:
             found[widths] = source.tensors
             if widths[0] is not None and widths[1] is not None:

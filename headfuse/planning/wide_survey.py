@@ -9,7 +9,7 @@ import torch
 
 from headfuse.choices import Side
 from headfuse.fusion.maps import Reconstruction
-from headfuse.fusion.moments import KeyMoments, key_moments, value_moments, with_still_planes
+from headfuse.fusion.moments import KeyMoments, ValueMoments, key_moments, value_moments, with_still_planes
 from headfuse.fusion.wide import KeyBasis, PlainBasis, key_basis, plain_basis
 from headfuse.fusion.wide_layer import WideKeys, WideValues
 from headfuse.models.capture import AttentionCapture
@@ -44,9 +44,9 @@ def survey_wide_layer(
     Returns:
         The survey, its counts in quanta, and the maps of those widths whose cost is to be measured.
     """
-    keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
     widths = range(quantum, heads.num_key_value_heads * heads.head_dim + 1, quantum)
-    bases = WideBases(_KeyBases.of(keys, captures, heads, slow), plain_basis(values), heads)
+    keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
+    bases = WideBases.of(keys, values, captures, heads, slow)
     key, whole = bases.keys, bases.whole
     fused, lost = dict[tuple[Side, int], tuple[Reconstruction, Groups]](), dict[Side, list[float]]()
     if costs:
@@ -112,13 +112,13 @@ class WideBases:
     @classmethod
     def of(
         cls,
+        keys: KeyMoments,
+        values: ValueMoments,
         captures: Sequence[AttentionCapture],
-        output: torch.Tensor,
         heads: HeadLayout,
-        slow: Sequence[float] = (),
+        slow: Sequence[float],
     ) -> WideBases:
-        """Measure a layer; arguments as of `survey_wide_layer`."""
-        keys, values = key_moments(captures, heads), value_moments(captures, output, heads, None)
+        """From the moments of a layer that turns all planes; the other arguments as of `survey_wide_layer`."""
         return cls(_KeyBases.of(keys, captures, heads, slow), plain_basis(values), heads)
 
     @property
