@@ -21,7 +21,7 @@ from headfuse.fusion.refit import refit_to
 from headfuse.fusion.wide import KeyBasis, PlainBasis, key_basis, plain_basis
 from headfuse.fusion.wide_attention import cached_keys, cached_values
 from headfuse.fusion.wide_layer import (
-    Reads,
+    MapRows,
     WideKeys,
     WideValues,
     fuse_wide_layer,
@@ -48,7 +48,7 @@ class ReadingMaps:
     own: tuple[WideKeys, WideValues]
     keys: Heads
     values: Heads
-    reads: Reads
+    reads: MapRows
 
 
 def reading_maps(
@@ -158,7 +158,7 @@ def _moments(captures: Sequence[AttentionCapture], heads: HeadLayout, source: Ca
 
 def _keys(
     captures: Sequence[AttentionCapture], heads: HeadLayout, source: Cached | None, layer: LayerPlan
-) -> tuple[KeyBasis, Heads, Reads]:
+) -> tuple[KeyBasis, Heads, MapRows]:
     """The basis of the own keys, the keys that all channels give back, and the read maps."""
     assert layer.rotary_slots is not None
     assert layer.key_widths is not None
@@ -181,7 +181,7 @@ def _values(
     heads: HeadLayout,
     source: Cached | None,
     given: tuple[torch.Tensor, Heads, int],
-) -> tuple[PlainBasis, Heads, Reads]:
+) -> tuple[PlainBasis, Heads, MapRows]:
     """The same of values, given the output projection, the keys and the own width."""
     output, keys, width = given
     whole: Groups = (tuple(range(heads.num_key_value_heads)),)
@@ -191,7 +191,7 @@ def _values(
     maps = WideValues((basis,)).even(captures, whole)
     own = maps.bases[0]
     if source is None:
-        reads: Reads = {"value_read": own.read.mT.flatten(0, 1)}
+        reads: MapRows = {"value_read": own.read.mT.flatten(0, 1)}
         return own, lambda index: maps.reconstruct(captures[index].value, whole), reads
     found = read_values(heads, source, own, joint)
     reads = {"value_read": found.read.transpose(0, 1).flatten(0, 1)}

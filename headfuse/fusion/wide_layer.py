@@ -16,8 +16,8 @@ from headfuse.models.attention import AttentionWeights
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import Groups, HeadLayout, LayerPlan
 
-Reads = dict[str, torch.Tensor | None]
-"""Read maps by the names of the model code."""
+MapRows = dict[str, torch.Tensor | None]
+"""Read maps, or write maps, by the names of the model code."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def fuse_wide_layer(
 
     Returns:
         `key [1, w_k, D]` and `value [1, w_v, D]` of all groups side by side, the read maps, and the refitted `output`;
-        and the maps of what it caches.
+        and the maps of what it caches. Behind a norm the source's `key` and write maps.
     """
     groups, (keys, values) = layer.key_groups, wide_maps(weights.output, captures, layer, heads)
     output = refit_output(weights.output, captures, {"key": (keys, groups), "value": (values, groups)})
@@ -132,11 +132,15 @@ def wide_maps(
 
 
 def turning_first(weights: AttentionWeights, channels: KeyChannels) -> AttentionWeights:
-    """Queries with the channels of turning planes first, as the model code rotates them."""
+    """Queries with the channels of turning planes first, as the model code rotates them; whole keys and norms, too."""
     if not channels.still:
         return weights
-    order, bias = channels.order(weights.query.shape[1]), weights.query_bias
-    return replace(weights, query=weights.query[:, order], query_bias=None if bias is None else bias[:, order])
+    order, moved = channels.order(weights.query.shape[1]), ["query", "query_bias"]
+    if weights.key_norm is not None:
+        moved += ["query_norm", "key", "key_bias", "key_norm"]
+    parts = {name: getattr(weights, name) for name in moved}
+    changed: MapRows = {name: None if part is None else part[:, order] for name, part in parts.items()}
+    return replace(weights, **changed)  # type: ignore[arg-type]
 
 
 def _largest(states: Sequence[torch.Tensor], basis: KeyBasis | PlainBasis) -> torch.Tensor:
@@ -153,14 +157,23 @@ def with_wide_heads(
     maps: tuple[WideKeys, WideValues],
     groups: Groups,
     output: torch.Tensor,
-    reads: Reads,
+    reads: MapRows,
 ) -> AttentionWeights:
-    """A source layer's weights with the projections of what it caches, read maps and the refitted output."""
-    key, key_bias = _written(weights.key, weights.key_bias, maps[0], groups)
+    """A source layer's weights with the projections of what it caches, read maps and the refitted output.
+
+    Behind a norm the keys stay whole, and their write maps are stored: no projection gives a mix of normed keys.
+    """
+    key, key_bias, writes = weights.key, weights.key_bias, MapRows()
+    if weights.key_norm is None:
+        key, key_bias = _written(key, key_bias, maps[0], groups)
+    else:
+        writes = writes_of(maps[0].bases)
+        if not any(basis.width for basis in maps[0].bases):
+            key, key_bias = key[:0], None if key_bias is None else key_bias[:0]
     value, value_bias = _written(weights.value, weights.value_bias, maps[1], groups)
     return replace(
         weights, key=key, key_bias=key_bias, value=value, value_bias=value_bias, output=output,
-        **reads,  # type: ignore[arg-type]
+        **writes, **reads,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -172,7 +185,14 @@ def _written(
     return wide, None if bias is None else maps.cached(bias.double()[:, None], groups)
 
 
-def reads_of(bases: Sequence[KeyBasis]) -> Reads:
+def writes_of(bases: Sequence[KeyBasis]) -> MapRows:
+    """The write maps of keys as the model code has them, with the rows of the read maps."""
+    slots = [torch.view_as_real(basis.write.T.contiguous()).flatten(0, 1) for basis in bases]  # [g S, 2]
+    plain = [basis.plain.write.transpose(0, 1).flatten(0, 1) for basis in bases if basis.plain is not None]
+    return {"key_write": rows_of(slots), "key_write_plain": rows_of(plain)}
+
+
+def reads_of(bases: Sequence[KeyBasis]) -> MapRows:
     """The read maps of keys as the model code has them: rows in the order of (group, source head, channel)."""
     slots = [torch.view_as_real(basis.read.T.contiguous()).flatten(0, 1) for basis in bases]  # [g S, 2]
     plain = [basis.plain.read.mT.flatten(0, 1) for basis in bases if basis.plain is not None]  # [g c, d - 2 p]

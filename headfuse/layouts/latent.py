@@ -56,18 +56,16 @@ def _sources(plan: FusionPlan) -> dict[str, Any]:
 
 
 def check(config: Any) -> None:
-    """Refuse a family whose keys no linear map may mix, or whose attention modules cannot be replaced.
+    """Refuse a family whose values no linear map may mix, or whose attention modules cannot be replaced.
 
     Raises:
         UnsupportedModelError: naming the layout that works.
     """
-    from headfuse.modeling.configuration_headfuse import FAMILIES, has_norm
+    from headfuse.modeling.configuration_headfuse import FAMILIES
 
     family, reason = FAMILIES.get(config.model_type), None
     if family is None:
         reason = f"it has no model code for model_type {config.model_type!r}"
-    elif has_norm(config):
-        reason = f"model_type {config.model_type!r} has a norm behind its key projection"
     elif getattr(config, "clip_qkv", None) is not None:
         reason = f"model_type {config.model_type!r} clamps its keys and values (clip_qkv), which rules out mixing heads"
     if reason is not None:
@@ -78,7 +76,7 @@ def check(config: Any) -> None:
 
 def sized(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> AttentionWeights:
     """Weights with the shapes that a layer of this plan is written with, but without data."""
-    heads = plan.heads
+    heads, normed = plan.heads, weights.key_norm is not None
     keys, values, slots = _widths(layer, heads)
 
     def wide(tensor: Any, width: int) -> Any:
@@ -96,14 +94,22 @@ def sized(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> Atte
     turning = heads.rotary_dim // 2 - layer.still_planes
     read_slots = sum(f < turning for _, _, tables in read for table in tables for f in table)
     read_plain = sum(map(sum, (widths for widths, _, _ in read))) - 2 * read_slots
+    columns = heads.head_dim - 2 * turning
+    if not normed:
+        key, key_bias = wide(weights.key, sum(keys)), wide(weights.key_bias, sum(keys))
+    else:  # whole, or none
+        key = weights.key[: None if any(keys) else 0]
+        key_bias = None if weights.key_bias is None else weights.key_bias[: len(key)]
     return replace(
         weights,
-        key=wide(weights.key, sum(keys)),
-        key_bias=wide(weights.key_bias, sum(keys)),
+        key=key,
+        key_bias=key_bias,
+        key_write=rows([len(table) for table in slots], 0, 2) if normed else None,
+        key_write_plain=rows(plain, 0, columns) if normed else None,
         value=wide(weights.value, sum(values)),
         value_bias=wide(weights.value_bias, sum(values)),
         key_read=rows([len(table) for table in slots], read_slots, 2),
-        key_read_plain=rows(plain, read_plain, heads.head_dim - heads.rotary_dim + 2 * layer.still_planes),
+        key_read_plain=rows(plain, read_plain, columns),
         value_read=rows(values, read_values, heads.head_dim),
     )
 
@@ -114,14 +120,19 @@ def arrange(weights: AttentionWeights, layer: LayerPlan, plan: FusionPlan) -> At
         return weights
     heads, order = plan.heads, [group[0] for group in layer.key_groups]
     count, planes, rest = heads.num_key_value_heads, heads.rotary_dim // 2, heads.head_dim - heads.rotary_dim
+    slots = torch.tensor([1.0, 0.0]).repeat(count * planes, 1) if planes else None
+    plain = torch.eye(rest).repeat(count, 1) if rest else None
+    if weights.key_norm is None:
+        key, key_bias = weights.key[order], None if weights.key_bias is None else weights.key_bias[order]
+        weights = replace(weights, key=key, key_bias=key_bias)
+    else:
+        weights = replace(weights, key_write=slots, key_write_plain=plain)
     return replace(
         weights,
-        key=weights.key[order],
-        key_bias=None if weights.key_bias is None else weights.key_bias[order],
         value=weights.value[order],
         value_bias=None if weights.value_bias is None else weights.value_bias[order],
-        key_read=torch.tensor([1.0, 0.0]).repeat(count * planes, 1) if planes else None,
-        key_read_plain=torch.eye(rest).repeat(count, 1) if rest else None,
+        key_read=slots,
+        key_read_plain=plain,
         value_read=torch.eye(heads.head_dim).repeat(count, 1),
     )
 

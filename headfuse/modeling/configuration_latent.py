@@ -5,9 +5,9 @@ This file is shipped beside the weights, so it imports only transformers and the
 
 from typing import Any
 
-from .configuration_headfuse import FusedConfig, has_norm, one_head_width, rotary_dim
+from .configuration_headfuse import FusedConfig, one_head_width, rotary_dim
 
-CODE_VERSION = 6  # of the files beside the weights: a release that changes them raises it
+CODE_VERSION = 7  # of the files beside the weights: a release that changes them raises it
 AUTO_MAP = {
     "AutoConfig": "configuration_latent.LatentConfig",
     "AutoModel": "modeling_latent.LatentModel",
@@ -52,8 +52,6 @@ class LatentConfig(FusedConfig):
         """Check the groups and widths of every layer."""
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
-        if has_norm(self.source_config):
-            raise ValueError(f"source_config: {self.source_config.model_type} has a norm behind its key projection")
         source = self.source_config
         heads = getattr(source, "num_key_value_heads", None) or source.num_attention_heads
         names = ("groups", "key_widths", "value_widths", "rotary_slots")

@@ -30,17 +30,56 @@ class SharedStates(dict[int, States]):
 
 
 class SharingAttention(HeadfuseAttention):
-    """Attention with wide heads, whose cached states later layers may read."""
+    """Attention with wide heads, whose cached states later layers may read.
+
+    Behind a norm the key projection is that of the source's heads. `key_write` and `key_write_plain` make the cached
+    key of the normed ones, with rows as `key_read` and `key_read_plain` have for the layer's own channels.
+    """
 
     shared: SharedStates
     is_read: bool
+    num_planes: int
+    key_write: nn.Parameter | None
+    key_write_plain: nn.Parameter | None
 
-    def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Queries [b, s, n_q, d], not rotated."""
-        query = self.q_proj(hidden_states)
-        if self.clip is not None:
-            query = query.clamp(-self.clip, self.clip)
-        return query.unflatten(-1, (-1, self.head_dim))
+    def _whole_states(self, hidden_states: torch.Tensor, turn: States | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [b, s, n_q, d] and keys of the source's heads [b, s, n_s, d], behind their norms and rotated."""
+        query, key = self._heads(hidden_states, self.q_proj, 0), self._heads(hidden_states, self.k_proj, 1)
+        if turn is not None:
+            both = rotate(torch.cat((query, key), dim=2), *turn)
+            query, key = both.split([query.shape[2], key.shape[2]], dim=2)
+        if self.family.norm_after_rotary:
+            query, key = self._normed(query, 0), self._normed(key, 1)
+        return query, key
+
+    def _written(
+        self,
+        key: torch.Tensor,
+        frequencies: torch.Tensor | None,
+        complex_write: torch.Tensor | None,
+        plain_write: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The cached key [b, s, 1, w_k] of a group's source keys [b, s, n, d], all rotated.
+
+        Slots of these frequencies with factors [n, S, 2], then channels by maps [n, c, d - 2 p].
+        """
+        p, parts = self.num_planes, []
+        if complex_write is not None:
+            planes = key[..., : 2 * p].unflatten(-1, (2, p)).index_select(-1, frequencies)
+            first, second = planes.unbind(-2)  # [b, s, n, S]
+            real, imaginary = complex_write.unbind(-1)
+            parts.append((first * real - second * imaginary).sum(2))
+            parts.append((second * real + first * imaginary).sum(2))
+        if plain_write is not None:
+            parts.append(key[..., 2 * p :].flatten(2) @ plain_write.transpose(1, 2).flatten(0, 1))
+        return torch.cat(parts, dim=-1).unsqueeze(2)
+
+    def _turn(self, position_embeddings: States | None) -> States | None:
+        """The cos and sin [b, s, 1, p] of the planes that the layer turns; None where it turns none."""
+        if position_embeddings is None:
+            return None
+        cos, sin = (angles[..., : self.num_planes] for angles in self._cos_and_sin(position_embeddings))
+        return cos, sin
 
     def _angles(self, angles: torch.Tensor) -> torch.Tensor:
         """The cos or sin [b, s, 2 p] of all frequencies as [b, s, 1, p]."""
@@ -69,7 +108,6 @@ class ReadingAttention(SharingAttention):
     key_sources: list[int]
     value_sources: list[int]
     is_last: bool
-    num_planes: int
     num_source_heads: int
     own_slots: int
     parts: tuple[list[int], list[int]]
@@ -95,20 +133,24 @@ class ReadingAttention(SharingAttention):
         keys = [sum(config.key_widths[source]) for source in self.key_sources]
         values = [sum(config.value_widths[source]) for source in self.value_sources]
         self.parts = [own[0], *keys], [own[1], *values]
-        self.replace_projections(*own)
+        self.replace_projections(*own, whole_keys=self.norm is not None)
         tables, n, like = self._index_tables(), self.num_source_heads, self.q_proj.weight
         sizes = n * len(tables["frequencies"]), n * len(tables["plain"]), n * sum(self.parts[1])
         self.key_read = read_parameter(like, sizes[0], 2)
         self.key_read_plain = read_parameter(like, sizes[1], self.head_dim - 2 * self.num_planes)
+        written = n if self.norm is not None else 0
+        self.key_write = read_parameter(like, written * self.own_slots, 2)
+        plain = written * (own[0] - 2 * self.own_slots)
+        self.key_write_plain = read_parameter(like, plain, self.head_dim - 2 * self.num_planes)
         value_read = read_parameter(like, sizes[2], self.head_dim)
         assert value_read is not None
         self.value_read = value_read
         for name, table in tables.items():
             self.register_buffer(name, torch.tensor(table, dtype=torch.long), persistent=False)
 
-    def replace_projections(self, key_width: int, value_width: int) -> None:
+    def replace_projections(self, key_width: int, value_width: int, whole_keys: bool = False) -> None:
         """Projections of the source's queries and of what this layer caches; none where it caches nothing."""
-        super().replace_projections(max(1, key_width), max(1, value_width))
+        super().replace_projections(max(1, key_width), max(1, value_width), whole_keys)
         for name, width in (("k_proj", key_width), ("v_proj", value_width)):
             if not width:
                 setattr(self, name, None)
@@ -140,15 +182,21 @@ class ReadingAttention(SharingAttention):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [b, s, n_q, d], and the keys [b, s, 1, w_k] and values [b, s, 1, w_v] to cache; rotated."""
-        query = self._queries(hidden_states)
-        none = hidden_states.new_empty((*hidden_states.shape[:2], 0))
-        key, value = (none if p is None else p(hidden_states) for p in (self.k_proj, self.v_proj))
-        key, value = key.unsqueeze(2), value.unsqueeze(2)
-        if position_embeddings is not None:
-            cos, sin = (angles[..., : self.num_planes] for angles in self._cos_and_sin(position_embeddings))
-            query, own = rotate(query, cos, sin), self.frequencies[: self.own_slots]
+        turn, own, n = self._turn(position_embeddings), self.frequencies[: self.own_slots], self.num_source_heads
+        none = hidden_states.new_empty((*hidden_states.shape[:2], 1, 0))
+        value = none if self.v_proj is None else self.v_proj(hidden_states).unsqueeze(2)
+        if self.k_proj is not None and self.norm is not None:
+            query, whole = self._whole_states(hidden_states, turn)
+            maps = (m if m is None else m.unflatten(0, (n, -1)) for m in (self.key_write, self.key_write_plain))
+            return query, self._written(whole, own, *maps), value
+        query = self._heads(hidden_states, self.q_proj, 0)
+        key = none if self.k_proj is None else self.k_proj(hidden_states).unsqueeze(2)
+        if turn is not None:
+            query = rotate(query, *turn)
             if self.own_slots:
-                key = rotate(key, cos.index_select(-1, own), sin.index_select(-1, own))
+                key = rotate(key, *(angles.index_select(-1, own) for angles in turn))
+        if self.norm is not None and self.family.norm_after_rotary:
+            query = self._normed(query, 0)
         return query, key, value
 
     def _laid_out(

@@ -106,9 +106,12 @@ class HeadfuseAttention(nn.Module):
         if not getattr(self, "is_sliding", True):  # exaone4 keeps the width of other layers' windows
             self.sliding_window = None
 
-    def replace_projections(self, key_width: int, value_width: int) -> None:
-        """Projections of the source's queries, and of so many channels of keys and of values."""
+    def replace_projections(self, key_width: int, value_width: int, whole_keys: bool = False) -> None:
+        """Projections of the source's queries, and of so many channels of keys and of values; or of all its keys."""
         family, config = self.family, self.config
+        if whole_keys:
+            heads = getattr(config.source_config, "num_key_value_heads", None) or config.num_attention_heads
+            key_width = heads * self.head_dim
         stock = getattr(self, family.packed or "q_proj")
         has_bias = stock.bias is not None
         widths = {"q_proj": config.num_attention_heads * self.head_dim, "k_proj": key_width, "v_proj": value_width}
@@ -225,21 +228,21 @@ class HeadfuseAttention(nn.Module):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [b, s, heads, d], rotated."""
-        query, key, value = self._project(hidden_states, (*hidden_states.shape[:2], -1, self.head_dim))
+        query, key, value = self._project(hidden_states)
         if position_embeddings is not None:
             cos, sin = self._cos_and_sin(position_embeddings)
             both = rotate(torch.cat((query, key), dim=2), cos, sin)  # in one go: a decode step is bound by calls
             query, key = both.split(self.num_heads, dim=2)
         if self.family.norm_after_rotary:
-            query, key = self._normed(query, key)
+            query, key = self._normed(query, 0), self._normed(key, 1)
         return query, key, value
 
-    def _normed(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both behind their norms."""
-        of_queries, of_keys = (getattr(self, name) for name in self.family.norm_names)
-        if hasattr(of_keys, "norms"):  # which take [b, heads, s, d]
-            return of_queries(query.transpose(1, 2)).transpose(1, 2), of_keys(key.transpose(1, 2)).transpose(1, 2)
-        return of_queries(query), of_keys(key)
+    def _normed(self, states: torch.Tensor, side: int) -> torch.Tensor:
+        """Queries (side 0) or keys (side 1) behind their norm."""
+        norm: Any = getattr(self, self.family.norm_names[side])
+        if hasattr(norm, "norms"):  # which takes [b, heads, s, d]
+            return norm(states.transpose(1, 2)).transpose(1, 2)
+        return norm(states)
 
     def _cache_shape(self, cache: Cache | None) -> tuple[int, int]:
         """Heads and channels of a row in the cache; -1 means the rest.
@@ -278,19 +281,25 @@ class HeadfuseAttention(nn.Module):
         """Outputs [b, s, n_q, d] of those of one head [b, s, n_q, w]."""
         return from_places(output, self.value_places, self.head_dim)
 
-    def _project(
-        self, hidden_states: torch.Tensor, heads: tuple[int, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [b, s, heads, d] before the rotation."""
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if self.norm == "layer":
-            query, key = self._normed(query, key)
+        value = self.v_proj(hidden_states)
         if self.clip is not None:
-            query, key, value = (states.clamp(-self.clip, self.clip) for states in (query, key, value))
-        query, key, value = query.view(heads), key.view(heads), value.view(heads)
+            value = value.clamp(-self.clip, self.clip)
+        value = value.unflatten(-1, (-1, self.head_dim))
+        return self._heads(hidden_states, self.q_proj, 0), self._heads(hidden_states, self.k_proj, 1), value
+
+    def _heads(self, hidden_states: torch.Tensor, projection: nn.Linear, side: int) -> torch.Tensor:
+        """Queries (side 0) or keys (side 1) [b, s, heads, d] before the rotation, behind a norm that stands there."""
+        states = projection(hidden_states)
+        if self.norm == "layer":
+            states = self._normed(states, side)
+        if self.clip is not None:
+            states = states.clamp(-self.clip, self.clip)
+        states = states.unflatten(-1, (-1, self.head_dim))
         if self.norm == "head" and not self.family.norm_after_rotary:
-            query, key = self._normed(query, key)
-        return query, key, value
+            states = self._normed(states, side)
+        return states
 
     def _cos_and_sin(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Both in this order, as `_angles` gives them."""

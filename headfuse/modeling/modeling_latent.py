@@ -39,7 +39,8 @@ class LatentAttention(SharingAttention):
 
     Parameters besides the projections, rows in the order of (group, source head of the group, channel of the cache):
     `key_read` [rows, 2], the complex factor with which a source head reads a slot; `key_read_plain` [rows, d - 2 p] and
-    `value_read` [rows, d], what a channel of the cache adds to the source head's key and value.
+    `value_read` [rows, d], what a channel of the cache adds to the source head's key and value. Write maps, where keys
+    stand behind a norm, are those of SharingAttention.
     """
 
     groups: list[Group]
@@ -48,7 +49,6 @@ class LatentAttention(SharingAttention):
     value_read: nn.Parameter
     head_order: torch.Tensor | None
     frequencies: Any
-    num_planes: int
 
     def decouple(self, config: Any) -> None:
         """Give a stock attention module, whose class has just become this one, the groups of its layer."""
@@ -56,7 +56,7 @@ class LatentAttention(SharingAttention):
         layer = self.layer_idx
         groups, key_widths = config.groups[layer], config.key_widths[layer]
         value_widths, slots = config.value_widths[layer], config.rotary_slots[layer]
-        self.replace_projections(sum(key_widths), sum(value_widths))
+        self.replace_projections(sum(key_widths), sum(value_widths), whole_keys=self.norm is not None)
         self.num_planes = config.rotary_planes(layer)
         heads = sum(map(len, groups))
         self.num_key_value_groups = config.num_attention_heads // heads
@@ -71,6 +71,10 @@ class LatentAttention(SharingAttention):
         self.key_read = read_parameter(like, rotated, 2)
         rest = self.head_dim - 2 * self.num_planes
         self.key_read_plain = read_parameter(like, sum(plain), rest)
+        self.key_write = self.key_write_plain = None
+        if self.norm is not None:
+            self.key_write = read_parameter(like, rotated, 2)
+            self.key_write_plain = read_parameter(like, sum(plain), rest)
         value_read = read_parameter(like, sum(n * (g.value.stop - g.value.start) for n, g in sizes), self.head_dim)
         assert value_read is not None
         self.value_read = value_read
@@ -97,16 +101,26 @@ class LatentAttention(SharingAttention):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [b, s, n_q, d], and the wide keys [b, s, 1, w_k] and values [b, s, 1, w_v] to cache; rotated."""
-        query = self._queries(hidden_states)
-        key, value = self.k_proj(hidden_states).unsqueeze(2), self.v_proj(hidden_states).unsqueeze(2)
-        if position_embeddings is not None:
-            cos, sin = (angles[..., : self.num_planes] for angles in self._cos_and_sin(position_embeddings))
-            query = rotate(query, cos, sin)
+        turn, value = self._turn(position_embeddings), self.v_proj(hidden_states).unsqueeze(2)
+        if self.norm is not None:
+            query, whole = self._whole_states(hidden_states, turn)
+            maps, parts = self._key_maps(self.key_write, self.key_write_plain), []
+            for g, own in zip(self.groups, maps, strict=True):
+                heads = whole[:, :, g.heads] if self._gathers else whole
+                parts.append(self._written(heads, self._frequencies_of(g), *own))
+            return query, torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], value
+        query, key = self._heads(hidden_states, self.q_proj, 0), self.k_proj(hidden_states).unsqueeze(2)
+        if turn is not None:
+            query = rotate(query, *turn)
             if self.frequencies is not None:
-                cos, sin = cos.index_select(-1, self.frequencies), sin.index_select(-1, self.frequencies)
+                cos, sin = (angles.index_select(-1, self.frequencies) for angles in turn)
                 parts = [rotate(key[..., g.key], cos[..., g.rotated], sin[..., g.rotated]) for g in self.groups]
                 key = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return query, key, value
+
+    def _frequencies_of(self, group: Group) -> torch.Tensor | None:
+        """Of the group's slots; None where the layer has none."""
+        return None if self.frequencies is None else self.frequencies[group.rotated]
 
     def _cache_shape(self, cache: Cache | None) -> tuple[int, int]:
         """One row holds all groups side by side."""
@@ -182,18 +196,26 @@ class LatentAttention(SharingAttention):
 
     def _read_maps(self) -> list[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]]:
         """Of each group: factors [n, S, 2], maps of the channels that are not rotated [n, c, d - 2 p] and [n, r, d]."""
-        found, slot, plain, value = [], 0, 0, 0
+        found, value = [], 0
+        for group, keys in zip(self.groups, self._key_maps(self.key_read, self.key_read_plain), strict=True):
+            rows = len(group.heads) * (group.value.stop - group.value.start)
+            own = self.value_read[value : (value := value + rows)].unflatten(0, (len(group.heads), -1))
+            found.append((*keys, own))
+        return found
+
+    def _key_maps(
+        self, slots: torch.Tensor | None, others: torch.Tensor | None
+    ) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """Of each group, its rows of the maps of slots [n, S, 2] and of other channels [n, c, d - 2 p]."""
+        found, slot, plain = [], 0, 0
         for group in self.groups:
             n, width = len(group.heads), group.key.stop - group.key.start - 2 * group.slots
-            complex_read = plain_read = None
-            if self.key_read is not None:
-                complex_read = self.key_read[slot : (slot := slot + n * group.slots)].unflatten(0, (n, group.slots))
-            if self.key_read_plain is not None:
-                plain_read = self.key_read_plain[plain : (plain := plain + n * width)].unflatten(0, (n, width))
-            rows = n * (group.value.stop - group.value.start)
-            found.append(
-                (complex_read, plain_read, self.value_read[value : (value := value + rows)].unflatten(0, (n, -1)))
-            )
+            of_slots = of_others = None
+            if slots is not None:
+                of_slots = slots[slot : (slot := slot + n * group.slots)].unflatten(0, (n, group.slots))
+            if others is not None:
+                of_others = others[plain : (plain := plain + n * width)].unflatten(0, (n, width))
+            found.append((of_slots, of_others))
         return found
 
     def _wide_queries(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from headfuse.models.families import READ_MAPS, SINKS, Architecture
+from headfuse.models.families import READ_MAPS, SINKS, WRITE_MAPS, Architecture
 from headfuse.plan import HeadLayout
 
 
@@ -51,7 +51,8 @@ class AttentionWeights:
     `sinks [n_q]`, where there are any.
 
     Wide heads: `key [1, w_k, D]` and `value [1, w_v, D]` of all groups side by side, and their read maps as the model
-    code of layout latent has them.
+    code of layout latent has them. Behind a norm the `key` is that of the source's heads, and write maps stand beside
+    the read maps; both sides of it have the same order of rows.
     """
 
     query: torch.Tensor
@@ -65,6 +66,8 @@ class AttentionWeights:
     query_norm: torch.Tensor | None = None
     key_norm: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    key_write: torch.Tensor | None = None
+    key_write_plain: torch.Tensor | None = None
     key_read: torch.Tensor | None = None
     key_read_plain: torch.Tensor | None = None
     value_read: torch.Tensor | None = None
@@ -77,15 +80,17 @@ class AttentionWeights:
         output = tensors[f"{arch.output}.weight"]
         output = output.T if arch.transposed else output
         found: dict[str, torch.Tensor | None] = {"output_bias": tensors.get(f"{arch.output}.bias")}
-        found |= {name: tensors.get(name) for name in (SINKS, *READ_MAPS)}
-        wide = found["value_read"] is not None
+        found |= {name: tensors.get(name) for name in (SINKS, *WRITE_MAPS, *READ_MAPS)}
+        normed = any(name.startswith(f"{norm}.") for norm in arch.norms for name in tensors)
+        wide = {"value"} if normed else {"key", "value"}
+        wide = set() if found["value_read"] is None else wide
         found["output"] = output.reshape(output.shape[0], -1, heads.head_dim)
         for kind, suffix in (("weight", ""), ("bias", "_bias")):
             for side, tensor in zip(
                 ("query", "key", "value"), split_projections(tensors, kind, arch, heads), strict=True
             ):
                 if tensor is not None:
-                    head = (1, -1) if wide and side != "query" else (-1, heads.head_dim)
+                    head = (1, -1) if side in wide else (-1, heads.head_dim)
                     tensor = tensor.reshape(*head, *tensor.shape[1:])
                 found[side + suffix] = tensor
         for side, name in zip(("query", "key"), arch.norms, strict=False):
@@ -135,7 +140,7 @@ class AttentionWeights:
                 tensors[f"{name}.weight"] = (
                     None if norm is None else norm if arch.norm_form == "rows" else norm.flatten()
                 )
-        tensors |= {name: getattr(own, name) for name in (SINKS, *READ_MAPS)}
+        tensors |= {name: getattr(own, name) for name in (SINKS, *WRITE_MAPS, *READ_MAPS)}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel()}
 
     def double(self) -> AttentionWeights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from headfuse.models.states import capped
 
 CAPTURE = "headfuse_capture"
+ReconstructedKeys = Callable[[torch.Tensor], torch.Tensor]
+"""Keys `[B, n, T, d]` after RoPE and norms, in the canonical order, as fused heads give them back."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,14 @@ def capturing_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA that can record its inputs and outputs; it applies score caps and sinks if the model has them."""
+    """SDPA that can record its inputs and outputs; it applies score caps and sinks if the model has them.
+
+    It reads reconstructed keys where the module has `headfuse_keys`, what gives them.
+    """
+    order: Any = getattr(module, "headfuse_order", None)
+    maps: ReconstructedKeys | None = getattr(module, "headfuse_keys", None)
+    if maps is not None:
+        key = _reconstructed(key, maps, order)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is None and s_aux is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -124,7 +134,6 @@ def capturing_attention(
         before_norm = getattr(module, "headfuse_key", None)
         if before_norm is not None:
             before_norm = before_norm.view(*before_norm.shape[:2], -1, query.shape[-1])
-        order: Any = module.headfuse_order
         if order is not None:
             query, key = query[..., order], key[..., order]
             before_norm = None if before_norm is None else before_norm[..., order]
@@ -133,3 +142,11 @@ def capturing_attention(
         capture = AttentionCapture(*states, attention_mask, scale, weight, before_norm, softcap, s_aux)
         captures.append(keep(capture))
     return output, None
+
+
+def _reconstructed(key: torch.Tensor, maps: ReconstructedKeys, order: Sequence[int] | None) -> torch.Tensor:
+    """Keys `[B, n, T, d]` as fused heads give them back; `order`: of the channels, to make them canonical."""
+    if order is None:
+        return maps(key.float()).to(key.dtype)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return maps(key[..., order].float())[..., back].to(key.dtype)

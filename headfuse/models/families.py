@@ -10,6 +10,8 @@ from headfuse.errors import UnsupportedModelError
 
 SINKS = "sinks"
 """Attention tensor besides the projections: the score of an extra place that each query head may attend to."""
+WRITE_MAPS = ("key_write", "key_write_plain")
+"""Tensors of an attention with wide keys behind a norm: how the normed keys of the source make the cached ones."""
 READ_MAPS = ("key_read", "key_read_plain", "value_read")
 """Tensors of an attention with wide heads, besides the projections."""
 
@@ -101,7 +103,7 @@ class Architecture:
         module, _, last = name.rpartition(".")
         modules = [f"{self.attention}.{own}" for own in (*self.projections, self.output)]
         norms = tuple(f"{self.attention}.{norm}." for norm in self.norms)
-        beside = module == self.attention and last in (SINKS, *READ_MAPS)
+        beside = module == self.attention and last in (SINKS, *WRITE_MAPS, *READ_MAPS)
         return beside or module in modules or (name.startswith(norms) and last == "weight")
 
 

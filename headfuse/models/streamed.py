@@ -18,7 +18,7 @@ from headfuse.checkpoint.reader import Checkpoint
 from headfuse.choices import Placement
 from headfuse.models.attention import AttentionWeights, canonical_order
 from headfuse.models.canonical import CanonicalCheckpoint, decoupled_config
-from headfuse.models.capture import CAPTURE, AttentionCapture, capturing_attention
+from headfuse.models.capture import CAPTURE, AttentionCapture, ReconstructedKeys, capturing_attention
 from headfuse.models.decoder_layers import DecoderLayers, HiddenStates, compute_buffers
 from headfuse.models.families import architecture_of
 from headfuse.models.heads import head_layout
@@ -156,16 +156,24 @@ class StreamedModel:
         return self.layers.stored(layer_idx)
 
     @contextlib.contextmanager
-    def layer(self, layer_idx: int, tensors: Mapping[str, torch.Tensor]) -> Iterator[LoadedLayer]:
-        """One layer on the device with the given tensors (names relative to it), while the block runs."""
+    def layer(
+        self,
+        layer_idx: int,
+        tensors: Mapping[str, torch.Tensor],
+        keys: ReconstructedKeys | None = None,
+    ) -> Iterator[LoadedLayer]:
+        """One layer on the device with the given tensors (names relative to it), while the block runs.
+
+        `keys`: what reconstructs the keys that its attention reads.
+        """
         with self.layers.loaded(layer_idx, tensors) as module:
             attention: Any = module.get_submodule(self.arch.attention)
-            attention.headfuse_order = self.order
+            attention.headfuse_order, attention.headfuse_keys = self.order, keys
             hook = self._watch_keys(attention)
             try:
                 yield LoadedLayer(self.layers, layer_idx, module, self.checkpoint.folder)
             finally:
-                attention.headfuse_key = None
+                attention.headfuse_key = attention.headfuse_keys = None
                 hook.remove()
 
     def _watch_keys(self, attention: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan, LayerPlan
 from headfuse.planning.end_loss_probes import window_divergences
-from headfuse.planning.fused_variants import captures_for_refit, with_heads
+from headfuse.planning.fused_variants import Variant, captures_for_refit, with_heads
 from headfuse.planning.wide_survey import WideBases
 from headfuse.text.calibration import START_WEIGHT, CalibrationText
 
@@ -52,7 +52,7 @@ def better_plan(
     streamed: StreamedModel,
     text: CalibrationText,
     windows: torch.Tensor,
-    slow: Sequence[float],
+    slow: Sequence[Sequence[float]],
     on_progress: Callable[[str, int, int], None],
 ) -> FusionPlan:
     """The allocated plan if it loses less than equal widths beyond doubt, else the plan of equal widths.
@@ -73,7 +73,7 @@ def plan_losses(
     streamed: StreamedModel,
     text: CalibrationText,
     windows: torch.Tensor,
-    slow: Sequence[float],
+    slow: Sequence[Sequence[float]],
     on_progress: Callable[[str, int, int], None],
 ) -> torch.Tensor:
     """What each plan loses in each window: KL(source || fused model), in nats per token, `[plans, k]`.
@@ -83,16 +83,16 @@ def plan_losses(
         streamed: the source.
         text: what was surveyed, which the layers are fitted to.
         windows: the tokens that the divergences are measured on, `[k, T]`.
-        slow: planes that may be still, as the survey had them.
+        slow: of each layer, the planes that may be still, as the survey had them.
         on_progress: called with `compare`, the layers done and all layers.
     """
     states = [streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)]
     source, fused = streamed.embed(windows), [streamed.embed(windows) for _ in plans]
     for layer in streamed.walk(states, [source]):
-        variants = _variants(layer, [plan.layers[layer.index] for plan in plans], streamed, slow)
+        variants = _variants(layer, [plan.layers[layer.index] for plan in plans], streamed, slow[layer.index])
         source = layer.outputs[-1]
-        for index, tensors in enumerate(variants):
-            with streamed.layer(layer.index, tensors) as run:
+        for index, variant in enumerate(variants):
+            with streamed.layer(layer.index, variant.tensors, variant.keys) as run:
                 fused[index] = run(fused[index])
         on_progress("compare", layer.index + 1, streamed.num_layers)
     return window_divergences(streamed, source, fused).cpu() / windows.shape[1]
@@ -100,16 +100,16 @@ def plan_losses(
 
 def _variants(
     source: SourceLayer, layers: Sequence[LayerPlan], streamed: StreamedModel, slow: Sequence[float]
-) -> list[Mapping[str, torch.Tensor]]:
-    """The tensors of a source layer as each plan changes it, with the source's shapes."""
+) -> list[Variant]:
+    """A source layer as each plan changes it."""
     output = source.weights.output
-    fitted, found = captures_for_refit(source.captures, output), dict[Widths, Mapping[str, torch.Tensor]]()
+    fitted, found = captures_for_refit(source.captures, output), dict[Widths, Variant]()
     with factories_on(output.device):
         keys = key_moments(source.captures, streamed.heads)
         values = value_moments(source.captures, output, streamed.heads, None)
         bases = WideBases.of(keys, values, source.captures, streamed.heads, slow)
         for widths in {(layer.key_widths, layer.value_widths) for layer in layers}:
-            found[widths] = source.tensors
+            found[widths] = Variant(source.tensors)
             if widths[0] is not None and widths[1] is not None:
                 heads = bases.fused(widths[0][0], widths[1][0])
                 found[widths] = with_heads(source.tensors, streamed, heads, refit_output(output, fitted, heads))

@@ -23,9 +23,9 @@ def with_sources(
     """A plan in which every layer reads what up to `reach` layers before it cache, at the same widths.
 
     Widths stay as they were allocated without reading, so cache bytes are the same. Slots are chosen anew, for what the
-    read keys leave. Slow planes are still in all layers that are not untouched, or in none: what a layer caches of a
-    still plane serves only a reader whose plane is still, too. Layers with another window or other positions are not
-    read; untouched layers read nothing.
+    read keys leave. Slow planes are still in all layers of a kind that are not untouched, or in none: what a layer
+    caches of a still plane serves only a reader whose plane is still, too. Layers with another window or other
+    positions are not read; untouched layers read nothing.
 
     Args:
         plan: of layout latent, one group in every layer that is not untouched.
@@ -35,18 +35,19 @@ def with_sources(
         on_progress: called with `sources`, the layers done and all layers.
     """
     kinds, kept = layer_kinds(streamed.config.get_text_config()), Kept()
-    still = max(layer.still_planes for layer in plan.layers)
+    alike = {kind: [layer for layer, own in zip(plan.layers, kinds, strict=True) if own == kind] for kind in kinds}
+    most = {kind: max(layer.still_planes for layer in layers) for kind, layers in alike.items()}
     states = [streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)]
     for source in streamed.walk(states):
-        layer, index = plan.layers[source.index], source.index
-        alike = [i for i in range(index) if kinds[i] == kinds[index]][-reach:]
+        layer, index, still = plan.layers[source.index], source.index, most[kinds[source.index]]
+        near = [i for i in range(index) if kinds[i] == kinds[index]][-reach:]
         with factories_on(streamed.device):
-            if not layer.untouched and (alike or layer.still_planes != still):
+            if not layer.untouched and (near or layer.still_planes != still):
                 assert layer.key_widths is not None
-                read = Cached.together([kept[i] for i in alike]) if alike else None
+                read = Cached.together([kept[i] for i in near]) if near else None
                 slots = conditional_slots(source.captures, plan.heads, read, layer.key_widths[0], still)
                 found = {
-                    "key_sources": tuple(alike), "value_sources": tuple(alike), "rotary_slots": (slots,),
+                    "key_sources": tuple(near), "value_sources": tuple(near), "rotary_slots": (slots,),
                     "still_planes": still,
                 }  # fmt: skip
                 layers = (*plan.layers[:index], layer.model_copy(update=found), *plan.layers[index + 1 :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from headfuse.fusion.refit import FusedHeads, refit_output
 from headfuse.models.decoder_layers import HiddenStates
 from headfuse.models.logits import divergence_from, log_probabilities
 from headfuse.models.placement import widened
-from headfuse.models.source_layer import SourceLayer
+from headfuse.models.source_layer import LoadedLayer, SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadBudget
 from headfuse.planning.fused_variants import Costs, Fused, captures_for_refit, with_heads
@@ -76,22 +77,23 @@ class EndLossProbes:
         equal = {side: row[layer_idx] for side, row in self.equal.items()}
         fitted = captures_for_refit(source.captures, output) if self.refit else ()
 
-        def variant(counts: Mapping[Side, int]) -> Mapping[str, torch.Tensor]:
+        def variant(counts: Mapping[Side, int]) -> AbstractContextManager[LoadedLayer]:
             chosen: FusedHeads = {side: fused[side, c] for side, c in counts.items() if c < n}
             if not chosen:
-                return tensors
+                return self.streamed.layer(layer_idx, tensors)
             refitted = refit_output(output, fitted, chosen) if self.refit else None
-            return with_heads(tensors, self.streamed, chosen, refitted)
+            changed = with_heads(tensors, self.streamed, chosen, refitted)
+            return self.streamed.layer(layer_idx, changed.tensors, changed.keys)
 
         started = []
         for side in self.equal:
             for count in counts[side]:
                 if count != equal[side]:
-                    with self.streamed.layer(layer_idx, variant({**equal, side: count})) as run:
+                    with variant({**equal, side: count}) as run:
                         started.append((layer_idx, side, count, run(self.fused)))
         with self.streamed.layer(layer_idx, tensors) as run:
             self.source = run(self.source)
-        with self.streamed.layer(layer_idx, variant(equal)) as run:
+        with variant(equal) as run:
             self.fused = run(self.fused)
             self.variants = [(i, side, count, run(states)) for i, side, count, states in self.variants]
         self.variants += started

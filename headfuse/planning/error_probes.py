@@ -13,7 +13,7 @@ from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadBudget
 from headfuse.planning.end_loss_probes import divergences
-from headfuse.planning.fused_variants import Costs, Fused, captures_for_refit, with_heads
+from headfuse.planning.fused_variants import Costs, Fused, Variant, captures_for_refit, with_heads
 
 ERRORS_WORTH = 1000.0
 """Weight of the output error, in tokens: it is biased but precise, and counts like an end loss measured on this many
@@ -81,7 +81,7 @@ class ErrorProbes:
         for side, counts in self.equal.items():
             measured = sorted(count for s, count in fused if s == side)
             equal = max([count for count in measured if count <= counts[layer_idx]] or measured[:1], default=None)
-            layer, projection, row = tensors, output, dict[int, float]()
+            layer, projection, row = Variant(tensors), output, dict[int, float]()
             for count in measured:
                 changed, refitted = {side: fused[side, count]}, output
                 if self.refit and (self.every_refit or count == equal):
@@ -96,7 +96,7 @@ class ErrorProbes:
                 self.summed[side] += row[equal]
                 layer = with_heads(tensors, self.streamed, changed, projection)
             self.errors.setdefault((layer_idx, side), {}).update(row)
-            with self.streamed.layer(layer_idx, layer) as run:
+            with self.streamed.layer(layer_idx, layer.tensors, layer.keys) as run:
                 self.fused[side] = run(self.fused[side])
         with self.streamed.layer(layer_idx, tensors) as run:
             self.source = run(self.source)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from headfuse.choices import Side
 from headfuse.fusion.maps import Reconstruction
 from headfuse.fusion.refit import FusedHeads
+from headfuse.fusion.wide_layer import WideKeys
 from headfuse.models.attention import AttentionWeights
-from headfuse.models.capture import AttentionCapture
+from headfuse.models.capture import AttentionCapture, ReconstructedKeys
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import Groups
 
@@ -60,23 +62,37 @@ def captures_for_refit(captures: Sequence[AttentionCapture], output: torch.Tenso
     return enough
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A source layer with some heads fused, as the source's own class computes it."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """In the source's shapes; names relative to the layer."""
+    keys: ReconstructedKeys | None = None
+    """What reconstructs the keys of its attention, where tensors cannot: wide keys are made of normed ones."""
+
+
 def with_heads(
     tensors: Mapping[str, torch.Tensor],
     streamed: StreamedModel,
     fused: FusedHeads,
     output: torch.Tensor | None = None,
-) -> Mapping[str, torch.Tensor]:
-    """A source layer's tensors, with keys, values or both replaced by their reconstruction from fused heads.
+) -> Variant:
+    """A source layer, with keys, values or both replaced by their reconstruction from fused heads.
 
-    They have the source's shapes, so the source's own class computes the fused layer: read maps of keys commute with
+    It has the source's shapes, so the source's own class computes the fused layer: read maps of keys commute with
     RoPE. `output [D, n_q, d]`, if given, replaces the output projection.
     """
     weights = streamed.attention_weights(tensors)
+    keys: ReconstructedKeys | None = None
     for side, (maps, groups) in fused.items():
-        weights = reconstructed(weights, side, maps, groups)
+        if side == "key" and weights.key_norm is not None and isinstance(maps, WideKeys):
+            keys = partial(maps.reconstruct, groups=groups)
+        else:
+            weights = reconstructed(weights, side, maps, groups)
     if output is not None:
         weights = replace(weights, output=output)
-    return weights.in_layer(tensors, streamed.arch, streamed.heads)
+    return Variant(weights.in_layer(tensors, streamed.arch, streamed.heads), keys)
 
 
 def reconstructed(weights: AttentionWeights, side: Side, maps: Reconstruction, groups: Groups) -> AttentionWeights:

@@ -137,12 +137,12 @@ def survey(
     probes = _probes(streamed, text, options) if measures.costs else ()
     few = measured_counts(heads.num_key_value_heads, False)
     quantum = options.rules.channels(heads) if LAYOUTS[options.layout].wide else None
-    slow = slow_planes(streamed.config, options.max_positions) if quantum is not None else []
     for layer in streamed.walk([streamed.embed(part.statistics), streamed.embed(part.starts, START_WEIGHT)]):
         with factories_on(streamed.device):
             if quantum is None:
                 surveyed, fused = survey_layer(layer.captures, layer.weights.output, heads, measures)
             else:
+                slow = slow_planes(streamed.config, layer.index, options.max_positions)
                 surveyed, fused = survey_wide_layer(
                     layer.captures, layer.weights.output, heads, quantum, measures.costs, pairs, slow
                 )
@@ -231,7 +231,7 @@ def plan_model(
     if options.against is not None and len(unseen) > 1 and _in_doubt(options, options.against, source.heads, found):
         other = make_plan(source, replace(options, allocator=options.against), found)
         fitted = text.part(min(SURVEYED, FITTED_WINDOWS / len(text.statistics)))
-        slow = slow_planes(streamed.config, options.max_positions)
+        slow = [slow_planes(streamed.config, i, options.max_positions) for i in range(streamed.num_layers)]
         plan = better_plan(plan, other, streamed, fitted, unseen, slow, on_progress)
     return with_sources(plan, streamed, part, options.reach, on_progress) if options.reach else plan
 

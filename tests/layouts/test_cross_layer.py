@@ -28,6 +28,7 @@ OUTPUTS = (
     "dense_4h_to_h",
     "fc_out",
     "fc2",
+    ".w2.",
     "mlp.c_proj",
     "o_proj",
     "attn.c_proj",
@@ -93,9 +94,15 @@ def test_a_reader_of_equal_keys_and_values_is_exact(
     assert_decoding_equals_forward(headfuse.load(tmp_path / "out"), tokens, torch.ones_like(tokens), [9, 9])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gptj", "bloom", "phi", "glm", "gpt2"])
+FAMILIES = (
+    "llama", "gpt_neox", "gptj", "bloom", "phi", "glm", "gpt2", "qwen3", "olmo2", "minimax_m2", "hunyuan_v1_dense",
+)  # fmt: skip
+"""Rotated in part, interleaved, not at all, with biases, behind norms."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families(tmp_path: Path, family: str) -> None:
-    """Rotated in part, interleaved, not at all, with biases: a reader of equal keys and values is exact."""
+    """A reader of equal keys and values is exact."""
     model = tiny_model(tmp_path / "model", family)
     same_keys_and_values(model)
     fuse(model, tmp_path / "first", "--budget", "0.5", *READING)
@@ -205,7 +212,7 @@ def test_layers_of_another_window_are_not_read(tmp_path: Path) -> None:
     fuse(model, tmp_path / "out", "--budget", "0.5", *READING)
     plan = plan_of(tmp_path / "out")
     assert "key_sources" not in plan["layers"][1]
-    plan["layers"][1]["key_sources"] = [0]
+    plan["layers"][1]["value_sources"] = [0]
     (tmp_path / "plan.json").write_text(json.dumps({**plan, "files": {}, "seal": None}))
     output = run("fuse", model, "--plan", tmp_path / "plan.json", code=1)
     assert "layer 1 reads layer 0, which has another window" in " ".join(output.split())

@@ -142,10 +142,9 @@ def test_rules_that_count_heads_are_refused(tmp_path: Path, rule: str) -> None:
     assert "layout decoupled" in output
 
 
-@pytest.mark.parametrize(("family", "reason"), [("qwen3", "norm"), ("olmo2", "norm"), ("olmo", "clip_qkv")])
-def test_families_whose_keys_cannot_be_mixed(tmp_path: Path, family: str, reason: str) -> None:
-    output = " ".join(run("fuse", tiny_model(tmp_path / "model", family), "--layout", "latent", code=1).split())
-    assert reason in output
+def test_a_family_whose_values_cannot_be_mixed(tmp_path: Path) -> None:
+    output = " ".join(run("fuse", tiny_model(tmp_path / "model", "olmo"), "--layout", "latent", code=1).split())
+    assert "clip_qkv" in output
     assert "choose --layout decoupled" in output
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import headfuse
 from headfuse.fusion.key_channels import KeyChannels
-from headfuse.models.rope import STILL, slow_planes
+from headfuse.models.rope import STILL, slow_planes, turns
 from tests.layouts.test_cross_layer import APART, WHOLE, nothing_of_its_own, same_keys_and_values
 from tests.support.commands import fuse, run
 from tests.support.model_outputs import assert_decoding_equals_forward, logits
@@ -22,6 +22,12 @@ from tests.support.planted_heads import plant
 from tests.support.tiny_models import VOCABULARY, tiny_config, tiny_model
 
 LATENT = ("--layout", "latent", "--preset", "fast", "--budget", "0.5")
+
+
+FAMILIES = (
+    "llama", "qwen2", "cohere", "glm", "phi", "gpt_neox", "granite", "qwen3", "olmo2", "minimax_m2", "hunyuan_v1_dense",
+)  # fmt: skip
+"""Half-split, biased, interleaved, rotated in part, behind norms of a head and of a layer, rotated before a norm."""
 
 
 def slow_model(folder: Path, family: str, **options: int) -> Path:
@@ -43,9 +49,9 @@ def still_layer(plan: dict[str, Any], still: int) -> dict[str, Any]:
     return {**sides, "rotary_slots": slots, "still_planes": still}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "cohere", "glm", "phi", "gpt_neox", "granite"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_full_width_is_the_source(tmp_path: Path, family: str) -> None:
-    """With planes that do not turn in a text of this length: half-split, biased, interleaved, rotated in part."""
+    """With planes that do not turn in a text of this length."""
     model = slow_model(tmp_path / "model", family)
     fuse(model, tmp_path / "first", *LATENT)
     plan = plan_of(tmp_path / "first")
@@ -79,7 +85,7 @@ def test_a_reader_of_equal_keys_and_values_is_exact(tmp_path: Path, source: str,
 
 def test_slow_planes_are_still_where_that_loses_less(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
-    slow = len(slow_planes(AutoConfig.from_pretrained(model)))
+    slow = len(slow_planes(AutoConfig.from_pretrained(model), 0))
     assert slow == 1
     fuse(model, tmp_path / "out", *LATENT)
     assert {layer.get("still_planes") for layer in plan_of(tmp_path / "out")["layers"]} == {slow}
@@ -137,11 +143,11 @@ def test_a_folder_whose_planes_do_not_fit_does_not_load(tmp_path: Path) -> None:
 
 def test_slow_planes_of_a_config() -> None:
     config = tiny_config("llama")
-    found = slow_planes(config)
+    found = slow_planes(config, 0)
     assert found == pytest.approx([(128 * 1e4**-0.75) ** 2 / (2 * math.log(128))])
     assert 128 * 1e4**-0.75 <= STILL < 128 * 1e4**-0.5
     config.max_position_embeddings = 1024
-    assert slow_planes(config) == []
+    assert slow_planes(config, 0) == []
 
 
 @pytest.mark.parametrize(
@@ -157,13 +163,13 @@ def test_planes_that_depend_on_the_length_or_are_scaled_are_not_slow(rope: dict[
     config = tiny_config("llama")
     rope = {"rope_theta": 1e4, "original_max_position_embeddings": 64, **rope}
     config.rope_parameters = rope
-    assert slow_planes(config) == []
+    assert slow_planes(config, 0) == []
     config.rope_parameters = {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}
-    assert slow_planes(config) == pytest.approx([(64 * 1e4**-0.75) ** 2 / (2 * math.log(128))])
+    assert slow_planes(config, 0) == pytest.approx([(64 * 1e4**-0.75) ** 2 / (2 * math.log(128))])
 
 
 def test_families_without_rotary_planes_have_no_slow_ones() -> None:
-    assert [slow_planes(tiny_config(family)) for family in ("opt", "bloom", "gptj")] == [[], [], []]
+    assert [slow_planes(tiny_config(family), 0) for family in ("opt", "bloom", "gptj")] == [[], [], []]
 
 
 @pytest.mark.parametrize(("rotated", "still"), [(8, 0), (8, 1), (8, 4), (4, 1), (0, 0)])
@@ -175,3 +181,33 @@ def test_channels_divide_and_join(rotated: int, still: int) -> None:
     torch.testing.assert_close(channels.join(turning, rest), x, rtol=0, atol=0)
     ordered = x[..., channels.order(12)]
     torch.testing.assert_close(torch.cat([turning.real, turning.imag, rest], -1), ordered, rtol=0, atol=0)
+
+
+def test_a_layer_with_a_window_has_the_slow_planes_of_that_window() -> None:
+    """Two tokens further apart than its window never meet; gemma3's layers also have frequencies of their own."""
+    config = tiny_config("gemma3_text")
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    local, everywhere = (config.rope_parameters[kind]["rope_theta"] for kind in config.layer_types)
+    for layer_idx, (theta, positions) in enumerate([(local, 16), (everywhere, config.max_position_embeddings)]):
+        turns = [positions * theta ** (-2 * plane / 8) for plane in range(4)]
+        wanted = [turn**2 / (2 * math.log(positions)) for turn in turns if turn <= STILL]
+        assert slow_planes(config, layer_idx) == pytest.approx(wanted)
+    assert len(slow_planes(config, 0)) == 2
+    assert len(slow_planes(config, 0, positions=4)) == 3 > len(slow_planes(tiny_config("mistral"), 1))
+    config.sliding_window = None
+    assert slow_planes(config, 0) == slow_planes(config, 1)
+
+
+@pytest.mark.parametrize("family", ["smollm3", "cohere2", "exaone4"])
+def test_layers_without_rope_have_still_planes_alone(tmp_path: Path, family: str) -> None:
+    """Any linear map may mix their channels; only layers of their own kind read them."""
+    model = tiny_model(tmp_path / "model", family, layers=4, query_heads=8)
+    config = AutoConfig.from_pretrained(model)
+    without = [not turns(config, layer_idx) for layer_idx in range(4)]
+    assert 0 < sum(without) < 4
+    for options in ((), ("--cross-layer", "1")):
+        document = fuse(model, tmp_path / f"out{len(options)}", *LATENT, *options)
+        layers = plan_of(Path(document["output"]))["layers"]
+        assert [layer.get("still_planes") == 4 for layer in layers] == without
+        tokens = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2))
+        assert_decoding_equals_forward(headfuse.load(document["output"]), tokens, torch.ones_like(tokens), [20, 20])

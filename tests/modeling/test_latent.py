@@ -101,3 +101,27 @@ def test_the_cache_holds_the_widths(model: Any) -> None:
 
 def test_it_is_a_latent_model(model: Any) -> None:
     assert isinstance(model, LatentForCausalLM)
+
+
+FULL: Any = [([[2, 0], [1, 3]], [16, 16], [16, 16], [[f for f in range(4) for _ in range(2)]] * 2)] * 2
+
+
+@pytest.mark.parametrize("family", ["qwen3", "olmo2", "hunyuan_v1_dense"])
+@torch.no_grad()
+def test_write_maps_are_undone_by_their_inverses(family: str) -> None:
+    """Keys behind a norm of a head, of a layer, and rotated before a norm: full width computes what the source does."""
+    model = random_model(fused_config(FULL, family))
+    stock = AutoModelForCausalLM.from_config(copy.deepcopy(model.config.source_config)).eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in stock.state_dict()}
+    for index, layer in enumerate(model.model.layers):
+        attention, value = layer.self_attn, torch.empty(4, D, WIDTH)
+        maps = zip(attention._key_maps(attention.key_write, None), attention._read_maps(), strict=True)
+        for group, ((write, _), (read, _, value_read)) in zip(attention.groups, maps, strict=True):
+            for f in range(4):  # two slots of each frequency, which two heads write and read
+                own = slice(2 * f, 2 * f + 2)
+                inverse = torch.linalg.inv(torch.view_as_complex(write[:, own].contiguous()))
+                read[:, own] = torch.view_as_real(inverse.T.contiguous())
+            value[group.heads] = value_read.mT @ attention.v_proj.weight[group.value]
+        state[f"model.layers.{index}.self_attn.v_proj.weight"] = value.flatten(0, 1)
+    stock.load_state_dict(state)
+    torch.testing.assert_close(model(tokens()).logits, stock(tokens()).logits, rtol=1e-4, atol=1e-4)

@@ -65,7 +65,7 @@ def test_decoupled_heads_side_by_side_compute_the_same(vllm: None, source: str, 
 
 
 @pytest.mark.parametrize("layers", latent.LAYERS)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @torch.no_grad()
 def test_latent_groups_side_by_side_compute_the_same(vllm: None, family: str, layers: str) -> None:
     model = latent.random_model(latent.fused_config(latent.LAYERS[layers], family))

@@ -11,16 +11,19 @@ from safetensors.torch import load_file, save_file
 
 import headfuse
 from headfuse.config.fuse import CalibrationConfig
+from headfuse.fusion.moments import key_moments
+from headfuse.fusion.wide import key_basis
+from headfuse.models.attention import AttentionWeights
 from headfuse.models.logits import kl_divergence
 from headfuse.plan import FusionPlan, LayerPlan
 from headfuse.planning import planner
 from headfuse.planning.comparison import loses_less, plan_losses
-from headfuse.text.calibration import CalibrationText
+from headfuse.text.calibration import START_WEIGHT, CalibrationText
 from tests.planning.tiny_sources import WINDOWS, opened
 from tests.support.commands import fuse
 from tests.support.plans import plan_of
-from tests.support.planted_heads import plant
-from tests.support.tiny_models import tiny_model
+from tests.support.planted_heads import edit_weights, plant
+from tests.support.tiny_models import FAMILY_OPTIONS, tiny_model
 
 LATENT = ("--layout", "latent", "--preset", "fast", "--budget", "1/2")
 
@@ -64,27 +67,44 @@ def test_what_a_plan_loses(tmp_path: Path) -> None:
     _, streamed = opened(model)
     text = CalibrationText.split(WINDOWS.repeat(8, 1), 0)  # enough rows for a refit that is no noise
     plans = [wide_plan(model, *widths) for widths in ((None, None), (32, 32), (16, None), (8, None), (8, 8))]
-    untouched, full, half, quarter, both = plan_losses(plans, streamed, text, WINDOWS, (), lambda *_: None)
+    slow = [()] * 2
+    untouched, full, half, quarter, both = plan_losses(plans, streamed, text, WINDOWS, slow, lambda *_: None)
     assert untouched.shape == (len(WINDOWS),)
     assert untouched.abs().max() < 1e-7
     assert full.abs().max() < 1e-5
     assert 1e-5 < half.mean() < quarter.mean() < both.mean()
-    alone = plan_losses(plans[-1:], streamed, text, WINDOWS, (), lambda *_: None)
+    alone = plan_losses(plans[-1:], streamed, text, WINDOWS, slow, lambda *_: None)
     torch.testing.assert_close(alone[0], both)
 
 
-def test_the_loss_of_a_plan_is_that_of_its_model(tmp_path: Path) -> None:
-    """Values alone are narrow, so the layer is fitted under the same attention as in the conversion."""
-    model = tiny_model(tmp_path / "model", layers=1)
-    plan = wide_plan(model, 32)
-    narrow = plan.layers[0].model_copy(update={"value_widths": (8,)})
-    plan = plan.model_copy(update={"layers": (narrow,)})
-    (tmp_path / "plan.json").write_text(plan.to_json())
-    fuse(model, tmp_path / "out", "--plan", tmp_path / "plan.json", "--samples", 4, "--preset", "fast")
+@pytest.mark.parametrize(
+    ("family", "side"),
+    [("llama", "value"), *((family, "key") for family in ("llama", "qwen3", "olmo2", "cohere", "hunyuan_v1_dense"))],
+)
+def test_the_loss_of_a_plan_is_that_of_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, side: str
+) -> None:
+    """One side is narrow, so the layer is fitted under the same attention as in the conversion; norms of all kinds."""
+    monkeypatch.setitem(FAMILY_OPTIONS, "cohere", {"use_qk_norm": True, "logit_scale": 4.0})
+    model = tiny_model(tmp_path / "model", family, layers=1, query_heads=8)
+
+    def enlarge(weights: AttentionWeights, *_: Any) -> None:  # scores of random weights hardly matter
+        (weights.key if weights.key_norm is None else weights.key_norm).mul_(6)
+        weights.value.mul_(6)
+
+    edit_weights(model, enlarge)
     source, streamed = opened(model)
     calibration = CalibrationConfig(data=str(tmp_path / "text.txt"), samples=4, sequence_length=32)
     text = source.calibration_text(calibration, 0, False)
-    found = plan_losses([plan], streamed, text, WINDOWS, (), lambda *_: None)[0]
+    states = [streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)]
+    best = [key_basis(key_moments(layer.captures, source.heads)).slots(8) for layer in streamed.walk(states)]
+    plan = wide_plan(model, 32)
+    slots = {"rotary_slots": tuple(best)} if side == "key" else {}
+    narrow = plan.layers[0].model_copy(update={f"{side}_widths": (8,), **slots})
+    plan = plan.model_copy(update={"layers": (narrow,)})
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    fuse(model, tmp_path / "out", "--plan", tmp_path / "plan.json", "--samples", 4, "--preset", "fast")
+    found = plan_losses([plan], streamed, text, WINDOWS, [()], lambda *_: None)[0]
     with torch.no_grad():
         before, after = (headfuse.load(folder)(WINDOWS).logits.double() for folder in (model, tmp_path / "out"))
     wanted = [kl_divergence(after[i], before[i]).item() / WINDOWS.shape[1] for i in range(len(WINDOWS))]

@@ -60,7 +60,7 @@ def test_a_probe_is_the_divergence_of_the_fused_model(tmp_path: Path, model_type
                 if here < n:
                     module = changed.model.layers[i]
                     stored = {name: tensor.float() for name, tensor in module.state_dict().items()}
-                    module.load_state_dict(with_heads(stored, streamed, {s: fused[s, here]}))
+                    module.load_state_dict(with_heads(stored, streamed, {s: fused[s, here]}).tensors)
             got = changed(WINDOWS).logits.flatten(0, 1).double()
             assert divergence == pytest.approx(kl_divergence(got, wanted).item() / len(wanted), rel=1e-3)
             assert divergence > 1e-6
@@ -91,7 +91,7 @@ def test_errors_are_scaled_to_the_end_loss_of_their_side(tmp_path: Path, refit: 
         probes.advance(layer, fused)
         for side, other in changed.items():
             count = 1 if (layer.index, side) == (2, "value") else 2
-            weights = dict(with_heads(tensors, streamed, {side: fused[side, count]}))
+            weights = dict(with_heads(tensors, streamed, {side: fused[side, count]}).tensors)
             if refit:
                 output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
                 seen = captures[max(1, len(captures) // 4) :] or captures
@@ -222,7 +222,7 @@ def test_probes_refit_the_output_projection(tmp_path: Path, side: Side) -> None:
     output = tensors["self_attn.o_proj.weight"].view(32, 4, 8)
     errors, layers = [], []
     for refitted in (None, refit_output(output, captures, fused)):
-        layers.append(with_heads(tensors, streamed, fused, refitted))
+        layers.append(with_heads(tensors, streamed, fused, refitted).tensors)
         with streamed.layer(0, layers[-1]) as run:
             errors.append((run(states).hidden - wanted).square().sum().item())
     assert 0 < errors[1] < 0.95 * errors[0]
