@@ -112,6 +112,7 @@ class HeadfuseAttention(nn.Module):
         if whole_keys:
             heads = getattr(config.source_config, "num_key_value_heads", None) or config.num_attention_heads
             key_width = heads * self.head_dim
+            self._fit_norm(heads)  # vLLM makes the stock module for one head
         stock = getattr(self, family.packed or "q_proj")
         has_bias = stock.bias is not None
         widths = {"q_proj": config.num_attention_heads * self.head_dim, "k_proj": key_width, "v_proj": value_width}

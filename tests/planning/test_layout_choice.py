@@ -19,11 +19,6 @@ from tests.support.commands import run
 from tests.support.plans import plan_of
 from tests.support.tiny_models import tiny_config, tiny_model
 
-UNMIXED = {
-    "apertus", "dots1", "exaone4", "flex_olmo", "gemma3_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "mellum",
-    "minimax_m2", "olmo", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe",
-}  # fmt: skip
-"""Families whose keys no linear map may mix: they have a norm behind the projection, or are clamped."""
 COUNT_HEADS: dict[str, dict[str, Any]] = {
     "mean": {"method": "mean"},
     "first": {"method": "first"},
@@ -57,9 +52,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-def test_the_default_is_latent_where_linear_maps_may_mix_keys(family: str) -> None:
+def test_the_default_is_latent_where_linear_maps_may_mix_values(family: str) -> None:
     layout, why = chosen({}, family)
-    assert layout == ("decoupled" if family in UNMIXED else "latent")
+    assert layout == ("decoupled" if family == "olmo" else "latent")  # whose keys and values are clamped
     assert (why is None) == (layout == "latent")
 
 
@@ -95,14 +90,14 @@ def test_method_dha_is_decoupled_before_any_model_is_read() -> None:
 def test_a_layout_that_is_named_stays(model: Path) -> None:
     for layout in ("decoupled", "layerwise", "gqa", "latent"):
         assert chosen({"layout": layout}) == (layout, None)
-    with pytest.raises(UnsupportedModelError, match="norm behind its key projection"):
-        chosen({"layout": "latent"}, "qwen3")
+    with pytest.raises(UnsupportedModelError, match="clamps its keys and values"):
+        chosen({"layout": "latent"}, "olmo")
     assert dry(model, "--layout", "decoupled")["why_layout"] is None
 
 
 def test_no_layout_fits(model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"latent \(model_type 'qwen3' has a norm .*; decoupled \(--cross-layer"):
-        chosen({"budget": {"cross_layer": 1}}, "qwen3")
+    with pytest.raises(ConfigError, match=r"latent \(model_type 'olmo' clamps .*; decoupled \(--cross-layer"):
+        chosen({"budget": {"cross_layer": 1}}, "olmo")
     with pytest.raises(UnsupportedModelError, match=r"no layout fits: latent .*it leaves out ALiBi"):
         chosen({}, "bloom", "vllm")
     assert "add --layout gqa" in run("fuse", model, "--head-dim", "16", "--dry-run", code=1)
@@ -111,9 +106,10 @@ def test_no_layout_fits(model: Path) -> None:
 @pytest.mark.parametrize(
     ("runtime", "family", "options", "layout"),
     [
-        ("transformers", "llama", {}, "latent"), ("transformers", "qwen3", {}, "decoupled"),
+        ("transformers", "llama", {}, "latent"), ("transformers", "olmo", {}, "decoupled"),
         ("transformers", "llama", {"budget": {"head_dim": "auto"}}, "gqa"),
-        ("vllm", "llama", {}, "latent"), ("vllm", "qwen3", {}, "decoupled"), ("vllm", "gpt_oss", {}, "gqa"),
+        ("vllm", "llama", {}, "latent"), ("vllm", "qwen3", {}, "latent"), ("vllm", "olmo", {}, "decoupled"),
+        ("vllm", "gpt_oss", {}, "gqa"),
         ("vllm", "llama", {"budget": {"head_dim": "auto"}}, "gqa"),
         ("vllm", "llama", {"budget": {"total": {"key": "1/4", "value": "1/2"}}}, "gqa"),
         ("llama.cpp", "llama", {}, "gqa"), ("sglang", "qwen3", {}, "gqa"),
@@ -168,5 +164,5 @@ def test_a_reviewed_plan_names_the_layout(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["headfuse-25", "headfuse-50"])
 def test_packaged_configs_have_the_default_layout(model: Path, tmp_path: Path, name: str) -> None:
     assert dry(model, "--config", name)["layout"] == DEFAULT_LAYOUTS[0]
-    assert dry(tiny_model(tmp_path / "model", "qwen3"), "--config", name)["layout"] == "decoupled"
+    assert dry(tiny_model(tmp_path / "model", "olmo"), "--config", name)["layout"] == "decoupled"
     assert dry(model, "--config", name, "--for", "llama.cpp")["layout"] == "gqa"

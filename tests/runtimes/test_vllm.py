@@ -72,7 +72,7 @@ FOLDERS = {
     },
     **{
         f"latent-{family}": Folder(family, "latent", LATENT, BY_TRANSFORMERS, tuple(2 * width for width in WIDE))
-        for family in ("llama", "mistral", "qwen2", "gpt2", "phi")
+        for family in ("llama", "mistral", "qwen2", "gpt2", "phi", "qwen3", "olmo2")
     },
     # three layers with windows and two without: two blocks with two places for the three
     "source-five-layers": Folder("gemma3_text", "gqa", "", "Gemma3ForCausalLM", heads(4, 4, 4, 4, 4), 2 * 4 * HEAD_DIM),
