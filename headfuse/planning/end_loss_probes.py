@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -17,6 +17,14 @@ from headfuse.models.source_layer import LoadedLayer, SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadBudget
 from headfuse.planning.fused_variants import Costs, Fused, captures_for_refit, with_heads
+
+OnWindow = Callable[[int, int], None]
+"""Called with the windows done and all windows: each takes the logits of all variants, minutes with a large vocabulary.
+"""
+
+
+def quiet(done: int, total: int) -> None:
+    """Say nothing of a window that is done."""
 
 
 @dataclass(frozen=True)
@@ -98,28 +106,34 @@ class EndLossProbes:
             self.variants = [(i, side, count, run(states)) for i, side, count, states in self.variants]
         self.variants += started
 
-    def results(self) -> list[Probe]:
+    def results(self, on_window: OnWindow = quiet) -> list[Probe]:
         """Every count of every side, after the last layer; the divergence of equal counts stands in each row."""
         states = [self.fused, *(states for *_, states in self.variants)]
-        equal, *others = divergences(self.streamed, self.source, states)
+        equal, *others = divergences(self.streamed, self.source, states, on_window)
         probes = [Probe(i, side, count, d) for (i, side, count, _), d in zip(self.variants, others, strict=True)]
         rows = dict.fromkeys((probe.layer_idx, probe.side) for probe in probes)
         return probes + [Probe(i, side, self.equal[side][i], equal) for i, side in rows]
 
-    def costs(self) -> Costs:
+    def costs(self, on_window: OnWindow = quiet) -> Costs:
         """The costs computed from the results."""
-        return costs(self.results())
+        return costs(self.results(on_window))
 
 
-def divergences(streamed: StreamedModel, source: HiddenStates, variants: Sequence[HiddenStates]) -> list[float]:
+def divergences(
+    streamed: StreamedModel, source: HiddenStates, variants: Sequence[HiddenStates], on_window: OnWindow = quiet
+) -> list[float]:
     """KL(source || variant) of each variant, in nats per position, given what the last layers made of the windows."""
-    rows = window_divergences(streamed, source, variants, exact=True).tolist()
+    rows = window_divergences(streamed, source, variants, exact=True, on_window=on_window).tolist()
     return [sum(row) / source.hidden.shape[:2].numel() for row in rows]
 
 
 @torch.no_grad()
 def window_divergences(
-    streamed: StreamedModel, source: HiddenStates, variants: Sequence[HiddenStates], exact: bool = False
+    streamed: StreamedModel,
+    source: HiddenStates,
+    variants: Sequence[HiddenStates],
+    exact: bool = False,
+    on_window: OnWindow = quiet,
 ) -> torch.Tensor:
     """The same of each window, in nats, summed over its positions, `[variants, windows]`.
 
@@ -134,6 +148,7 @@ def window_divergences(
     for window in range(len(source)):
         wanted = log_probabilities(logits(source, window))
         found += [divergence_from(wanted, logits(states, window)) for states in variants]
+        on_window(window + 1, len(source))
     return torch.stack(found or [torch.empty(0)]).view(len(source), len(variants)).T
 
 

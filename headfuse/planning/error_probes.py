@@ -12,7 +12,7 @@ from headfuse.models.capture import AttentionCapture
 from headfuse.models.source_layer import SourceLayer
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import HeadBudget
-from headfuse.planning.end_loss_probes import divergences
+from headfuse.planning.end_loss_probes import OnWindow, divergences, quiet
 from headfuse.planning.fused_variants import Costs, Fused, Variant, captures_for_refit, with_heads
 
 ERRORS_WORTH = 1000.0
@@ -101,10 +101,10 @@ class ErrorProbes:
         with self.streamed.layer(layer_idx, tensors) as run:
             self.source = run(self.source)
 
-    def costs(self) -> Costs:
+    def costs(self, on_window: OnWindow = quiet) -> Costs:
         """The scaled errors of each layer's sides, 0 for all heads; unscaled where nothing was lost."""
         scales = dict.fromkeys(self.fused, 1.0)
-        found = divergences(self.streamed, self.source, list(self.fused.values()))
+        found = divergences(self.streamed, self.source, list(self.fused.values()), on_window)
         for side, divergence in zip(self.fused, found, strict=True):
             if divergence > 0 and self.summed[side] > 0:
                 scales[side] = divergence / self.summed[side]

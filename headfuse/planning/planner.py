@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import headfuse
@@ -125,7 +126,7 @@ def survey(
         streamed: the source.
         text: the calibration text.
         options: what decides the plan.
-        on_progress: called with `survey`, the layers done and all layers.
+        on_progress: called with `survey`, the layers done and all layers; then with `probes`, likewise of windows.
         on_layer: called with every layer of the source on its way.
         every_cost: measure costs even where the budget leaves the allocator no choice.
         pairs: measure what pairs of heads share even where no groups are chosen by it.
@@ -153,7 +154,7 @@ def survey(
         layers.append(surveyed)
         del fused  # not beside the next layer
         on_progress("survey", layer.index + 1, streamed.num_layers)
-    measured = tuple((probe.worth, probe.costs()) for probe in probes)
+    measured = tuple((probe.worth, probe.costs(partial(on_progress, "probes"))) for probe in probes)
     table = _measured_costs(layers, measured) if measured else None
     if costs == "importance":
         table = cost_table(HEAD_IMPORTANCE[options.allocator](streamed, part.statistics, options.seed))

@@ -130,7 +130,7 @@ def test_a_token_of_massive_energy_hides_no_error(tmp_path: Path) -> None:
 
 
 def test_probes_see_text_that_nothing_was_fitted_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.Tensor] = []
+    seen, said = list[torch.Tensor](), list[tuple[str, int, int]]()
 
     def watched(windows: torch.Tensor, tokens: int) -> torch.Tensor:
         seen.append(probe_windows(windows, tokens))
@@ -142,9 +142,12 @@ def test_probes_see_text_that_nothing_was_fitted_to(tmp_path: Path, monkeypatch:
     for windows, apart in ((torch.arange(9 * 16).view(9, 16), True), (torch.arange(16).view(1, 16), False)):
         seen.clear()
         text = CalibrationText.split(windows, 0)
-        planning.survey(streamed, text, planning.plan_options(config), lambda *_: None)
+        said.clear()
+        planning.survey(streamed, text, planning.plan_options(config), lambda *progress: said.append(progress))
         surveyed = text.part(planning.SURVEYED).statistics
         assert [not torch.isin(part, surveyed).any() for part in seen] == [apart, apart]
+        assert said[:2] == [("survey", 1, 2), ("survey", 2, 2)]
+        assert said[2:] == [("probes", done, len(part)) for part in seen for done in range(1, len(part) + 1)]
 
 
 @pytest.mark.parametrize(
