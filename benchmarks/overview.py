@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peers_page import NAMES, OURS, PEERS, Row, best_of, grouped, of_most_samples, rows, share
+from peers_page import NAMES, OURS, PEERS, Row, best_of, grouped, in_words, of_most_samples, rows, share
 
 TASKS = Path("benchmarks/results/tasks.jsonl")
 PAGE = Path("docs/results/index.md")
@@ -62,7 +62,7 @@ def own_rows(ours: list[Row], base: Row, tasks: list[Row]) -> list[tuple[str, fl
         if (layout, conversion) not in SHOWN and not layout.startswith("latent, reads"):
             continue
         most, (wikitext, own) = used[0]["samples"], added(used, base)
-        name = "mean-pooled GQA" if conversion == "mean" else f"headfuse {layout}, `{conversion}`"
+        name = "mean-pooled GQA" if conversion == "mean" else f"headfuse {in_words(layout)}, `{conversion}`"
         seeds = f" ({len(used)} samples)" if len(used) > 1 else ""
         score, by = task_cell(tasks, (base["model"], budget, layout, conversion)), "Q"
         cells = f"{name} | {most}{seeds} | {wikitext:.3f} | {own:.3f} | {score} | {{bytes}} | {by}{', T' * bool(score)}"

@@ -7,6 +7,7 @@ calibrated on the same text. Of a peer's settings at a budget the table has the 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,10 +84,15 @@ def own_lines(own: list[Row], kept: str, base: Row) -> list[tuple[str, list[floa
     result = []
     for (_, layout, method), used in of_most_samples(usual).items():
         most = used[0]["samples"]
-        name = f"{method}, {layout}" if method in METHODS[:4] else f"headfuse {layout}, {method}"
+        name = f"{method}, {layout}" if method in METHODS[:4] else f"headfuse {in_words(layout)}, {method}"
         seeds = f", mean of {len(used)} samples of it" if len(used) > 1 else ""
         result.append((name, gaps(used, base), f"{most} windows{seeds}"))
     return result
+
+
+def in_words(layout: str) -> str:
+    """A layout as the command line has it."""
+    return re.sub(r", reads (\d+)$", r", `--cross-layer \1`", layout)
 
 
 def grouped(found: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
