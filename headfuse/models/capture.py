@@ -25,7 +25,8 @@ class AttentionCapture:
     in the canonical order), `output [B, T, n_q, d]` (head outputs before the output projection). `mask` is boolean
     `[1, 1, T, T]`, additive `[1, n_q, T, T]` where heads have biases, or None for plain causal attention;
     `weight` is what one token counts in the layer's statistics; `key_before_norm [B, T, n_s, d]`, where keys have one;
-    `softcap` bounds the scores (gemma2); `sinks [n_q]` are the scores of one more place, whose value is zero (gpt_oss).
+    `softcap` bounds the scores (gemma2); `sinks [n_q]` are the scores of one more place, whose value is zero (gpt_oss);
+    `gain [B, T]`: by what a norm behind the output projection multiplies the size of a token's output (olmo2, gemma3).
     """
 
     query: torch.Tensor
@@ -38,6 +39,7 @@ class AttentionCapture:
     key_before_norm: torch.Tensor | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
 
     @property
     def plain_softmax(self) -> bool:
@@ -88,7 +90,7 @@ class HostCapture(AttentionCapture):
         moved = {name: getattr(capture, name) for name in ("query", "key", "value", "output", "key_before_norm")}
         vars(self).update(
             device=capture.query.device, mask=capture.mask, scaling=capture.scaling, weight=capture.weight,
-            softcap=capture.softcap, sinks=capture.sinks,
+            softcap=capture.softcap, sinks=capture.sinks, gain=capture.gain,
             host={name: None if tensor is None else tensor.cpu() for name, tensor in moved.items()},
         )  # fmt: skip
 

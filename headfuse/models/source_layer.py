@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,12 @@ class LoadedLayer:
         room = has_room(self.layers.device, CAPTURED * states.hidden.nbytes)
         attention.headfuse_captures = captures, states.weight, (lambda capture: capture) if room else HostCapture
         try:
-            outputs = self.layers.through(self.module, self.index, states)
+            with _gains(self.module, attention) as gains:
+                outputs = self.layers.through(self.module, self.index, states)
         finally:
             attention.headfuse_captures = None
+        for capture, gain in zip(captures, gains, strict=True):
+            vars(capture)["gain"] = gain
         self._check([outputs.hidden, *(x for c in captures for x in (c.query, c.key, c.value))])
         return outputs, tuple(captures)
 
@@ -87,3 +91,26 @@ class LoadedLayer:
                 where=self.folder,
                 fix="weights or config.json are damaged: take a checkpoint that generates text",
             )
+
+
+@contextlib.contextmanager
+def _gains(layer: nn.Module, attention: nn.Module) -> Iterator[list[torch.Tensor | None]]:
+    """Of each call of the attention, the `gain` of a capture: None where no other module reads its output as it is."""
+    found, reached = list[torch.Tensor | None](), list[torch.Tensor]()
+
+    def attended(_: nn.Module, __: Any, output: Any) -> None:
+        reached[:] = [output[0] if isinstance(output, tuple) else output]
+        found.append(None)
+
+    def read(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if reached and inputs and inputs[0] is reached[0]:
+            size = reached[0].float().norm(dim=-1)
+            found[-1] = output.float().norm(dim=-1) / size.clamp_min(torch.finfo(torch.float32).tiny)
+
+    hooks = [attention.register_forward_hook(attended)]
+    hooks += [child.register_forward_hook(read) for child in layer.children() if child is not attention]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

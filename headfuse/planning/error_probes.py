@@ -123,7 +123,8 @@ def output_error(
 ) -> float:
     """Mean of |e|^2 / (|e|^2 + |x|^2) over tokens: e the error of the attention output, x the residual stream.
 
-    Token by token, because a few tokens with massive activations hold nearly all of the energy.
+    Behind a norm of the attention output e is multiplied by the norm's gain. Token by token, because a few tokens with
+    massive activations hold nearly all of the energy.
 
     Args:
         captures: the source's layer on the text to measure on, of all or the first of `hidden`.
@@ -136,6 +137,7 @@ def output_error(
     for capture, target in zip(captures, targets, strict=True):
         z = reconstructed_outputs(capture, fused).transpose(1, 2)  # [B, T, n_q, d]
         error = z.flatten(2) @ read - target
+        error = error if capture.gain is None else error * capture.gain[..., None]
         squared, energy = error.square().sum(-1), hidden[first : first + len(z)].square().sum(-1)
         shares.append((squared / (squared + energy).clamp_min(TINY)).sum())
         tokens, first = tokens + energy.numel(), first + len(z)

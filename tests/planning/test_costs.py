@@ -27,6 +27,7 @@ from headfuse.planning.fused_variants import probe_windows, with_heads
 from headfuse.planning.survey import SurveyOptions, survey_layer
 from headfuse.text.calibration import CalibrationText
 from tests.planning.tiny_sources import WINDOWS, opened
+from tests.support.planted_heads import edit_weights
 from tests.support.tiny_models import tiny_model
 
 
@@ -127,6 +128,25 @@ def test_a_token_of_massive_energy_hides_no_error(tmp_path: Path) -> None:
     massive[:, 0] *= 1e4
     assert 0 < error(massive) < error(states.hidden) < 1.5 * error(massive)
     assert error(torch.zeros_like(massive)) == pytest.approx(1)  # all error, no energy
+
+
+@pytest.mark.parametrize(("family", "same"), [("olmo2", True), ("gemma3_text", True), ("glm4", True), ("llama", False)])
+def test_an_error_counts_behind_the_norm_of_the_attention_output(tmp_path: Path, family: str, same: bool) -> None:
+    """A norm takes off how large the output projection is, and what it takes off an error it takes off the cost."""
+    model, lost = tiny_model(tmp_path / "model", family, query_heads=8), []
+    fused: FusedHeads = {"value": (random_maps(), ((0, 1), (2, 3)))}
+    for factor in (30.0, 3.0):
+        edit_weights(model, lambda weights, *_, factor=factor: weights.output.mul_(factor))
+        _, streamed = opened(model)
+        states, tensors = streamed.embed(WINDOWS), streamed.layer_tensors(0)
+        with streamed.layer(0, tensors) as run:
+            _, captures = run.capture(states)
+        output = streamed.attention_weights(tensors).output
+        targets = [capture.output.flatten(2) @ output.flatten(1).T for capture in captures]
+        assert all((capture.gain is None) != same for capture in captures)
+        lost.append(output_error(captures, targets, states.hidden, output, fused))
+    assert 0 < lost[0] < 1
+    assert (lost[1] == pytest.approx(lost[0], rel=2e-3)) is same
 
 
 def test_probes_see_text_that_nothing_was_fitted_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
