@@ -26,8 +26,10 @@ FITTED_WINDOWS = 8
 """Most windows that layers are fitted to for it; all plans are fitted to the same."""
 CERTAIN = 2.0
 """Standard errors of the mean difference from which on a plan is taken to lose less."""
-CLEAR = 0.75
-"""Allocated widths that are expected to lose less than this share of what equal ones lose are not compared."""
+NEGLIGIBLE = 1e-7
+"""Where allocated widths are expected to lose less than this, in nats per token, nothing is compared. A gain that costs
+only predict is no reason to leave the comparison out (docs/experiments/errors-that-look-small.md).
+"""
 Widths = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
 """Of keys and of values of a layer's groups; None where it is copied."""
 

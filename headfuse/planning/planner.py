@@ -22,7 +22,7 @@ from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.budget import BudgetRules, budget_rules
-from headfuse.planning.comparison import CLEAR, COMPARED_WINDOWS, FITTED_WINDOWS, better_plan
+from headfuse.planning.comparison import COMPARED_WINDOWS, FITTED_WINDOWS, NEGLIGIBLE, better_plan
 from headfuse.planning.costs import CostTable, cost_row, measured_counts
 from headfuse.planning.cross_layer import with_sources
 from headfuse.planning.end_loss_probes import EndLossProbes
@@ -238,14 +238,14 @@ def plan_model(
 
 
 def _in_doubt(options: PlanOptions, against: str, heads: HeadLayout, found: Survey) -> bool:
-    """Whether the allocator's plan may lose more than another one's: its expected gain is small."""
+    """Whether another plan may lose less: there was a choice, and the allocator's is expected to lose something."""
     if found.costs is None:
         return False
     first, second = (
         found.costs.of(options.rules.allocate(name, heads, found.costs)) for name in (options.allocator, against)
     )
     logger.debug("%s is expected to lose %.4f nats per token, %s %.4f", options.allocator, first, against, second)
-    return first > CLEAR * second
+    return first > NEGLIGIBLE
 
 
 def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan:
