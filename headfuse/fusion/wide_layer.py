@@ -12,7 +12,7 @@ from headfuse.fusion.moments import key_moments, value_moments
 from headfuse.fusion.refit import refit_output
 from headfuse.fusion.wide import KeyBasis, PlainBasis, even_sizes, key_basis, plain_basis
 from headfuse.fusion.wide_attention import cached_keys, cached_values, expanded_values
-from headfuse.models.attention import AttentionWeights
+from headfuse.models.attention import CHANNELWISE, AttentionWeights
 from headfuse.models.capture import AttentionCapture
 from headfuse.plan import Groups, HeadLayout, LayerPlan
 
@@ -135,12 +135,8 @@ def turning_first(weights: AttentionWeights, channels: KeyChannels) -> Attention
     """Queries with the channels of turning planes first, as the model code rotates them; whole keys and norms, too."""
     if not channels.still:
         return weights
-    order, moved = channels.order(weights.query.shape[1]), ["query", "query_bias"]
-    if weights.key_norm is not None:
-        moved += ["query_norm", "key", "key_bias", "key_norm"]
-    parts = {name: getattr(weights, name) for name in moved}
-    changed: MapRows = {name: None if part is None else part[:, order] for name, part in parts.items()}
-    return replace(weights, **changed)  # type: ignore[arg-type]
+    moved = ("query", "query_bias") if weights.key_norm is None else CHANNELWISE
+    return weights.reordered(channels.order(weights.query.shape[1]), moved)
 
 
 def _largest(states: Sequence[torch.Tensor], basis: KeyBasis | PlainBasis) -> torch.Tensor:

@@ -11,6 +11,7 @@ from headfuse.config.fuse import FuseConfig
 from headfuse.errors import UnsupportedModelError
 from headfuse.modeling.configuration_headfuse import FAMILIES, one_head_width
 from headfuse.models.heads import head_layout
+from headfuse.models.rope import layer_kind
 from headfuse.plan import FusionPlan
 
 ONE_WIDTH_IN_VLLM = ("qwen2", "qwen2_moe")
@@ -68,10 +69,7 @@ def channels_in_runtimes(plan: FusionPlan, config: Any) -> dict[str, tuple[int, 
 
 def attention_kinds(config: Any) -> list[str]:
     """The kind of attention of each layer, as vLLM tells them apart: with the window of the config or without."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None or getattr(config, "sliding_window", None) is None:
-        return ["full_attention"] * config.num_hidden_layers
-    return list(kinds)
+    return [layer_kind(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
 
 
 def in_blocks(channels: Sequence[int], kinds: Sequence[str]) -> int:

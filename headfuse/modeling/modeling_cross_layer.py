@@ -45,12 +45,7 @@ class SharingAttention(HeadfuseAttention):
     def _whole_states(self, hidden_states: torch.Tensor, turn: States | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [b, s, n_q, d] and keys of the source's heads [b, s, n_s, d], behind their norms and rotated."""
         query, key = self._heads(hidden_states, self.q_proj, 0), self._heads(hidden_states, self.k_proj, 1)
-        if turn is not None:
-            both = rotate(torch.cat((query, key), dim=2), *turn)
-            query, key = both.split([query.shape[2], key.shape[2]], dim=2)
-        if self.family.norm_after_rotary:
-            query, key = self._normed(query, 0), self._normed(key, 1)
-        return query, key
+        return self._turned(query, key, turn)
 
     def _written(
         self,

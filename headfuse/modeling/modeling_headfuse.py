@@ -48,7 +48,6 @@ class HeadfuseAttention(nn.Module):
     embed_positions: torch.Tensor
     sliding_window: int | None
     num_key_value_groups: int
-    num_heads: tuple[int, int]
     cache_heads: int
     key_heads: torch.Tensor | None
     value_heads: torch.Tensor | None
@@ -70,7 +69,6 @@ class HeadfuseAttention(nn.Module):
         self.adopt(config)
         self.replace_projections(num_keys * self.head_dim, num_values * self.head_dim)
         self._fit_norm(num_keys)
-        self.num_heads = (config.num_attention_heads, num_keys)
         self.cache_heads = math.gcd(num_keys, num_values)
         self.num_key_value_groups, tables = self._tables()
         for name, table in tables.items():
@@ -230,13 +228,19 @@ class HeadfuseAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [b, s, heads, d], rotated."""
         query, key, value = self._project(hidden_states)
-        if position_embeddings is not None:
-            cos, sin = self._cos_and_sin(position_embeddings)
-            both = rotate(torch.cat((query, key), dim=2), cos, sin)  # in one go: a decode step is bound by calls
-            query, key = both.split(self.num_heads, dim=2)
+        turn = None if position_embeddings is None else self._cos_and_sin(position_embeddings)
+        return *self._turned(query, key, turn), value
+
+    def _turned(
+        self, query: torch.Tensor, key: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys [b, s, heads, d] rotated by a cos and a sin, and behind norms that stand there."""
+        if turn is not None:
+            both = rotate(torch.cat((query, key), dim=2), *turn)  # in one go: a decode step is bound by calls
+            query, key = both.split([query.shape[2], key.shape[2]], dim=2)
         if self.family.norm_after_rotary:
             query, key = self._normed(query, 0), self._normed(key, 1)
-        return query, key, value
+        return query, key
 
     def _normed(self, states: torch.Tensor, side: int) -> torch.Tensor:
         """Queries (side 0) or keys (side 1) behind their norm."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 
 from headfuse.models.families import READ_MAPS, SINKS, WRITE_MAPS, Architecture
 from headfuse.plan import HeadLayout
+
+CHANNELWISE = ("query", "key", "query_bias", "key_bias", "query_norm", "key_norm")
+"""Fields whose second dimension is the channels of a query or key head."""
 
 
 def canonical_order(arch: Architecture, heads: HeadLayout) -> list[int] | None:
@@ -97,7 +100,7 @@ class AttentionWeights:
             parts = [tensors[part] for part in _numbered(tensors, f"{name}.norms.{{expert}}.weight")]
             norm = torch.stack(parts) if parts else tensors.get(f"{name}.weight")
             found[f"{side}_norm"] = None if norm is None else norm.view(-1, heads.head_dim)
-        return cls(**found)._reordered(canonical_order(arch, heads))  # type: ignore[arg-type]
+        return cls(**found).reordered(canonical_order(arch, heads))  # type: ignore[arg-type]
 
     @classmethod
     def of_layer(cls, tensors: Mapping[str, torch.Tensor], arch: Architecture, heads: HeadLayout) -> AttentionWeights:
@@ -123,7 +126,7 @@ class AttentionWeights:
     def to_tensors(self, arch: Architecture, heads: HeadLayout) -> dict[str, torch.Tensor]:
         """The inverse of `from_tensors`."""
         order = canonical_order(arch, heads)
-        own = self._reordered(order and sorted(range(len(order)), key=order.__getitem__))
+        own = self.reordered(order and sorted(range(len(order)), key=order.__getitem__))
         output = own.output.flatten(1, 2)
         tensors = {
             f"{arch.output}.weight": output.T.contiguous() if arch.transposed else output,
@@ -167,11 +170,10 @@ class AttentionWeights:
             value_bias=empty(self.value_bias, num_value_heads),
         )
 
-    def _reordered(self, order: list[int] | None) -> AttentionWeights:
-        """These weights with the channels of queries and keys in another order."""
+    def reordered(self, order: list[int] | None, moved: Sequence[str] = CHANNELWISE) -> AttentionWeights:
+        """These weights with the channels of queries and keys in another order; `moved`: the fields that change."""
         if order is None:
             return self
-        moved = ("query", "key", "query_bias", "key_bias", "query_norm", "key_norm")
         parts = {name: getattr(self, name) for name in moved}
         changed: dict[str, Any] = {n: None if part is None else part[:, order] for n, part in parts.items()}
         return replace(self, **changed)
