@@ -25,7 +25,9 @@ COMPARED_WINDOWS = 4
 FITTED_WINDOWS = 8
 """Most windows that layers are fitted to for it; all plans are fitted to the same."""
 CERTAIN = 2.0
-"""Standard errors of the mean difference from which on a plan is taken to lose less."""
+"""Standard errors of the mean log ratio from which on a plan is taken to lose less."""
+LEAST_LOSS = 1e-9
+"""What a window loses at least, in nats per token: rounding makes a divergence of nothing negative."""
 NEGLIGIBLE = 1e-7
 """Where allocated widths are expected to lose less than this, in nats per token, nothing is compared. A gain that costs
 only predict is no reason to leave the comparison out (docs/experiments/errors-that-look-small.md).
@@ -38,13 +40,14 @@ def loses_less(allocated: torch.Tensor, equal: torch.Tensor) -> bool:
     """Whether an allocated plan loses less than one of equal widths by more than chance, window by window.
 
     Costs are measured on a little text and add up only roughly, so allocated widths have to prove that they are better.
-    In a tie equal ones are better on text of another kind (docs/experiments/errors-that-look-small.md).
+    In a tie equal ones are better on text of another kind. Windows differ by factors in what any plan loses, so it is
+    the ratio that they repeat, not the difference (docs/experiments/errors-that-look-small.md).
 
     Args:
         allocated: what the allocated plan loses in each window `[k]`.
         equal: what the plan of equal widths loses there.
     """
-    gain = equal - allocated
+    gain = (equal.clamp_min(LEAST_LOSS) / allocated.clamp_min(LEAST_LOSS)).log()
     return bool(gain.mean() > CERTAIN * gain.std() / len(gain) ** 0.5)
 
 

@@ -35,6 +35,9 @@ LATENT = ("--layout", "latent", "--preset", "fast", "--budget", "1/2")
         ([0.5, 0.7, 0.6, 0.4], [0.5, 0.7, 0.6, 0.4], False),
         ([0.5, 0.7, 0.6, 0.4], [0.7, 0.6, 0.7, 0.4], False),  # less in the mean, by no more than chance
         ([0.5, 0.7, 0.6, 0.4], [0.6, 0.7, 0.7, 0.5], True),
+        ([0.1, 0.6, 0.1, 0.1], [0.13, 0.9, 0.14, 0.15], True),  # a third less in every window: one loses far more
+        ([0.3, 0.6, 0.3, 0.3], [0.29, 0.9, 0.31, 0.29], False),  # the mean is the gain of one window
+        ([0.0, -1e-12, 0.0, 0.0], [0.0, 0.0, 1e-12, -1e-12], False),
     ],
 )
 def test_an_allocated_plan_has_to_prove_itself(allocated: list[float], equal: list[float], won: bool) -> None:
