@@ -26,8 +26,6 @@ from headfuse.config.presets import PRESETS
 from headfuse.evaluation.evaluate import evaluate
 
 LENGTH, BATCH, SAMPLES, WINDOWS = 256, 4, 64, 32
-EVERY = 20
-"""Steps between two evaluations."""
 DHA = load_config("dha-small", {}).model_dump()["dha"]
 """Scaled to the bundled model and to few tokens: see docs/results/recovery.md."""
 GQA = {"layout": "gqa", "preset": "fast", "grouping": "neighbours"}
@@ -41,6 +39,8 @@ STARTS: dict[str, dict[str, Any]] = {
     "dha, from subspace": {"method": "dha", "dha": {**DHA, "start": "subspace"}},
     "fast": {"layout": "decoupled", "preset": "fast"},
     "balanced": {"layout": "decoupled", "preset": "balanced"},
+    "latent, fast": {"layout": "latent", "preset": "fast"},
+    "latent, balanced": {"layout": "latent", "preset": "balanced"},
 }
 """Name -> options of `headfuse fuse`: mean-pooled GQA, its ablations, and the presets of the default method."""
 KEY = ("budget", "start", "seed", "tokens")
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--budget", nargs="+", default=["1/4", "1/2"])
     parser.add_argument("--start", nargs="+", default=list(STARTS), choices=STARTS)
     parser.add_argument("--tokens", type=int, default=40_960, help="of uptraining")
+    parser.add_argument("--every", type=int, default=20, help="steps between two evaluations")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/recovery.jsonl"))
     parser.add_argument(
@@ -89,7 +90,7 @@ def race(options: argparse.Namespace, budget: str, start: str, seed: int, tokens
             str(folder / "fused"), data=options.train, tokens=tokens, loss="kl", teacher=options.model,
             batch_size=BATCH, sequence_length=LENGTH, seed=seed, validation_data=options.validation,
             validation_windows=WINDOWS,
-            checkpoint_every=EVERY, output=folder / "uptrained",
+            checkpoint_every=options.every, output=folder / "uptrained",
         )  # fmt: skip
         log = [json.loads(line) for line in (folder / "uptrained/train_log.jsonl").read_text().splitlines()]
         fusion = folder / "fused/train_log.jsonl"
@@ -119,7 +120,7 @@ def spent(start: str, stages: list[dict[str, Any]]) -> int:
     statistics = SAMPLES * LENGTH
     trained = SAMPLES - CalibrationConfig().held_out_windows(SAMPLES)
     refined = round(trained * PRESETS["balanced"].model_passes) * LENGTH
-    return {"gqa": 0, "balanced": statistics + refined}.get(start, statistics)
+    return {"gqa": 0, "balanced": statistics + refined, "latent, balanced": statistics + refined}.get(start, statistics)
 
 
 # ---------------------------------------------------------------- tables and plot

@@ -47,8 +47,14 @@ def loses_less(allocated: torch.Tensor, equal: torch.Tensor) -> bool:
         allocated: what the allocated plan loses in each window `[k]`.
         equal: what the plan of equal widths loses there.
     """
-    gain = (equal.clamp_min(LEAST_LOSS) / allocated.clamp_min(LEAST_LOSS)).log()
-    return bool(gain.mean() > CERTAIN * gain.std() / len(gain) ** 0.5)
+    gain, error = log_ratio(allocated, equal)
+    return gain > CERTAIN * error
+
+
+def log_ratio(allocated: torch.Tensor, equal: torch.Tensor) -> tuple[float, float]:
+    """The mean log ratio of what two plans lose in each window `[k]`, and its standard error."""
+    ratio = (equal.clamp_min(LEAST_LOSS) / allocated.clamp_min(LEAST_LOSS)).log()
+    return ratio.mean().item(), ratio.std().item() / len(ratio) ** 0.5
 
 
 def better_plan(
@@ -67,8 +73,9 @@ def better_plan(
     losses = plan_losses((allocated, equal), streamed, text, windows, slow, on_progress)
     won = loses_less(*losses)
     logger.info(
-        "on %d windows that neither was made from, allocated widths lose %.3f nats per token and equal widths %.3f: "
-        "widths are %s", len(windows), *losses.mean(1).tolist(), "allocated" if won else "equal",
+        "on %d windows that neither was made from, allocated widths lose %.3f nats per token and equal widths %.3f "
+        "(log ratio %.3f, standard error %.3f): widths are %s",
+        len(windows), *losses.mean(1).tolist(), *log_ratio(*losses), "allocated" if won else "equal",
     )  # fmt: skip
     return allocated if won else equal
 
