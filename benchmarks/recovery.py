@@ -43,7 +43,9 @@ STARTS: dict[str, dict[str, Any]] = {
     "latent, balanced": {"layout": "latent", "preset": "balanced"},
 }
 """Name -> options of `headfuse fuse`: mean-pooled GQA, its ablations, and the presets of the default method."""
-KEY = ("budget", "start", "seed", "tokens")
+KEY = ("budget", "start", "seed", "tokens", "recipe")
+RECIPE = "averaged weights"
+"""What sets the recipe of today's `uptrain` apart from that of rows which name none. They are shown apart."""
 
 
 def main() -> None:
@@ -65,11 +67,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
-    known = {tuple(row[name] for name in KEY) for row in rows}
-    wanted = [(b, s, seed, options.tokens) for seed in options.seed for b in options.budget for s in options.start]
+    known = {tuple(row.get(name, "") for name in KEY) for row in rows}
+    wanted = [
+        (b, s, seed, options.tokens, RECIPE) for seed in options.seed for b in options.budget for s in options.start
+    ]
     for key in () if options.draw else wanted:
         if key not in known:
-            rows.append(race(options, *key))
+            rows.append(race(options, *key[:-1]))
             with options.results.open("a") as stream:
                 stream.write(json.dumps(rows[-1]) + "\n")
     write(rows, options.page)
@@ -103,7 +107,8 @@ def race(options: argparse.Namespace, budget: str, start: str, seed: int, tokens
     points += [[e["step"] * step, e["nll"]] for e in log if e["event"] == "validation"]
     budgets = fused.plan.head_budget
     row = {
-        "budget": budget, "start": start, "seed": seed, "tokens": tokens, "spent": spent(start, stages),
+        "budget": budget, "start": start, "seed": seed, "tokens": tokens, "recipe": RECIPE,
+        "spent": spent(start, stages),
         "source": source.model.nll, "points": points,
         "key_heads": budgets.key_heads, "value_heads": budgets.value_heads,
     }  # fmt: skip
@@ -131,9 +136,8 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
     text = path.read_text().split("\n---\n")[0] if path.exists() else "# Recovery\n"
     written = "Written by `python benchmarks/recovery.py --draw` from benchmarks/results/recovery.jsonl."
     lines = [text, "---", "", written, ""]
-    for budget in dict.fromkeys(row["budget"] for row in rows):
-        own = [row for row in rows if row["budget"] == budget]
-        lines += [f"## {budget} of the cache", f"Source: NLL {own[0]['source']:.3f}.", ""]
+    for title, own in by_race(rows).items():
+        lines += [f"## {title}", f"Source: NLL {own[0]['source']:.3f}.", ""]
         lines += ["| start | seed | tokens before | NLL before | tokens: NLL (perplexity, source / model) | heads |"]
         lines += ["|---|---|---|---|---|---|"]
         for row in own:
@@ -145,6 +149,15 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
     lines += ["![NLL against tokens](recovery.png)", ""]
     path.write_text("\n".join(lines))
     draw(rows, path.with_suffix(".png"))
+
+
+def by_race(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows that may be compared, by the title of their table: of one budget and one recipe."""
+    races = dict[str, list[dict[str, Any]]]()
+    for row in rows:
+        recipe = f", {row['recipe']}" if "recipe" in row else ""
+        races.setdefault(f"{row['budget']} of the cache{recipe}", []).append(row)
+    return races
 
 
 def relative(row: dict[str, Any], nll: float) -> float:
@@ -188,22 +201,21 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    races = by_race(rows)
     figure, axes = pyplot.subplots(
-        1, max(1, len(budgets)), figsize=(5.5 * max(1, len(budgets)), 4.2), squeeze=False, layout="constrained"
+        1, max(1, len(races)), figsize=(5.5 * max(1, len(races)), 4.2), squeeze=False, layout="constrained"
     )
     colours = {start: f"C{index}" for index, start in enumerate(STARTS)}
-    for axis, budget in zip(axes[0], budgets, strict=False):
+    for axis, (title, own) in zip(axes[0], races.items(), strict=False):
         seen = set[str]()
-        source = next(row["source"] for row in rows if row["budget"] == budget)
-        axis.axhline(source, color="black", lw=0.8, ls=":", label="source")
-        for row in (row for row in rows if row["budget"] == budget):
+        axis.axhline(own[0]["source"], color="black", lw=0.8, ls=":", label="source")
+        for row in own:
             tokens, losses = zip(*row["points"], strict=True)
             label = None if row["start"] in seen else row["start"]
             seen.add(row["start"])
             total = [(n + row["spent"]) / 1000 for n in tokens]
             axis.plot(total, losses, "o-", ms=3, lw=1.2, color=colours[row["start"]], label=label)
-        axis.set(title=f"{budget} of the cache", xlabel="tokens read, thousands", ylabel="NLL, unseen text")
+        axis.set(title=title, xlabel="tokens read, thousands", ylabel="NLL, unseen text")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
