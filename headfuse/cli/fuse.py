@@ -111,7 +111,11 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
     from headfuse.conversion.convert import fuse
 
     if settings.calibration.data == "default":
-        say(log, "Calibrating on bundled prose and code. Pass --data with text like your inputs for better quality.")
+        say(
+            log,
+            "Calibrating on bundled English prose and Python. Other languages and chats lose more: "
+            "pass --data with text like your inputs.",
+        )
     with stages(log, "reading") as show:
 
         def on_progress(phase: str, done: int, total: int) -> None:
