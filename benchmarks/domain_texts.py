@@ -18,6 +18,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Iterable
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,9 @@ def handbook(root: Path, language: str) -> list[str]:
     return found
 
 
+@cache
 def paragraphs(path: Path) -> list[str]:
-    """The text of a page's paragraphs."""
+    """The text of a page's paragraphs; those in English are asked for by every translation."""
     found = PARAGRAPH.findall(path.read_text(encoding="utf-8")) if path.exists() else []
     return [" ".join(html.unescape(re.sub(r"<[^>]+>", "", each)).split()) for each in found]
 

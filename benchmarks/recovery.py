@@ -43,7 +43,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "latent, balanced": {"layout": "latent", "preset": "balanced"},
 }
 """Name -> options of `headfuse fuse`: mean-pooled GQA, its ablations, and the presets of the default method."""
-KEY = ("budget", "start", "seed", "tokens", "recipe")
+KEY = ("budget", "start", "seed", "tokens")
 RECIPE = "averaged weights"
 """What sets the recipe of today's `uptrain` apart from that of rows which name none. They are shown apart."""
 
@@ -67,13 +67,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
-    known = {tuple(row.get(name, "") for name in KEY) for row in rows}
-    wanted = [
-        (b, s, seed, options.tokens, RECIPE) for seed in options.seed for b in options.budget for s in options.start
-    ]
+    known = {tuple(row[name] for name in KEY) for row in rows if row.get("recipe") == RECIPE}
+    wanted = [(b, s, seed, options.tokens) for seed in options.seed for b in options.budget for s in options.start]
     for key in () if options.draw else wanted:
         if key not in known:
-            rows.append(race(options, *key[:-1]))
+            rows.append(race(options, *key))
             with options.results.open("a") as stream:
                 stream.write(json.dumps(rows[-1]) + "\n")
     write(rows, options.page)
@@ -122,10 +120,13 @@ def spent(start: str, stages: list[dict[str, Any]]) -> int:
     """Tokens that were read before uptraining began, those of several passes as often as they were read."""
     if stages:
         return int(stages[-1]["tokens"])
+    if start == "gqa":
+        return 0
     statistics = SAMPLES * LENGTH
+    if STARTS[start].get("preset") != "balanced":
+        return statistics
     trained = SAMPLES - CalibrationConfig().held_out_windows(SAMPLES)
-    refined = round(trained * PRESETS["balanced"].model_passes) * LENGTH
-    return {"gqa": 0, "balanced": statistics + refined, "latent, balanced": statistics + refined}.get(start, statistics)
+    return statistics + round(trained * PRESETS["balanced"].model_passes) * LENGTH
 
 
 # ---------------------------------------------------------------- tables and plot

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from headfuse.estimates import Estimate, mean
 from headfuse.fusion.moments import key_moments, value_moments
 from headfuse.fusion.refit import refit_output
 from headfuse.models.placement import factories_on
@@ -47,14 +48,13 @@ def loses_less(allocated: torch.Tensor, equal: torch.Tensor) -> bool:
         allocated: what the allocated plan loses in each window `[k]`.
         equal: what the plan of equal widths loses there.
     """
-    gain, error = log_ratio(allocated, equal)
-    return gain > CERTAIN * error
+    ratio = log_ratio(allocated, equal)
+    return ratio.stderr is not None and ratio.value > CERTAIN * ratio.stderr
 
 
-def log_ratio(allocated: torch.Tensor, equal: torch.Tensor) -> tuple[float, float]:
-    """The mean log ratio of what two plans lose in each window `[k]`, and its standard error."""
-    ratio = (equal.clamp_min(LEAST_LOSS) / allocated.clamp_min(LEAST_LOSS)).log()
-    return ratio.mean().item(), ratio.std().item() / len(ratio) ** 0.5
+def log_ratio(allocated: torch.Tensor, equal: torch.Tensor) -> Estimate:
+    """The mean log ratio of what two plans lose in each window `[k]`."""
+    return mean((equal.clamp_min(LEAST_LOSS) / allocated.clamp_min(LEAST_LOSS)).log().tolist())
 
 
 def better_plan(
@@ -71,11 +71,11 @@ def better_plan(
     Arguments as of `plan_losses`.
     """
     losses = plan_losses((allocated, equal), streamed, text, windows, slow, on_progress)
-    won = loses_less(*losses)
+    won, ratio = loses_less(*losses), log_ratio(*losses)
     logger.info(
         "on %d windows that neither was made from, allocated widths lose %.3f nats per token and equal widths %.3f "
         "(log ratio %.3f, standard error %.3f): widths are %s",
-        len(windows), *losses.mean(1).tolist(), *log_ratio(*losses), "allocated" if won else "equal",
+        len(windows), *losses.mean(1).tolist(), ratio.value, ratio.stderr, "allocated" if won else "equal",
     )  # fmt: skip
     return allocated if won else equal
 
