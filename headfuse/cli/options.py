@@ -54,6 +54,12 @@ def _budget(text: str) -> str:
     return text.strip()
 
 
+def _part(text: str) -> float:
+    from headfuse.config.values import parse_part
+
+    return usage(parse_part, text)
+
+
 def _head_dim(text: str) -> str:
     from headfuse.config.values import parse_head_dim
 
@@ -165,6 +171,16 @@ Data = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(min=2, help="Number of windows of text.", rich_help_panel=TEXT)]
 SequenceLength = Annotated[int | None, typer.Option(min=8, help="Tokens in a window.", rich_help_panel=TEXT)]
+RandomTokens = Annotated[
+    float | None,
+    typer.Option(
+        "--random-tokens",
+        parser=_part,
+        metavar="SHARE",
+        help="Share of the windows that hold random tokens, for languages that the text lacks.",
+        rich_help_panel=TEXT,
+    ),
+]
 
 Output = Annotated[
     Path | None,

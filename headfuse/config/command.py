@@ -92,6 +92,7 @@ FUSE = Command(
         "data": "calibration.data",
         "samples": "calibration.samples",
         "sequence_length": "calibration.sequence_length",
+        "random_tokens": "calibration.random_tokens",
     },
 )
 ANALYZE = Command(FuseConfig, Processor, ("config", "curves", "spectrum", "on_progress"), short=FUSE.short)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from headfuse.choices import Allocator, Grouping, Layout, Loss, Method, Preset, StartingBasis, names
 from headfuse.config.loading import Options, SideBudget, load_options, one_of
-from headfuse.config.values import Count, HeadDim, Rate, Share, Steps
+from headfuse.config.values import Count, HeadDim, Part, Rate, Share, Steps
 
 
 class BudgetConfig(Options):
@@ -85,11 +85,20 @@ class CalibrationConfig(Options):
     data: str = "default"
     """The calibration text: a file, a folder or a hub dataset. `default` is a bundled sample of prose and code."""
     samples: Annotated[int, Field(ge=2, strict=True)] = 64
-    """How many windows of text are read."""
+    """How many windows are read."""
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 512
     """Tokens in a window."""
     held_out: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of the windows that nothing is fitted to; null: a quarter, at most 8 windows."""
+    random_tokens: Part = 0.0
+    """Share of the other windows that hold random tokens of the vocabulary, for languages that the text lacks. The
+    refinement of presets balanced and best reads text alone."""
+
+    @property
+    def random_windows(self) -> int:
+        """How many of the windows that are not held out hold random tokens; at least two windows hold text."""
+        fitted = self.samples - self.held_out_windows(self.samples)
+        return min(round(fitted * self.random_tokens), fitted - 1, self.samples - 2)
 
     def held_out_windows(self, samples: int) -> int:
         """How many of `samples` windows are held out; at least one is left."""

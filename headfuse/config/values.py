@@ -24,11 +24,17 @@ def _budget_text(value: Any) -> Any:
     return value
 
 
+def _part(value: Any) -> Any:
+    return value if isinstance(value, bool) else parse_part(str(value))
+
+
 def _head_dim(value: Any) -> Any:
     return parse_head_dim(str(value))
 
 
 Share = Annotated[str, BeforeValidator(_budget_text)]
+Part = Annotated[float, BeforeValidator(_part), Field(strict=True)]
+"""A share of at least 0 and below 1."""
 HeadDim = Annotated[int | str, BeforeValidator(_head_dim)]
 """Channels of a fused head, or `auto`."""
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -42,16 +48,32 @@ def parse_budget(text: str) -> Fraction:
     Raises:
         ValueError: unless it is a number above 0 and at most 1.
     """
+    value = _fraction(text)
+    if not 0 < value <= 1:
+        raise ValueError(f"{text} is out of range: a budget is a share of the source's KV cache, above 0 and at most 1")
+    return value
+
+
+def parse_part(text: str) -> float:
+    """A share written as a decimal or a fraction, `0.25` or `1/4`.
+
+    Raises:
+        ValueError: unless it is a number of at least 0 and below 1.
+    """
+    value = _fraction(text)
+    if not 0 <= value < 1:
+        raise ValueError(f"{text} is out of range: it must be at least 0 and below 1")
+    return float(value)
+
+
+def _fraction(text: str) -> Fraction:
     text = str(text).strip()
     try:
         if len(text) > 40 or re.search(r"[eE][-+]?\d{3}", text):  # 1e-999999999 is a fraction of a gigabyte
             raise ValueError
-        value = Fraction(text)
+        return Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{text!r} is not a number: write a decimal or a fraction, like 0.25 or 1/4") from None
-    if not 0 < value <= 1:
-        raise ValueError(f"{text} is out of range: a budget is a share of the source's KV cache, above 0 and at most 1")
-    return value
 
 
 def parse_head_dim(text: str) -> int | str:

@@ -161,7 +161,8 @@ def _write(conversion: Conversion, plan: FusionPlan, options: dict[str, Any], re
     if refines(refinement, plan, before, closed_form) or (partial / REFINED).exists():
         streamed.layers.kept = None  # of the source: the fused layers take the place
         with torch.no_grad():
-            targets = Targets(conversion.text.statistics, streamed.last_hidden_state(last.hidden))
+            text = conversion.text  # random tokens would teach it what the source makes of noise
+            targets = Targets(text.text, streamed.last_hidden_state(text.of_text(last.hidden)))
         stages = refine(conversion, fused, writer, targets, closed_form, refinement)
     return _Written(plan, writer, tuple(stages), before)
 

@@ -89,7 +89,8 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
         work += _reading_work(sizes, _channels_read(config, sizes.heads))
     passes = PRESETS[config.preset].model_passes
     if passes and method.refits_output:
-        work += passes * sizes.seen * (REFINED * sizes.once + 3 * 2 * sizes.head)
+        random = config.calibration.random_windows * sizes.length
+        work += passes * (sizes.seen - random) * (REFINED * sizes.once + 3 * 2 * sizes.head)
         work += sizes.held_out * (sizes.once + 2 * sizes.head)
         states = (sizes.layers * sizes.length + sizes.seen + 16 * sizes.length) * sizes.width
         memory += 4 * (states + 3 * sizes.length * sizes.vocabulary // 4)

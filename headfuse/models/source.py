@@ -22,6 +22,7 @@ from headfuse.plan import HeadLayout, SourceModel
 from headfuse.text.bos import start_token
 from headfuse.text.calibration import CalibrationText
 from headfuse.text.documents import read_documents
+from headfuse.text.random_tokens import ordinary_tokens
 from headfuse.text.windows import varied_windows
 
 logger = logging.getLogger(__name__)
@@ -84,14 +85,17 @@ class Source:
                 fix=f"choose {limit} or less",
             )
         documents = read_documents(calibration.data, seed=seed, tokenizer=tokenizer)
-        length, samples = calibration.sequence_length, calibration.samples
-        windows = varied_windows(documents, tokenizer, length, samples, seed, required=2, where=calibration.data)
+        length, wanted = calibration.sequence_length, calibration.samples - calibration.random_windows
+        windows = varied_windows(documents, tokenizer, length, wanted, seed, required=2, where=calibration.data)
         beyond = unembedded_tokens(tokenizer, self.config.vocab_size)
         warn_of_unembedded(beyond, self.folder)
         check_tokens(windows, beyond, self.folder)
-        held_out, bos = calibration.held_out_windows(len(windows)), start_token(tokenizer)
+        found = calibration.samples if len(windows) == wanted else len(windows)
+        held_out, bos = calibration.held_out_windows(found), start_token(tokenizer)
         logger.info("calibration windows %s", "have no BOS" if bos is None else "begin with BOS")
-        return CalibrationText.split(windows, held_out, bos)
+        random = calibration.random_windows * len(windows) // wanted  # fewer beside a short text
+        text = CalibrationText.split(windows, held_out, bos)
+        return text.mixed(random, ordinary_tokens(tokenizer, beyond), seed) if random else text
 
 
 def _check_heads(checkpoint: Checkpoint, heads: HeadLayout) -> None:

@@ -157,7 +157,7 @@ def survey(
     measured = tuple((probe.worth, probe.costs(partial(on_progress, "probes"))) for probe in probes)
     table = _measured_costs(layers, measured) if measured else None
     if costs == "importance":
-        table = cost_table(HEAD_IMPORTANCE[options.allocator](streamed, part.statistics, options.seed))
+        table = cost_table(HEAD_IMPORTANCE[options.allocator](streamed, part.text, options.seed))
     return Survey(tuple(layers), table, measured)
 
 
@@ -192,8 +192,8 @@ def _probes(
 ) -> tuple[ErrorProbes] | tuple[ErrorProbes, EndLossProbes]:
     """The preset's measurements, on as many tokens as it can afford; no survey is fitted to their text."""
     heads, equal = streamed.heads, options.rules.allocate("uniform", streamed.heads)
-    used, tokens = len(text.part(SURVEYED).statistics), text.statistics.numel()
-    unseen = text.statistics[used:] if used < len(text.statistics) else text.statistics
+    unseen, tokens = text.after(text.part(SURVEYED)), text.statistics.numel()
+    unseen = unseen if len(unseen) else text.text
     refit = FUSION_METHODS[options.method].refits_output
     full = options.rules.counted(heads)
     errors = ErrorProbes(streamed, probe_windows(unseen, weighing_tokens(tokens)), equal, refit, full)
@@ -228,7 +228,7 @@ def plan_model(
         on_progress: called with `compare` or `sources`, the layers done and all layers.
     """
     plan, part = make_plan(source, options, found), text.part(SURVEYED)
-    unseen = text.statistics[len(part.statistics) :][-COMPARED_WINDOWS:]
+    unseen = text.after(part)[-COMPARED_WINDOWS:]
     if options.against is not None and len(unseen) > 1 and _in_doubt(options, options.against, source.heads, found):
         other = make_plan(source, replace(options, allocator=options.against), found)
         fitted = text.part(min(SURVEYED, FITTED_WINDOWS / len(text.statistics)))

@@ -1,0 +1,49 @@
+"""Windows of random tokens: they show the heads tokens that the calibration text lacks.
+
+Text of one language holds a small part of a multilingual vocabulary, and what is fitted to it alone loses other
+languages (docs/experiments/random-tokens.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, unembedded: Container[int] = ()) -> torch.Tensor:
+    """Ids `[v]` of the tokens that text is made of: the vocabulary without special tokens and `unembedded` ones."""
+    special = set(tokenizer.all_special_ids)
+    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = {index for index in tokenizer.get_vocab().values() if index not in special and index not in unembedded}
+    return torch.tensor(sorted(found), dtype=torch.long)
+
+
+def with_random_windows(
+    text: torch.Tensor, count: int, tokens: torch.Tensor, bos: int | None, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put windows of random tokens evenly between windows of text.
+
+    Args:
+        text: windows `[n, T]`, at least one; with `bos`, they begin with it, and so do the random ones.
+        count: how many random windows there are.
+        tokens: ids `[v]`, each drawn with the same chance.
+        bos: the BOS token, if windows begin with it.
+        seed: of the drawing.
+
+    Returns:
+        All windows `[n + count, T]`, the first one text, and which of them are random `[n + count]`.
+    """
+    drawn = tokens[torch.randint(len(tokens), (count, text.shape[1]), generator=torch.Generator().manual_seed(seed))]
+    if bos is not None:
+        drawn[:, 0] = bos
+    total = len(text) + count
+    random = torch.zeros(total, dtype=torch.bool)
+    random[torch.arange(1, count + 1) * total // (count + 1)] = True
+    windows = text.new_empty(total, text.shape[1])
+    windows[random], windows[~random] = drawn, text
+    return windows, random

@@ -1,0 +1,127 @@
+"""Windows of random tokens in the calibration text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import headfuse
+from headfuse.config.fuse import CalibrationConfig
+from headfuse.conversion import refine
+from headfuse.conversion.refine import Targets
+from headfuse.errors import ConfigError
+from headfuse.models.source import Source
+from headfuse.text.random_tokens import ordinary_tokens, with_random_windows
+from tests.support.commands import fuse
+from tests.support.tiny_models import VOCABULARY, tiny_model
+
+TEXT = torch.arange(80).view(8, 10)
+TOKENS = torch.arange(100, 120)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 7, 16])
+def test_random_windows_are_spread_between_those_of_text(count: int) -> None:
+    windows, random = with_random_windows(TEXT, count, TOKENS, None, seed=0)
+    assert torch.equal(windows[~random], TEXT)
+    assert int(random.sum()) == count
+    assert not random[0]
+    assert ((windows[random] >= 100) & (windows[random] < 120)).all()
+    gaps = torch.cat([torch.tensor([0]), random.nonzero()[:, 0], torch.tensor([len(random)])]).diff()
+    assert int(gaps.max() - gaps.min()) <= 1
+
+
+def test_every_token_is_drawn_and_a_seed_repeats() -> None:
+    windows, random = with_random_windows(TEXT, 60, TOKENS, None, seed=0)
+    assert set(windows[random].flatten().tolist()) == set(TOKENS.tolist())
+    assert torch.equal(with_random_windows(TEXT, 60, TOKENS, None, seed=0)[0], windows)
+    assert not torch.equal(with_random_windows(TEXT, 60, TOKENS, None, seed=1)[0], windows)
+
+
+def test_they_begin_with_bos_as_text_does() -> None:
+    windows, _ = with_random_windows(torch.nn.functional.pad(TEXT, (1, 0), value=3), 4, TOKENS, 3, seed=0)
+    assert (windows[:, 0] == 3).all()
+    assert (windows[:, 1:] != 3)[1:].any()
+
+
+def test_special_and_unembedded_tokens_are_not_drawn(tokenizer: PreTrainedTokenizerFast) -> None:
+    everything = set(tokenizer.get_vocab().values())
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    assert set(ordinary_tokens(tokenizer).tolist()) == everything - special
+    assert set(ordinary_tokens(tokenizer, {7: "a", 8: "b"}).tolist()) == everything - special - {7, 8}
+
+
+@pytest.mark.parametrize(
+    ("samples", "share", "random", "held_out"),
+    [(16, 1 / 3, 4, 4), (16, 0, 0, 4), (64, 0.25, 14, 8), (2, 0.9, 0, 0), (3, 0.9, 1, 1), (16, 0.99, 11, 4)],
+)
+def test_samples_count_all_windows(tmp_path: Path, samples: int, share: float, random: int, held_out: int) -> None:
+    source = Source.open(str(tiny_model(tmp_path / "model")))
+    calibration = CalibrationConfig(samples=samples, sequence_length=16, random_tokens=share)
+    text = source.calibration_text(calibration, 0)
+    assert len(text.statistics) + len(text.held_out) == samples
+    assert len(text.held_out) == held_out
+    assert len(text.statistics) - len(text.text) == random
+    plain = source.calibration_text(CalibrationConfig(samples=samples - random, sequence_length=16), 0)
+    assert torch.equal(torch.cat([text.text, text.held_out]), torch.cat([plain.statistics, plain.held_out]))
+
+
+def test_a_short_text_has_fewer_of_them(tmp_path: Path) -> None:
+    source, short = Source.open(str(tiny_model(tmp_path / "model"))), tmp_path / "short.txt"
+    short.write_text((tmp_path / "text.txt").read_text()[:1000])
+    calibration = CalibrationConfig(data=str(short), samples=1000, sequence_length=16, random_tokens=0.5)
+    text = source.calibration_text(calibration, 0)
+    random = len(text.statistics) - len(text.text)
+    assert 0 < random <= len(text.text) + len(text.held_out)
+
+
+def test_costs_are_measured_on_text(tmp_path: Path) -> None:
+    source = Source.open(str(tiny_model(tmp_path / "model")))
+    text = source.calibration_text(CalibrationConfig(samples=16, sequence_length=16, random_tokens=0.5), 0)
+    part = text.part(1 / 3)
+    assert 0 < len(part.text) < len(part.statistics)
+    assert torch.equal(torch.cat([part.text, text.after(part)]), text.text)
+    assert len(text.after(text)) == 0
+
+
+def test_a_model_is_refined_on_text_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[Targets]()
+
+    def noted(*arguments: Any, **options: Any) -> None:
+        seen.extend(each for each in arguments if isinstance(each, Targets))
+
+    monkeypatch.setattr(refine, "refine_model", noted)
+    model = tiny_model(tmp_path / "model")
+    fuse(model, tmp_path / "out", "--layout", "latent", "--preset", "balanced", "--random-tokens", "1/2")
+    data = str(tmp_path / "text.txt")
+    calibration = CalibrationConfig(data=data, samples=8, sequence_length=32, random_tokens=0.5)
+    text = Source.open(str(model)).calibration_text(calibration, 0)
+    assert len(text.text) == 3
+    assert torch.equal(seen[0].windows, text.text)
+    with torch.no_grad():
+        source = AutoModelForCausalLM.from_pretrained(model)
+        assert torch.allclose(source.lm_head(seen[0].hidden), source(text.text).logits, atol=1e-4)
+
+
+def test_a_fused_model_keeps_tokens_that_its_text_lacks(tmp_path: Path) -> None:
+    """The text is three words in turn; the model is then asked about the whole vocabulary."""
+    model, windows = tiny_model(tmp_path / "model"), torch.randint(1, VOCABULARY, (8, 32))
+    (tmp_path / "text.txt").write_text("the key reads " * 500)
+    lost = dict[str, float]()
+    for share in ("0", "1/3"):
+        options = ("--overwrite", "--layout", "latent", "--samples", 40, "--random-tokens", share)
+        fuse(model, tmp_path / "out", *options)
+        with torch.no_grad():
+            before, after = (headfuse.load(each)(windows).logits.log_softmax(-1) for each in (model, tmp_path / "out"))
+        lost[share] = kl_div(after, before, reduction="batchmean", log_target=True).item()
+    assert lost["1/3"] < lost["0"] / 2
+
+
+@pytest.mark.parametrize("share", ["1", "-0.1", "a", "1/0", True])
+def test_what_is_no_share(tmp_path: Path, share: object) -> None:
+    with pytest.raises(ConfigError, match=r"random_tokens: .*(is out of range|is not a number|must be a number)"):
+        headfuse.fuse(str(tmp_path), output=tmp_path / "out", random_tokens=share)
