@@ -115,7 +115,7 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
         say(
             log,
             "Calibrating on bundled English prose and Python. Other languages and chats lose more: "
-            "pass --data with text like your inputs.",
+            "pass --data with text like your inputs, or --random-tokens 1/4 for languages.",
         )
     with stages(log, "reading") as show:
 
