@@ -177,7 +177,7 @@ RandomTokens = Annotated[
         "--random-tokens",
         parser=_part,
         metavar="SHARE",
-        help="Share of the windows that hold random tokens, for languages that the text lacks.",
+        help="Share of windows of random tokens beside the text, for languages that it lacks.",
         rich_help_panel=TEXT,
     ),
 ]

@@ -85,20 +85,20 @@ class CalibrationConfig(Options):
     data: str = "default"
     """The calibration text: a file, a folder or a hub dataset. `default` is a bundled sample of prose and code."""
     samples: Annotated[int, Field(ge=2, strict=True)] = 64
-    """How many windows are read."""
+    """How many windows of text are read."""
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 512
     """Tokens in a window."""
     held_out: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of the windows that nothing is fitted to; null: a quarter, at most 8 windows."""
     random_tokens: Part = 0.0
-    """Share of the other windows that hold random tokens of the vocabulary, for languages that the text lacks. The
-    refinement of presets balanced and best reads text alone."""
+    """Share of random windows in what the closed form is fitted to, for languages that the text lacks. They join the
+    text, and hold tokens drawn from the vocabulary. Presets balanced and best refine on text alone."""
 
     @property
     def random_windows(self) -> int:
-        """How many of the windows that are not held out hold random tokens; at least two windows hold text."""
-        fitted = self.samples - self.held_out_windows(self.samples)
-        return min(round(fitted * self.random_tokens), fitted - 1, self.samples - 2)
+        """How many windows of random tokens join those of text that are not held out."""
+        text = self.samples - self.held_out_windows(self.samples)
+        return round(text * self.random_tokens / (1 - self.random_tokens))
 
     def held_out_windows(self, samples: int) -> int:
         """How many of `samples` windows are held out; at least one is left."""

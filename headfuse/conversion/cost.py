@@ -89,8 +89,8 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
         work += _reading_work(sizes, _channels_read(config, sizes.heads))
     passes = PRESETS[config.preset].model_passes
     if passes and method.refits_output:
-        random = config.calibration.random_windows * sizes.length
-        work += passes * (sizes.seen - random) * (REFINED * sizes.once + 3 * 2 * sizes.head)
+        text = sizes.seen - config.calibration.random_windows * sizes.length
+        work += passes * text * (REFINED * sizes.once + 3 * 2 * sizes.head)
         work += sizes.held_out * (sizes.once + 2 * sizes.head)
         states = (sizes.layers * sizes.length + sizes.seen + 16 * sizes.length) * sizes.width
         memory += 4 * (states + 3 * sizes.length * sizes.vocabulary // 4)
@@ -132,7 +132,7 @@ class _Sizes:
         heads, calibration, shapes = source.heads, config.calibration, source.checkpoint.shapes
         length = calibration.sequence_length
         held_out = calibration.held_out_windows(calibration.samples) * length
-        seen = calibration.samples * length - held_out
+        seen = (calibration.samples + calibration.random_windows) * length - held_out
         seen += seen // length * STARTS_PER_WINDOW * START_LENGTH
         stem = architecture_of(heads.model_type).layer_prefix(0).removesuffix("0")
         outer = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(stem))
