@@ -13,10 +13,10 @@ import json
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 
 import headfuse
 from headfuse.estimates import mean
+from headfuse.evaluation.perplexity import nll_per_window
 from headfuse.models.loading import load_tokenizer
 from headfuse.text.documents import read_documents
 from headfuse.text.records import Document
@@ -37,11 +37,12 @@ def main() -> None:
     options = parser.parse_args()
     kept = options.results is not None and options.results.exists()
     known: dict[str, dict[str, list[float]]] = json.loads(options.results.read_text()) if kept else {}
-    for folder in options.model:
-        if folder not in known:
-            known[folder] = losses(folder, windows(options))
-            if options.results is not None:
-                options.results.write_text(json.dumps(known))
+    missing = [folder for folder in options.model if folder not in known]
+    texts = windows(options) if missing else {}
+    for folder in missing:
+        known[folder] = losses(folder, texts)
+        if options.results is not None:
+            options.results.write_text(json.dumps(known))
     print(table(known, options.model))
 
 
@@ -61,16 +62,10 @@ def windows(options: argparse.Namespace) -> dict[str, torch.Tensor]:
     return found
 
 
-@torch.no_grad()
 def losses(folder: str, texts: dict[str, torch.Tensor]) -> dict[str, list[float]]:
     """NLL per token of every window of every text."""
     model = headfuse.load(folder)
-    return {name: [_nll(model(window[None]).logits, window) for window in each] for name, each in texts.items()}
-
-
-def _nll(logits: torch.Tensor, window: torch.Tensor) -> float:
-    """The mean over the tokens of a window `[T]` of logits `[1, T, v]`, in float32."""
-    return cross_entropy(logits[0, :-1].float(), window[1:]).item()
+    return {name: nll_per_window(model, each).tolist() for name, each in texts.items()}
 
 
 def table(known: dict[str, dict[str, list[float]]], folders: list[str]) -> str:

@@ -85,14 +85,14 @@ class Source:
                 fix=f"choose {limit} or less",
             )
         documents = read_documents(calibration.data, seed=seed, tokenizer=tokenizer)
-        length, wanted = calibration.sequence_length, calibration.samples
-        windows = varied_windows(documents, tokenizer, length, wanted, seed, required=2, where=calibration.data)
+        length, samples = calibration.sequence_length, calibration.samples
+        windows = varied_windows(documents, tokenizer, length, samples, seed, required=2, where=calibration.data)
         beyond = unembedded_tokens(tokenizer, self.config.vocab_size)
         warn_of_unembedded(beyond, self.folder)
         check_tokens(windows, beyond, self.folder)
         held_out, bos = calibration.held_out_windows(len(windows)), start_token(tokenizer)
         logger.info("calibration windows %s", "have no BOS" if bos is None else "begin with BOS")
-        random = calibration.random_windows * len(windows) // wanted  # fewer beside a short text
+        random = calibration.random_windows * len(windows) // samples  # fewer beside a short text
         text = CalibrationText.split(windows, held_out, bos)
         return text.mixed(random, ordinary_tokens(tokenizer, beyond), seed) if random else text
 
