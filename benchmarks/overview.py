@@ -58,13 +58,15 @@ def table() -> str:
 def own_rows(ours: list[Row], base: Row, tasks: list[Row]) -> list[tuple[str, float, str]]:
     """Budget, NLL added on WikiText-2, and the cells of every row of headfuse and of mean-pooled GQA."""
     result = []
-    for (budget, layout, conversion), used in of_most_samples(r for r in ours if r["model"] == base["model"]).items():
+    of_model = (row for row in ours if row["model"] == base["model"])
+    for (budget, layout, conversion, options), used in of_most_samples(of_model).items():
         if (layout, conversion) not in SHOWN and not layout.startswith("latent, reads"):
             continue
         most, (wikitext, own) = used[0]["samples"], added(used, base)
         name = "mean-pooled GQA" if conversion == "mean" else f"headfuse {in_words(layout)}, `{conversion}`"
         seeds = f" ({len(used)} samples)" if len(used) > 1 else ""
-        score, by = task_cell(tasks, (base["model"], budget, layout, conversion)), "Q"
+        name += f", `{options}`" if options else ""
+        score, by = task_cell(tasks, (base["model"], budget, layout, conversion)) if not options else "", "Q"
         cells = f"{name} | {most}{seeds} | {wikitext:.3f} | {own:.3f} | {score} | {{bytes}} | {by}{', T' * bool(score)}"
         result.append((budget, wikitext, cells))
     return result

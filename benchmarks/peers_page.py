@@ -82,10 +82,11 @@ def own_lines(own: list[Row], kept: str, base: Row) -> list[tuple[str, list[floa
     of_budget = (row for row in own if row["budget"] == kept and set(TEXTS) <= set(row["nll"]))
     usual = (row for row in of_budget if row["calibration"] == CALIBRATION and row["layout"] in LAYOUTS)
     result = []
-    for (_, layout, method), used in of_most_samples(usual).items():
+    for (_, layout, method, options), used in of_most_samples(usual).items():
         most = used[0]["samples"]
         name = f"{method}, {layout}" if method in METHODS[:4] else f"headfuse {in_words(layout)}, {method}"
         seeds = f", mean of {len(used)} samples of it" if len(used) > 1 else ""
+        seeds += f", `{options}`" if options else ""
         result.append((name, gaps(used, base), f"{most} windows{seeds}"))
     return result
 
@@ -103,13 +104,13 @@ def grouped(found: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[R
     return groups
 
 
-def of_most_samples(own: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Rows of headfuse by budget, layout and conversion: those of the most calibration text, one for each seed.
+def of_most_samples(own: Iterable[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
+    """Rows of headfuse by budget, layout, conversion and more options: those of the most text, one for each seed.
 
     Plans of equal counts are left out.
     """
     allocated = (row for row in own if row["conversion"] != "source" and "+" not in row["allocator"])
-    groups = grouped(allocated, lambda row: (row["budget"], row["layout"], row["conversion"]))
+    groups = grouped(allocated, lambda r: (r["budget"], r["layout"], r["conversion"], r.get("options", "")))
     most = {key: max(row["samples"] for row in group) for key, group in groups.items()}
     return {key: [row for row in group if row["samples"] == most[key]] for key, group in groups.items()}
 

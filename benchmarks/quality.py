@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,7 @@ WIDE_GQA = "gqa, wide"
 READS = "latent, reads "
 """What `--layout latent+N` is called, before the N: layout latent with `--cross-layer N`."""
 FORWARD_WINDOWS, LENGTH = 8, 512
-KEY = ("model", "budget", "layout", "conversion", "allocator", "samples", "seed", "calibration")
+KEY = ("model", "budget", "layout", "conversion", "allocator", "samples", "seed", "calibration", "options")
 
 
 def main() -> None:
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--data", default="default", help="calibration text")
+    parser.add_argument("--options", default="", help="more options of headfuse fuse, such as '--random-tokens 1/4'")
     parser.add_argument("--text", nargs="+", default=[], help="NAME=FILE to evaluate on")
     parser.add_argument("--windows", type=int, default=48, help=f"of {LENGTH} tokens, of every text")
     parser.add_argument("--task", nargs="+", default=[], help="NAME=FILE of multiple-choice questions, jsonl")
@@ -89,7 +91,7 @@ def main() -> None:
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What makes two rows the same measurement."""
-    return tuple(row[name] for name in KEY)
+    return tuple(row.get(name, "") for name in KEY)
 
 
 def wanted(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
@@ -108,6 +110,8 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
             row = {"model": name, "budget": budget, "layout": layout, "conversion": conversion}
             for allocator in allocators(layout, conversion, options.allocator):
                 extra = {"allocator": allocator, "samples": options.samples, "seed": seed}
+                if options.options:
+                    extra["options"] = options.options
                 yield {**row, **extra, "calibration": calibration}, folder
 
 
@@ -129,7 +133,7 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
         output = Path(name) / "fused"
         line = [str(Path(sys.executable).with_name("headfuse")), "fuse", folder, "-o", str(output), "--json"]
         line += ["--data", options.data, *layout_options(row["layout"]), "--samples", str(row["samples"])]
-        line += ["--seed", str(row["seed"]), *CONVERSIONS[row["conversion"]]]
+        line += ["--seed", str(row["seed"]), *CONVERSIONS[row["conversion"]], *shlex.split(row.get("options", ""))]
         if "+" in row["allocator"]:
             uniform = Path(name) / "uniform.yaml"
             uniform.write_text(uniform_budget(folder, row["budget"], row["allocator"]), encoding="utf-8")
@@ -260,7 +264,7 @@ def document(rows: list[dict[str, Any]]) -> str:
         samples: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in rows:
             if row["model"] == model and row["conversion"] != "source":
-                samples.setdefault(tuple(row[name] for name in KEY if name != "seed"), []).append(row)
+                samples.setdefault(tuple(row.get(name, "") for name in KEY if name != "seed"), []).append(row)
         order, calibration = list(CONVERSIONS), None
         for group in sorted(
             samples.values(),
@@ -274,7 +278,8 @@ def document(rows: list[dict[str, Any]]) -> str:
                 lines += ["", f"Calibration on {calibration}:", ""]
                 lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
             row, seeds = group[0], " ".join(str(r["seed"]) for r in group)
-            cells = [row["budget"], row["layout"], row["conversion"], row["allocator"], row["samples"], seeds]
+            conversion = f"{row['conversion']} {row.get('options', '')}".strip()
+            cells = [row["budget"], row["layout"], conversion, row["allocator"], row["samples"], seeds]
             cells += [_spread([r["nll"][t] - base["nll"][t] for r in group if t in r["nll"]], "{:.3f}") for t in texts]
             cells += [_spread([r["accuracy"][t] for r in group if t in r["accuracy"]], "{:.1%}") for t in tasks]
             priced = [r for r in group if "seconds" in r]
