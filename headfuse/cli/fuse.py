@@ -111,11 +111,11 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
     """Convert, and show the stages."""
     from headfuse.conversion.convert import fuse
 
-    if settings.calibration.data == "default":
+    if settings.calibration.bundled:
         say(
             log,
             "Calibrating on bundled English prose and Python. Other languages and chats lose more: "
-            "pass --data with text like your inputs, or --random-tokens 1/4 for languages.",
+            "pass --data with text like your inputs.",
         )
     with stages(log, "reading") as show:
 
