@@ -111,11 +111,12 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
     """Convert, and show the stages."""
     from headfuse.conversion.convert import fuse
 
-    if settings.calibration.bundled:
+    if settings.calibration.data == "default":
+        advice = "" if settings.calibration.random_tokens else ", or --random-tokens 1/4 for languages"
         say(
             log,
             "Calibrating on bundled English prose and Python. Other languages and chats lose more: "
-            "pass --data with text like your inputs.",
+            f"pass --data with text like your inputs{advice}.",
         )
     with stages(log, "reading") as show:
 
