@@ -54,7 +54,6 @@ def analyze(  # a parameter an option: Typer reads them
     data: options.Data = None,
     samples: options.Samples = None,
     sequence_length: options.SequenceLength = None,
-    random_tokens: options.RandomTokens = None,
     output: options.Output = None,
     overwrite: options.Overwrite = False,
     device: options.Device = "auto",

@@ -95,7 +95,12 @@ FUSE = Command(
         "random_tokens": "calibration.random_tokens",
     },
 )
-ANALYZE = Command(FuseConfig, Processor, ("config", "curves", "spectrum", "on_progress"), short=FUSE.short)
+ANALYZE = Command(
+    FuseConfig,
+    Processor,
+    ("config", "curves", "spectrum", "on_progress"),
+    short={name: path for name, path in FUSE.short.items() if name != "random_tokens"},  # plans are made on text
+)
 UPTRAIN = Command(
     UptrainConfig,
     TrainingMachine,

@@ -124,8 +124,8 @@ def _finish(
 
 
 def _plan(conversion: Conversion, options: PlanOptions) -> FusionPlan:
-    """Survey the source and plan every layer."""
-    streamed, text, on_progress = conversion.streamed, conversion.text, conversion.on_progress
+    """Survey the source and plan every layer, on text: random tokens would price what no one reads."""
+    streamed, text, on_progress = conversion.streamed, conversion.text.alone, conversion.on_progress
     found = survey(streamed, text, options, on_progress)
     return plan_model(conversion.source, streamed, text, options, found, on_progress)
 

@@ -89,8 +89,7 @@ def count(source: Source, config: FuseConfig) -> tuple[int, float]:
         work += _reading_work(sizes, _channels_read(config, sizes.heads))
     passes = PRESETS[config.preset].model_passes
     if passes and method.refits_output:
-        text = sizes.seen - config.calibration.random_windows * sizes.length
-        work += passes * text * (REFINED * sizes.once + 3 * 2 * sizes.head)
+        work += passes * sizes.text * (REFINED * sizes.once + 3 * 2 * sizes.head)
         work += sizes.held_out * (sizes.once + 2 * sizes.head)
         states = (sizes.layers * sizes.length + sizes.seen + 16 * sizes.length) * sizes.width
         memory += 4 * (states + 3 * sizes.length * sizes.vocabulary // 4)
@@ -119,7 +118,9 @@ class _Sizes:
     length: int
     """Tokens of a window."""
     seen: int
-    """Tokens that the statistics are measured on."""
+    """Tokens that the closed form is fitted to."""
+    text: int
+    """Those of them that are text, on which plans are made and models refined."""
     held_out: int
     outer: int
     """Parameters outside the layers."""
@@ -132,13 +133,14 @@ class _Sizes:
         heads, calibration, shapes = source.heads, config.calibration, source.checkpoint.shapes
         length = calibration.sequence_length
         held_out = calibration.held_out_windows(calibration.samples) * length
-        seen = (calibration.samples + calibration.random_windows) * length - held_out
-        seen += seen // length * STARTS_PER_WINDOW * START_LENGTH
+        text = calibration.samples * length - held_out
+        seen = text + calibration.random_windows * length
+        text, seen = (tokens + tokens // length * STARTS_PER_WINDOW * START_LENGTH for tokens in (text, seen))
         stem = architecture_of(heads.model_type).layer_prefix(0).removesuffix("0")
         outer = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(stem))
         layer = (sum(map(math.prod, shapes.values())) - outer) // heads.num_hidden_layers
         wide = LAYOUTS[config.layout].wide
-        return cls(heads, source.config.vocab_size, length, seen, held_out, outer, layer, wide)
+        return cls(heads, source.config.vocab_size, length, seen, text, held_out, outer, layer, wide)
 
     @property
     def layers(self) -> int:
@@ -182,7 +184,7 @@ class _Sizes:
     @property
     def surveyed(self) -> float:
         """Tokens that the survey measures again."""
-        return self.seen * SURVEYED
+        return self.text * SURVEYED
 
 
 def _closed_form(sizes: _Sizes) -> tuple[int, float]:
@@ -207,7 +209,7 @@ def _closed_form(sizes: _Sizes) -> tuple[int, float]:
 def _measuring_work(sizes: _Sizes, config: FuseConfig) -> float:
     """Work of measuring what each head count, or width, costs."""
     preset, refits = PRESETS[config.preset], FUSION_METHODS[config.method].refits_output
-    seen, layers, length, width, queries = sizes.seen, sizes.layers, sizes.length, sizes.width, sizes.queries
+    seen, layers, length, width, queries = sizes.text, sizes.layers, sizes.length, sizes.width, sizes.queries
     n = sizes.heads.num_key_value_heads
     counts, few = len(measured_counts(n, preset.end_loss_probes == "all")), len(measured_counts(n, False))
     if sizes.wide:

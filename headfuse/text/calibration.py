@@ -17,7 +17,7 @@ class CalibrationText:
     """Token windows: `statistics [n, T]`, `starts [m, START_LENGTH]` cut from them, and `held_out [k, T]`.
 
     With a BOS token (`bos`), all of them begin with it. Some of the statistics windows may hold random tokens instead
-    of text (`random [n]`): they serve the closed form, while costs are measured and models refined on text.
+    of text (`random [n]`): they serve the closed form, while plans are made and models refined on text `alone`.
     """
 
     statistics: torch.Tensor
@@ -36,6 +36,11 @@ class CalibrationText:
         """With `count` windows of random `tokens [v]` between those of the statistics (`with_random_windows`)."""
         windows, random = with_random_windows(self.statistics, count, tokens, self.bos, seed)
         return CalibrationText(windows, start_windows(windows, self.bos), self.held_out, self.bos, random)
+
+    @property
+    def alone(self) -> CalibrationText:
+        """The same without random windows."""
+        return CalibrationText(self.text, start_windows(self.text, self.bos), self.held_out, self.bos)
 
     @property
     def text(self) -> torch.Tensor:

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import headfuse
+from headfuse.checkpoint.plan_file import read_plan
 from headfuse.config.fuse import CalibrationConfig
 from headfuse.conversion import refine
 from headfuse.conversion.refine import Targets
 from headfuse.errors import ConfigError
 from headfuse.models.source import Source
+from headfuse.plan import FusionPlan
 from headfuse.text.random_tokens import ordinary_tokens, with_random_windows
 from tests.support.commands import fuse
 from tests.support.tiny_models import VOCABULARY, tiny_model
@@ -88,6 +91,17 @@ def test_costs_are_measured_on_text(tmp_path: Path) -> None:
     assert 0 < len(part.text) < len(part.statistics)
     assert torch.equal(torch.cat([part.text, text.after(part)]), text.text)
     assert len(text.after(text)) == 0
+
+
+@pytest.mark.parametrize("layout", ["latent", "decoupled", "gqa"])
+def test_a_plan_is_made_on_text_alone(tmp_path: Path, layout: str) -> None:
+    model, plans = tiny_model(tmp_path / "model"), list[FusionPlan]()
+    for share in ("0", "2/3"):
+        fuse(model, tmp_path / share[0], "--layout", layout, "--random-tokens", share, "--samples", 16)
+        plans.append(read_plan(tmp_path / share[0]))
+    assert plans[0].layers == plans[1].layers
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("0", "2")]
+    assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 def test_a_model_is_refined_on_text_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
