@@ -66,8 +66,8 @@ def own_rows(ours: list[Row], base: Row, tasks: list[Row]) -> list[tuple[str, fl
         name = "mean-pooled GQA" if conversion == "mean" else f"headfuse {in_words(layout)}, `{conversion}`"
         seeds = f" ({len(used)} samples)" if len(used) > 1 else ""
         name += f", `{options}`" if options else ""
-        score, by = task_cell(tasks, (base["model"], budget, layout, conversion)) if not options else "", "Q"
-        cells = f"{name} | {most}{seeds} | {wikitext:.3f} | {own:.3f} | {score} | {{bytes}} | {by}{', T' * bool(score)}"
+        score = "" if options else task_cell(tasks, (base["model"], budget, layout, conversion))
+        cells = f"{name} | {most}{seeds} | {wikitext:.3f} | {own:.3f} | {score} | {{bytes}} | Q{', T' * bool(score)}"
         result.append((budget, wikitext, cells))
     return result
 

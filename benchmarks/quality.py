@@ -109,9 +109,7 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         ):
             row = {"model": name, "budget": budget, "layout": layout, "conversion": conversion}
             for allocator in allocators(layout, conversion, options.allocator):
-                extra = {"allocator": allocator, "samples": options.samples, "seed": seed}
-                if options.options:
-                    extra["options"] = options.options
+                extra = {"allocator": allocator, "samples": options.samples, "seed": seed, "options": options.options}
                 yield {**row, **extra, "calibration": calibration}, folder
 
 
@@ -133,7 +131,7 @@ def convert(row: dict[str, Any], folder: str, options: argparse.Namespace) -> di
         output = Path(name) / "fused"
         line = [str(Path(sys.executable).with_name("headfuse")), "fuse", folder, "-o", str(output), "--json"]
         line += ["--data", options.data, *layout_options(row["layout"]), "--samples", str(row["samples"])]
-        line += ["--seed", str(row["seed"]), *CONVERSIONS[row["conversion"]], *shlex.split(row.get("options", ""))]
+        line += ["--seed", str(row["seed"]), *CONVERSIONS[row["conversion"]], *shlex.split(row["options"])]
         if "+" in row["allocator"]:
             uniform = Path(name) / "uniform.yaml"
             uniform.write_text(uniform_budget(folder, row["budget"], row["allocator"]), encoding="utf-8")
@@ -264,7 +262,7 @@ def document(rows: list[dict[str, Any]]) -> str:
         samples: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in rows:
             if row["model"] == model and row["conversion"] != "source":
-                samples.setdefault(tuple(row.get(name, "") for name in KEY if name != "seed"), []).append(row)
+                samples.setdefault(key({**row, "seed": ""}), []).append(row)
         order, calibration = list(CONVERSIONS), None
         for group in sorted(
             samples.values(),
