@@ -124,8 +124,8 @@ def _finish(
 
 
 def _plan(conversion: Conversion, options: PlanOptions) -> FusionPlan:
-    """Survey the source and plan every layer, on text: random tokens would price what no one reads."""
-    streamed, text, on_progress = conversion.streamed, conversion.text.alone, conversion.on_progress
+    """Survey the source and plan every layer."""
+    streamed, text, on_progress = conversion.streamed, conversion.text, conversion.on_progress
     found = survey(streamed, text, options, on_progress)
     return plan_model(conversion.source, streamed, text, options, found, on_progress)
 
@@ -161,8 +161,8 @@ def _write(conversion: Conversion, plan: FusionPlan, options: dict[str, Any], re
     if refines(refinement, plan, before, closed_form) or (partial / REFINED).exists():
         streamed.layers.kept = None  # of the source: the fused layers take the place
         with torch.no_grad():
-            text = conversion.text  # random tokens would teach it what the source makes of noise
-            targets = Targets(text.text, streamed.last_hidden_state(text.of_text(last.hidden)))
+            windows = conversion.text.statistics
+            targets = Targets(windows, streamed.last_hidden_state(last.hidden[: len(windows)]))
         stages = refine(conversion, fused, writer, targets, closed_form, refinement)
     return _Written(plan, writer, tuple(stages), before)
 
@@ -172,9 +172,9 @@ def _convert(
 ) -> tuple[tuple[float, ...], Stage, HiddenStates]:
     """Fuse layer after layer.
 
-    Returns the source's NLL on each held-out window, the stage, and what the source made of the statistics windows.
+    Returns the source's NLL on each held-out window, the stage, and what the source made of the fitted windows.
     """
-    streamed, text, layers = conversion.streamed, conversion.text, fused.plan.layers
+    streamed, text, layers = conversion.streamed, conversion.text.fitted, fused.plan.layers
     statistics = streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)
     before = after = streamed.embed(text.held_out)
     windows, kept = statistics[0], Kept()

@@ -44,7 +44,7 @@ class FinishedLayers:
 
 def text_digest(text: CalibrationText) -> str:
     """Hash of the tokens, because a file of the same name may hold another text when a run is resumed."""
-    tokens = torch.cat([text.statistics, text.held_out])
+    tokens = torch.cat([text.fitted.statistics, text.held_out])
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 

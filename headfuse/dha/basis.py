@@ -27,7 +27,7 @@ def rebase(
 
     The source's head is R fused in that method, so R^-1 source are heads that may be averaged.
     """
-    arch, heads = streamed.arch, streamed.heads
+    arch, heads, text = streamed.arch, streamed.heads, text.fitted
     maps = FUSION_METHODS[method]
     for layer in streamed.walk([streamed.embed(text.statistics), streamed.embed(text.starts, START_WEIGHT)]):
         own, captures, groups = layer.weights.double(), layer.captures, plan.layers[layer.index]

@@ -92,7 +92,7 @@ def train(
         uninstall(model, source, streamed, trust_remote_code)
     if plan is None:
         plan = training.plan or decide(
-            source, streamed, plan_options(config), options.progressive, text.alone, training.costs, on_progress
+            source, streamed, plan_options(config), options.progressive, text, training.costs, on_progress
         )
     rounds = _rounds(plan, training.costs, config)
     if not any(rounds):  # the budget keeps every head: nothing is trained

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from headfuse.plan import HeadLayout, SourceModel
 from headfuse.text.bos import start_token
 from headfuse.text.calibration import CalibrationText
 from headfuse.text.documents import read_documents
-from headfuse.text.random_tokens import ordinary_tokens
+from headfuse.text.random_tokens import ordinary_tokens, random_windows
 from headfuse.text.windows import varied_windows
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,10 @@ class Source:
         logger.info("calibration windows %s", "have no BOS" if bos is None else "begin with BOS")
         random = calibration.random_windows * len(windows) // samples  # fewer beside a short text
         text = CalibrationText.split(windows, held_out, bos)
-        return text.mixed(random, ordinary_tokens(tokenizer, beyond), seed) if random else text
+        if not random:
+            return text
+        drawn = random_windows(random, length, ordinary_tokens(tokenizer, beyond), bos, seed)
+        return replace(text, random=drawn)
 
 
 def _check_heads(checkpoint: Checkpoint, heads: HeadLayout) -> None:

@@ -76,7 +76,7 @@ def analyze(
     source = Source.open(str(model), machine.trust_remote_code)
     config = with_possible_width(with_layout(config, source.config)[0], source)
     check_budget(config, source)
-    text = source.calibration_text(config.calibration, config.seed, machine.trust_remote_code).alone
+    text = source.calibration_text(config.calibration, config.seed, machine.trust_remote_code)
     streamed = StreamedModel(source.checkpoint, source.config, pick_device(machine.device))
     planned, cka = plan_options(config), list[tuple[torch.Tensor, torch.Tensor]]()
     spectra = list[LayerSpectrum]()

@@ -157,7 +157,7 @@ def survey(
     measured = tuple((probe.worth, probe.costs(partial(on_progress, "probes"))) for probe in probes)
     table = _measured_costs(layers, measured) if measured else None
     if costs == "importance":
-        table = cost_table(HEAD_IMPORTANCE[options.allocator](streamed, part.text, options.seed))
+        table = cost_table(HEAD_IMPORTANCE[options.allocator](streamed, part.statistics, options.seed))
     return Survey(tuple(layers), table, measured)
 
 
@@ -193,7 +193,7 @@ def _probes(
     """The preset's measurements, on as many tokens as it can afford; no survey is fitted to their text."""
     heads, equal = streamed.heads, options.rules.allocate("uniform", streamed.heads)
     unseen, tokens = text.after(text.part(SURVEYED)), text.statistics.numel()
-    unseen = unseen if len(unseen) else text.text
+    unseen = unseen if len(unseen) else text.statistics
     refit = FUSION_METHODS[options.method].refits_output
     full = options.rules.counted(heads)
     errors = ErrorProbes(streamed, probe_windows(unseen, weighing_tokens(tokens)), equal, refit, full)

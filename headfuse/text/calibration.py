@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from headfuse.text.random_tokens import with_random_windows
 from headfuse.text.windows import with_start
 
 START_LENGTH, STARTS_PER_WINDOW, START_WEIGHT = 4, 16, 4.0
@@ -16,8 +15,7 @@ START_LENGTH, STARTS_PER_WINDOW, START_WEIGHT = 4, 16, 4.0
 class CalibrationText:
     """Token windows: `statistics [n, T]`, `starts [m, START_LENGTH]` cut from them, and `held_out [k, T]`.
 
-    With a BOS token (`bos`), all of them begin with it. Some of the statistics windows may hold random tokens instead
-    of text (`random [n]`): they serve the closed form, while plans are made and models refined on text `alone`.
+    With a BOS token (`bos`), all of them begin with it. Windows of random tokens `[r, T]` may stand beside them.
     """
 
     statistics: torch.Tensor
@@ -32,34 +30,26 @@ class CalibrationText:
         used = len(windows) - held_out
         return cls(windows[:used], start_windows(windows[:used], bos), windows[used:], bos)
 
-    def mixed(self, count: int, tokens: torch.Tensor, seed: int) -> CalibrationText:
-        """With `count` windows of random `tokens [v]` between those of the statistics (`with_random_windows`)."""
-        windows, random = with_random_windows(self.statistics, count, tokens, self.bos, seed)
-        return CalibrationText(windows, start_windows(windows, self.bos), self.held_out, self.bos, random)
-
     @property
-    def alone(self) -> CalibrationText:
-        """The same without random windows."""
-        return CalibrationText(self.text, start_windows(self.text, self.bos), self.held_out, self.bos)
+    def fitted(self) -> CalibrationText:
+        """What the closed form is fitted to: the statistics windows, and the random ones behind them.
 
-    @property
-    def text(self) -> torch.Tensor:
-        """The statistics windows that are text, `[at most n, T]`."""
-        return self.of_text(self.statistics)
-
-    def of_text(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of `rows [n, ...]`, one for each statistics window, those of text."""
-        return rows if self.random is None else rows[~self.random.to(rows.device)]
+        Plans are made and models refined without random windows (docs/experiments/random-tokens.md).
+        """
+        if self.random is None:
+            return self
+        windows = torch.cat([self.statistics, self.random])
+        return CalibrationText(windows, start_windows(windows, self.bos), self.held_out, self.bos)
 
     def part(self, share: float) -> CalibrationText:
         """The first `share` of the statistics windows, at least one, and nothing held out."""
         used = max(1, round(len(self.statistics) * share))
-        windows, random = self.statistics[:used], None if self.random is None else self.random[:used]
-        return CalibrationText(windows, start_windows(windows, self.bos), self.held_out[:0], self.bos, random)
+        windows = self.statistics[:used]
+        return CalibrationText(windows, start_windows(windows, self.bos), self.held_out[:0], self.bos)
 
     def after(self, part: CalibrationText) -> torch.Tensor:
-        """The windows of text behind the first ones, which `part` holds; none where it holds them all."""
-        return self.text[len(part.text) :]
+        """The statistics windows behind the first ones, which `part` holds; none where it holds them all."""
+        return self.statistics[len(part.statistics) :]
 
 
 def start_windows(windows: torch.Tensor, bos: int | None = None) -> torch.Tensor:

@@ -23,27 +23,20 @@ def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, unembedded: Container[in
     return torch.tensor(sorted(found), dtype=torch.long)
 
 
-def with_random_windows(
-    text: torch.Tensor, count: int, tokens: torch.Tensor, bos: int | None, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put windows of random tokens evenly between windows of text.
+def random_windows(count: int, length: int, tokens: torch.Tensor, bos: int | None, seed: int) -> torch.Tensor:
+    """Draw `count` windows of random tokens.
 
     Args:
-        text: windows `[n, T]`, at least one; with `bos`, they begin with it, and so do the random ones.
-        count: how many random windows there are.
+        count: how many there are.
+        length: tokens of each.
         tokens: ids `[v]`, each drawn with the same chance.
         bos: the BOS token, if windows begin with it.
         seed: of the drawing.
 
     Returns:
-        All windows `[n + count, T]`, the first one text, and which of them are random `[n + count]`.
+        The windows `[count, length]`.
     """
-    drawn = tokens[torch.randint(len(tokens), (count, text.shape[1]), generator=torch.Generator().manual_seed(seed))]
+    drawn = tokens[torch.randint(len(tokens), (count, length), generator=torch.Generator().manual_seed(seed))]
     if bos is not None:
         drawn[:, 0] = bos
-    total = len(text) + count
-    random = torch.zeros(total, dtype=torch.bool)
-    random[torch.arange(1, count + 1) * total // (count + 1)] = True
-    windows = text.new_empty(total, text.shape[1])
-    windows[random], windows[~random] = drawn, text
-    return windows, random
+    return drawn

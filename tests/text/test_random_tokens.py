@@ -19,36 +19,25 @@ from headfuse.conversion.refine import Targets
 from headfuse.errors import ConfigError
 from headfuse.models.source import Source
 from headfuse.plan import FusionPlan
-from headfuse.text.random_tokens import ordinary_tokens, with_random_windows
+from headfuse.text.random_tokens import ordinary_tokens, random_windows
 from tests.support.commands import fuse
 from tests.support.tiny_models import VOCABULARY, tiny_model
 
-TEXT = torch.arange(80).view(8, 10)
 TOKENS = torch.arange(100, 120)
 
 
-@pytest.mark.parametrize("count", [0, 1, 4, 7, 16])
-def test_random_windows_are_spread_between_those_of_text(count: int) -> None:
-    windows, random = with_random_windows(TEXT, count, TOKENS, None, seed=0)
-    assert torch.equal(windows[~random], TEXT)
-    assert int(random.sum()) == count
-    assert not random[0]
-    assert ((windows[random] >= 100) & (windows[random] < 120)).all()
-    gaps = torch.cat([torch.tensor([0]), random.nonzero()[:, 0], torch.tensor([len(random)])]).diff()
-    assert int(gaps.max() - gaps.min()) <= 1
-
-
 def test_every_token_is_drawn_and_a_seed_repeats() -> None:
-    windows, random = with_random_windows(TEXT, 60, TOKENS, None, seed=0)
-    assert set(windows[random].flatten().tolist()) == set(TOKENS.tolist())
-    assert torch.equal(with_random_windows(TEXT, 60, TOKENS, None, seed=0)[0], windows)
-    assert not torch.equal(with_random_windows(TEXT, 60, TOKENS, None, seed=1)[0], windows)
+    windows = random_windows(60, 10, TOKENS, None, seed=0)
+    assert set(windows.flatten().tolist()) == set(TOKENS.tolist())
+    assert torch.equal(random_windows(60, 10, TOKENS, None, seed=0), windows)
+    assert not torch.equal(random_windows(60, 10, TOKENS, None, seed=1), windows)
 
 
 def test_they_begin_with_bos_as_text_does() -> None:
-    windows, _ = with_random_windows(torch.nn.functional.pad(TEXT, (1, 0), value=3), 4, TOKENS, 3, seed=0)
+    windows = random_windows(4, 11, TOKENS, 3, seed=0)
+    assert windows.shape == (4, 11)
     assert (windows[:, 0] == 3).all()
-    assert (windows[:, 1:] != 3)[1:].any()
+    assert (windows[:, 1:] != 3).all()
 
 
 def test_special_and_unembedded_tokens_are_not_drawn(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -69,8 +58,10 @@ def test_they_join_the_text_and_take_none_of_it(tmp_path: Path, samples: int, sh
         source.calibration_text(each, 0)
         for each in (calibration, CalibrationConfig(samples=samples, sequence_length=16))
     )
-    assert len(text.statistics) - len(text.text) == random
-    assert torch.equal(text.text, plain.statistics)
+    assert torch.equal(text.statistics, plain.statistics)
+    assert torch.equal(text.fitted.statistics[: len(text.statistics)], text.statistics)
+    assert len(text.fitted.statistics) - len(text.statistics) == random
+    assert len(text.fitted.starts) == len(text.fitted.statistics) * len(text.starts) // len(text.statistics)
     assert torch.equal(text.held_out, plain.held_out)
 
 
@@ -79,18 +70,9 @@ def test_a_short_text_has_fewer_of_them(tmp_path: Path) -> None:
     short.write_text((tmp_path / "text.txt").read_text()[:1000])
     calibration = CalibrationConfig(data=str(short), samples=1000, sequence_length=16, random_tokens=0.5)
     text = source.calibration_text(calibration, 0)
-    random = len(text.statistics) - len(text.text)
-    assert 0 < random <= len(text.text) + len(text.held_out)
+    assert text.random is not None
+    assert 0 < len(text.random) <= len(text.statistics) + len(text.held_out)
     assert len(text.statistics) < 100
-
-
-def test_costs_are_measured_on_text(tmp_path: Path) -> None:
-    source = Source.open(str(tiny_model(tmp_path / "model")))
-    text = source.calibration_text(CalibrationConfig(samples=16, sequence_length=16, random_tokens=0.5), 0)
-    part = text.part(1 / 3)
-    assert 0 < len(part.text) < len(part.statistics)
-    assert torch.equal(torch.cat([part.text, text.after(part)]), text.text)
-    assert len(text.after(text)) == 0
 
 
 @pytest.mark.parametrize("layout", ["latent", "decoupled", "gqa"])
@@ -116,12 +98,12 @@ def test_a_model_is_refined_on_text_alone(tmp_path: Path, monkeypatch: pytest.Mo
     data = str(tmp_path / "text.txt")
     calibration = CalibrationConfig(data=data, samples=8, sequence_length=32, random_tokens=0.5)
     text = Source.open(str(model)).calibration_text(calibration, 0)
-    assert len(text.text) == 6
-    assert len(text.statistics) == 12
-    assert torch.equal(seen[0].windows, text.text)
+    assert len(text.statistics) == 6
+    assert len(text.fitted.statistics) == 12
+    assert torch.equal(seen[0].windows, text.statistics)
     with torch.no_grad():
         source = AutoModelForCausalLM.from_pretrained(model)
-        assert torch.allclose(source.lm_head(seen[0].hidden), source(text.text).logits, atol=1e-4)
+        assert torch.allclose(source.lm_head(seen[0].hidden), source(text.statistics).logits, atol=1e-4)
 
 
 def test_a_fused_model_keeps_tokens_that_its_text_lacks(tmp_path: Path) -> None:
