@@ -38,7 +38,7 @@ def check(config: Any) -> None:
     Raises:
         UnsupportedModelError: naming the layout that works.
     """
-    from headfuse.modeling.configuration_headfuse import FAMILIES
+    from headfuse.modeling.configuration_family import FAMILIES
 
     if config.model_type not in FAMILIES:
         raise UnsupportedModelError(

@@ -61,7 +61,7 @@ def check(config: Any) -> None:
     Raises:
         UnsupportedModelError: naming the layout that works.
     """
-    from headfuse.modeling.configuration_headfuse import FAMILIES
+    from headfuse.modeling.configuration_family import FAMILIES
 
     family, reason = FAMILIES.get(config.model_type), None
     if family is None:

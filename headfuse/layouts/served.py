@@ -9,7 +9,8 @@ from typing import Any
 from headfuse.choices import LAYOUT_FOR, ONE_HEAD
 from headfuse.config.fuse import FuseConfig
 from headfuse.errors import UnsupportedModelError
-from headfuse.modeling.configuration_headfuse import FAMILIES, one_head_width
+from headfuse.modeling.configuration_family import FAMILIES
+from headfuse.modeling.configuration_headfuse import one_head_width
 from headfuse.models.heads import head_layout
 from headfuse.models.rope import layer_kind
 from headfuse.plan import FusionPlan

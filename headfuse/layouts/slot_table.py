@@ -26,7 +26,7 @@ def check(config: Any) -> None:
     Raises:
         UnsupportedModelError: naming the layout that can.
     """
-    from headfuse.modeling.configuration_headfuse import has_norm
+    from headfuse.modeling.configuration_family import has_norm
 
     rope, reason = getattr(config, "rope_parameters", None) or {}, None
     kind = rope.get("rope_type") or "default"

@@ -5,14 +5,17 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from headfuse.modeling import (
+    configuration_family,
     configuration_headfuse,
     configuration_latent,
     configuration_layerwise,
     modeling_cross_layer,
+    modeling_decode_step,
     modeling_headfuse,
     modeling_latent,
     modeling_layerwise,
     modeling_one_head,
+    modeling_stock,
 )
 from headfuse.modeling.configuration_headfuse import AUTO_MAP, HeadfuseConfig
 from headfuse.modeling.configuration_latent import LatentConfig
@@ -22,9 +25,12 @@ from headfuse.modeling.modeling_latent import LatentForCausalLM, LatentModel
 from headfuse.modeling.modeling_layerwise import DeciLMForCausalLM, DeciLMModel
 
 MODELING_FILES = (
+    Path(configuration_family.__file__),
     Path(configuration_headfuse.__file__),
+    Path(modeling_decode_step.__file__),
     Path(modeling_headfuse.__file__),
     Path(modeling_one_head.__file__),
+    Path(modeling_stock.__file__),
 )
 """The files to put beside decoupled weights, under their own names, for `trust_remote_code`."""
 LAYERWISE_FILES = (Path(configuration_layerwise.__file__), Path(modeling_layerwise.__file__))

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from .modeling_headfuse import HeadfuseAttention, probabilities, rotate, score
+from .modeling_decode_step import probabilities, score
+from .modeling_headfuse import HeadfuseAttention, rotate
 
 States = tuple[torch.Tensor, torch.Tensor]
 

@@ -15,8 +15,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationMixin
 
 from .configuration_latent import LatentConfig
 from .modeling_cross_layer import ReadingAttention, SharedStates, SharingAttention, read_parameter
-from .modeling_headfuse import HeadfusePreTrainedModel, probabilities, rotate, score
+from .modeling_decode_step import probabilities, score
+from .modeling_headfuse import rotate
 from .modeling_one_head import as_one_head
+from .modeling_stock import FusedPreTrainedModel
 
 
 class Group(NamedTuple):
@@ -255,7 +257,7 @@ def _by_head(rows: torch.Tensor, queries: int) -> torch.Tensor:
     return rows.unflatten(1, (-1, queries))
 
 
-class LatentPreTrainedModel(HeadfusePreTrainedModel):
+class LatentPreTrainedModel(FusedPreTrainedModel):
     """What the base model and the causal LM share: constructing one gives a subclass of the family's stock class."""
 
     config_class = LatentConfig

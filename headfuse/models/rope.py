@@ -44,7 +44,7 @@ def layer_kind(config: Any, layer_idx: int) -> str:
 
 def turns(config: Any, layer_idx: int) -> bool:
     """Whether RoPE turns the queries and keys of a layer: some families leave it out in some layers."""
-    from headfuse.modeling.configuration_headfuse import FAMILIES
+    from headfuse.modeling.configuration_family import FAMILIES
 
     if not (getattr(config, "no_rope_layers", None) or [True] * config.num_hidden_layers)[layer_idx]:
         return False

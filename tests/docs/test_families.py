@@ -9,7 +9,7 @@ import pytest
 
 from headfuse.layouts import layerwise
 from headfuse.layouts.gguf import writer as gguf
-from headfuse.modeling.configuration_headfuse import FAMILIES
+from headfuse.modeling.configuration_family import FAMILIES
 from headfuse.models.families import ARCHITECTURES, UNSUPPORTED
 
 ROOT = Path(__file__).parents[2]

@@ -202,7 +202,7 @@ def test_padded_groups_give_the_same_tokens(how: dict[str, Any], monkeypatch: py
     model = random_model(fused_config(SOURCES["llama"](), "free"))
     generated = []
     for pads in (False, True):
-        monkeypatch.setattr(modeling_headfuse, "_pads", lambda *_, pads=pads: pads)
+        monkeypatch.setattr(modeling_headfuse, "pads", lambda *_, pads=pads: pads)
         generated.append(model.generate(tokens(2, 6), max_new_tokens=8, do_sample=False, **how))
     assert torch.equal(*generated)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from headfuse.modeling.configuration_headfuse import FAMILIES
+from headfuse.modeling.configuration_family import FAMILIES
 from tests.support.commands import fuse
 from tests.support.tiny_models import tiny_model
 
