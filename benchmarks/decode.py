@@ -18,8 +18,6 @@ import argparse
 import itertools
 import json
 import random
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
@@ -27,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode_page import PARTS, document
+from rivals import milliseconds, paired, ratio
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -40,7 +40,6 @@ SHAPES = {LAYER: (32, 128, (8, 4)), "smollm2": (9, 64, (3, 1)), "mha-6m": (8, 32
 """Query heads, head_dim and the KV heads of the stock GQA layers that fused layers of the same bytes race against."""
 COLD_BYTES = 64 * 2**20
 """Layers take turns until their caches are this large, so that none is still in the processor's own cache."""
-PARTS = ("attention", "step", "llama.cpp")
 
 LATENT = "\n## Layout latent\n"
 """Where the part of the page begins that benchmarks/decode_latent.py writes."""
@@ -80,32 +79,6 @@ def main() -> None:
 
 
 Row = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
-
-
-def paired(rivals: dict[str, Callable[[], object]], steps: int) -> dict[str, list[float]]:
-    """Seconds of each rival in `steps` rounds, in which they take turns; two rounds more go first.
-
-    Times of this thread, which does all the work: those of other processes do not count.
-    """
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    order = list(rivals)
-    for _ in range(steps + 2):
-        for name in order:
-            start = time.thread_time()
-            rivals[name]()
-            times[name].append(time.thread_time() - start)
-        order.reverse()
-    return {name: seconds[2:] for name, seconds in times.items()}
-
-
-def ratio(times: dict[str, list[float]], name: str, over: str) -> float:
-    """Median of the quotients of neighbouring runs."""
-    return statistics.median(a / b for a, b in zip(times[name], times[over], strict=True))
-
-
-def milliseconds(seconds: list[float]) -> float:
-    """Median."""
-    return 1e3 * statistics.median(seconds)
 
 
 def fused_config(source: Any, counts: list[tuple[int, int]]) -> HeadfuseConfig:
@@ -293,83 +266,6 @@ def race_gguf(files: dict[str, Path], context: int, options: argparse.Namespace)
         "ms": {name: milliseconds(times) for name, times in answers.items()},
         "ratio": ratio(answers, "fused", "source"),
     }
-
-
-def document(rows: list[dict[str, Any]]) -> str:
-    """The page with the three tables."""
-    by_part = {part: [row for row in rows if row["case"]["part"] == part] for part in PARTS}
-    lines = [
-        "# Decoding speed",
-        "Written by `python benchmarks/decode.py` from benchmarks/results/decode.jsonl. All runs are in float32 on one",
-        "CPU thread, with rivals taking turns step by step. Ratios are medians of paired runs. Milliseconds are CPU",
-        "times of that thread and show the order of magnitude alone. What was run:",
-        "",
-        "    python benchmarks/decode.py --context 512 2048 4096 --max-mib 400 \\",
-        "        --model mha-6m=examples/mha-6m smollm2=smollm2 'llama-2-7b, one layer' \\",
-        "        --gguf mha-6m source.gguf quarter.gguf --gguf 'mha-6m 1/2' source.gguf half.gguf \\",
-        "        --gguf smollm2 smollm2.gguf third.gguf",
-        "    python benchmarks/decode.py --part attention step --context 16384 --batch 1 --max-mib 800 \\",
-        "        --model mha-6m=examples/mha-6m smollm2=smollm2 'llama-2-7b, one layer'",
-        "",
-        "in parts, with up to 61 steps. llama.cpp: `mha-6m` is the bundled model at 1/4, `mha-6m 1/2` at a half,",
-        "`smollm2` at a third, all layout `gqa`. The llama layer at 512 and 16384, and steps of the llama",
-        "layer, of smollm2 up to 4096 and of mha-6m from 4096, were measured before the model code made fewer calls a",
-        "step: upper bounds. Below 4096, unequal groups of heads with 64 channels can be slower than SDPA.",
-    ]
-    if by_part["attention"]:
-        lines += [
-            "",
-            "## One decode step's attention",
-            "Time of a fused layer, relative to torch's SDPA on a stock GQA layer with the same cache bytes. `2+6` has",
-            "two key heads and six value heads; maps are free. KV caches exceed the processor's own cache, as in a",
-            "model of many layers. The floor is one key head and one value head.",
-            "",
-            "| shape | batch | context | stock KV heads | cache MiB | SDPA ms | fused / SDPA | floor |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-    for row in by_part["attention"]:
-        case, ratios = row["case"], ", ".join(f"{name}: {value:.2f}" for name, value in row["ratios"].items())
-        lines.append(
-            f"| {case['model']} | {case['batch']} | {case['context']} | {case['kv_heads']} "
-            f"| {row['bytes'] / 2**20:.1f} | {row['sdpa_ms']:.2f} | {ratios} | {row['floor']:.2f} |"
-        )
-    if by_part["step"]:
-        lines += [
-            "",
-            "## A whole decode step in transformers",
-            "Dynamic cache. For every budget: cache bytes and time, relative to the source's.",
-            "",
-            "| model | batch | context | source MiB | source ms | source tokens/s | budget | bytes | time | tokens/s |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-    for row in by_part["step"]:
-        case, source = row["case"], row["ms"]["source"]
-        for budget, value in row["ratios"].items():
-            lines.append(
-                f"| {case['model']} | {case['batch']} | {case['context']} | {row['bytes']['source'] / 2**20:.1f} "
-                f"| {source:.1f} | {1e3 * case['batch'] / source:.0f} | {budget} "
-                f"| {row['bytes'][budget] / row['bytes']['source']:.3f} | {value:.2f} "
-                f"| {1e3 * case['batch'] / row['ms'][budget]:.0f} |"
-            )
-    if by_part["llama.cpp"]:
-        lines += [
-            "",
-            "## llama.cpp",
-            "GGUF files of `headfuse export --to gguf`, one sequence, float16 cache, llama.cpp's own wall clock.",
-            "",
-            "| model | context | source ms a token | fused ms a token | time |",
-            "|---|---|---|---|---|",
-        ]
-    for row in by_part["llama.cpp"]:
-        case = row["case"]
-        if "skipped" in row:
-            lines.append(f"| {case['model']} | {case['context']} | skipped: {row['skipped']} | | |")
-        else:
-            ms = row["ms"]
-            lines.append(
-                f"| {case['model']} | {case['context']} | {ms['source']:.2f} | {ms['fused']:.2f} | {row['ratio']:.2f} |"
-            )
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import COLD_BYTES, LATENT, layer_config, milliseconds, paired, random_caches, random_model, ratio
+from decode import COLD_BYTES, LATENT, layer_config, random_caches, random_model
+from rivals import milliseconds, paired, ratio
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headfuse.modeling.configuration_latent import LatentConfig

@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quality import CONVERSIONS, KEY, layout_options
+from quality import layout_options
+from quality_page import CONVERSIONS, KEY
 
 PROGRAM = str(Path(sys.executable).with_name("headfuse"))
 

@@ -11,11 +11,12 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from muon import Muon
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -40,50 +41,7 @@ HELD_OUT = 50
 """One in so many pieces is held out."""
 VALIDATION_WINDOWS, VALIDATION_BATCH = 128, 16
 LOG_STEPS = 25
-
-CARD = """\
----
-license: {license}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [llama, multi-head-attention, example]
----
-
-# {name}
-
-A small Llama-architecture model, trained from scratch as an example. It is too small and too little trained to be of
-use for its text; its heads are those of a trained model.
-
-| | |
-|---|---|
-| parameters | {parameters:,} (float16, embeddings tied) |
-| layers | {layers} |
-| hidden size, of the MLP | {hidden}, {intermediate} (SwiGLU) |
-| query heads, key/value heads, head size | {heads}, {key_value_heads}, {head_dim} |
-| positions | RoPE, trained on windows of {window} tokens |
-| tokenizer | byte-level BPE of {vocabulary:,} |
-
-## Training data
-
-{data}
-
-The licence above is the one that was given for the model; the texts keep the terms of their sources.
-
-## Recipe
-
-{recipe}
-
-## Measured
-
-| text | NLL per token |
-|---|---|
-| training, mean of the last {last} steps | {training:.3f} |
-| held out, {windows} windows of {window} tokens | {validation} |
-
-{held_out}
-"""
-
-# ---------------------------------------------------------------- text
+CARD = Path(__file__).with_name("example_model_card.md")
 
 
 def read_pieces(data: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
@@ -124,50 +82,6 @@ def batches(windows: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tenso
             yield windows[order[start : start + size]]
 
 
-# ---------------------------------------------------------------- optimizers
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024): momentum whose matrix is made orthogonal before the step.
-
-    In float32 throughout: torch.optim.Muon works in bfloat16, which is slow on most CPUs.
-
-    Args:
-        parameters: matrices.
-        lr: the step; its update has singular values near 1, times the square root of rows over columns if above 1.
-        momentum: of the gradients, in Nesterov's form.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Do one step; there is no use for `closure`."""
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                state = self.state[matrix]
-                average = state.setdefault("momentum", torch.zeros_like(matrix))
-                average.lerp_(matrix.grad, 1 - group["momentum"])
-                update = orthogonal(matrix.grad.lerp(average, group["momentum"]))
-                rows, columns = matrix.shape
-                matrix.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
-
-
-def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Pull the singular values of `matrix` towards 1 by Newton-Schulz steps with Muon's quintic coefficients."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
-
-
 def make_optimizers(model: LlamaForCausalLM, name: str) -> list[torch.optim.Optimizer]:
     """The optimizers for the matrices of the layers and for the rest."""
     matrices: list[torch.nn.Parameter] = []
@@ -184,9 +98,6 @@ def schedule(step: int, progress: float) -> float:
     """The factor of the learning rates: warm-up, constant for half the time, then linear to its final value."""
     decay = 1 - (1 - FINAL_LR) * max(0.0, 2 * progress - 1)
     return decay * min(1.0, (step + 1) / WARM_UP_STEPS)
-
-
-# ---------------------------------------------------------------- training
 
 
 @dataclass(frozen=True)
@@ -299,7 +210,7 @@ def card(
         f" {FINAL_LR:.0%}."
     )
     last = len(outcome.last_losses)
-    return CARD.format(
+    return CARD.read_text(encoding="utf-8").format(
         license=options.license,
         name=options.output.name,
         parameters=model.num_parameters(),
@@ -320,9 +231,6 @@ def card(
         held_out=f"Held out is one in {HELD_OUT} of the documents, those over {PIECE_CHARACTERS:,} characters cut into"
         " pieces: of a long document some pieces may be trained on and others held out.",
     )
-
-
-# ---------------------------------------------------------------- command line
 
 
 def count(text: str) -> int:
