@@ -111,12 +111,11 @@ def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Conso
     """Convert, and show the stages."""
     from headfuse.conversion.convert import fuse
 
-    if settings.calibration.data == "default":
-        advice = "" if settings.calibration.random_tokens else ", or --random-tokens 1/4 for languages"
+    if settings.calibration.bundled:
         say(
             log,
             "Calibrating on bundled English prose and Python. Other languages and chats lose more: "
-            f"pass --data with text like your inputs{advice}.",
+            "pass --data with text like your inputs.",
         )
     with stages(log, "reading") as show:
 

@@ -177,7 +177,8 @@ RandomTokens = Annotated[
         "--random-tokens",
         parser=_part,
         metavar="SHARE",
-        help="Share of windows of random tokens beside the text, for languages that it lacks.",
+        help="Share of windows of random tokens beside the text, for languages that it lacks; by default a quarter "
+        "beside the bundled text, none beside your own.",
         rich_help_panel=TEXT,
     ),
 ]

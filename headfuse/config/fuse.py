@@ -75,6 +75,9 @@ class BudgetConfig(Options):
         return str(self.total).replace("/", "-")
 
 
+RANDOM_BESIDE_BUNDLED = 0.25
+"""Who calibrates on the bundled text does not say what the model will read: its heads see every token there is
+(docs/experiments/random-tokens.md)."""
 HELD_OUT_WINDOWS = 8
 """Enough windows to compare two stages; further windows are worth more as calibration text."""
 
@@ -90,15 +93,23 @@ class CalibrationConfig(Options):
     """Tokens in a window."""
     held_out: Part | None = None
     """Share of the windows that nothing is fitted to; null: a quarter, at most 8 windows."""
-    random_tokens: Part = 0.0
-    """Share of random windows in what the closed form is fitted to, for languages that the text lacks. They join the
-    text, and hold tokens drawn from the vocabulary. Presets balanced and best refine on text alone."""
+    random_tokens: Part | None = None
+    """Share of random windows in what the closed form is fitted to, for languages that the text lacks; null: a quarter
+    beside the bundled text, none beside your own. They join the text, and hold tokens drawn from the vocabulary.
+    Plans are made and models refined on text alone."""
 
     @property
     def random_windows(self) -> int:
         """How many windows of random tokens join those of text that are not held out."""
-        text = self.samples - self.held_out_windows(self.samples)
-        return round(text * self.random_tokens / (1 - self.random_tokens))
+        share = self.random_tokens
+        if share is None:
+            share = RANDOM_BESIDE_BUNDLED if self.bundled else 0.0
+        return round((self.samples - self.held_out_windows(self.samples)) * share / (1 - share))
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the text is that of the package."""
+        return self.data == "default"
 
     def held_out_windows(self, samples: int) -> int:
         """How many of `samples` windows are held out; at least one is left."""

@@ -56,13 +56,24 @@ def test_they_join_the_text_and_take_none_of_it(tmp_path: Path, samples: int, sh
     calibration = CalibrationConfig(samples=samples, sequence_length=16, random_tokens=share)
     text, plain = (
         source.calibration_text(each, 0)
-        for each in (calibration, CalibrationConfig(samples=samples, sequence_length=16))
+        for each in (calibration, calibration.model_copy(update={"random_tokens": 0.0}))
     )
     assert torch.equal(text.statistics, plain.statistics)
     assert torch.equal(text.fitted.statistics[: len(text.statistics)], text.statistics)
     assert len(text.fitted.statistics) - len(text.statistics) == random
     assert len(text.fitted.starts) == len(text.fitted.statistics) * len(text.starts) // len(text.statistics)
     assert torch.equal(text.held_out, plain.held_out)
+
+
+@pytest.mark.parametrize(("bundled", "random"), [(True, 4), (False, 0)])
+def test_they_are_a_quarter_beside_the_bundled_text_and_none_beside_your_own(
+    tmp_path: Path, bundled: bool, random: int
+) -> None:
+    source = Source.open(str(tiny_model(tmp_path / "model")))
+    data = "default" if bundled else str(tmp_path / "text.txt")
+    text = source.calibration_text(CalibrationConfig(data=data, samples=16, sequence_length=16), 0)
+    assert len(text.statistics) == 12
+    assert len(text.fitted.statistics) == 12 + random
 
 
 def test_a_short_text_has_fewer_of_them(tmp_path: Path) -> None:
