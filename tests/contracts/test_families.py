@@ -18,13 +18,13 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS, slot_table
 from headfuse.layouts.gguf import writer as gguf
 from headfuse.models.attention import READ_MAPS, WRITE_MAPS, AttentionWeights
-from headfuse.models.families import ARCHITECTURES, UNSUPPORTED
+from headfuse.models.families import ARCHITECTURES
 from headfuse.models.heads import head_layout
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from tests.support.commands import fuse, run
 from tests.support.model_outputs import assert_decoding_equals_forward, logits
-from tests.support.planted_heads import edit_weights, plant
+from tests.support.planted_heads import plant
 from tests.support.tiny_models import FAMILY_OPTIONS, VOCABULARY, tiny_config, tiny_model
 
 
@@ -185,56 +185,6 @@ def test_a_step_of_uptraining_changes_the_attention(fused: Fused, tmp_path: Path
     assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith(prefix))
 
 
-@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "gpt2", "llama"])
-def test_keys_and_values_have_their_own_learning_rate_where_they_are_packed(tmp_path: Path, family: str) -> None:
-    """Stock folders: layout decoupled packs nothing."""
-    model = tiny_model(tmp_path / "model", family)
-    arch, heads = ARCHITECTURES[family], head_layout(AutoConfig.from_pretrained(model))
-    options = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
-    config = {**json.loads((model / "config.json").read_text()), **options}
-    (model / "config.json").write_text(json.dumps(config))
-    steps = []
-    for rate in (1, 3):
-        text = ("--data", tmp_path / "text.txt", "--tokens", 32, "--sequence-length", 32, "--loss", "ce")
-        (tmp_path / "recipe.yaml").write_text(f"fused_learning_rate: {rate}\n")
-        run("uptrain", model, "-o", tmp_path / f"{rate}", "--config", tmp_path / "recipe.yaml", *text, "-q")
-        layers = []
-        for folder in (model, tmp_path / f"{rate}"):
-            prefix, tensors = arch.layer_prefix(0) + ".", load_file(folder / "model.safetensors")
-            layer = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            layers.append(AttentionWeights.of_layer(layer, arch, heads))
-        sides = ("query", "key", "value", "query_bias", "value_bias", "output")
-        pairs = {side: (getattr(layers[1], side), getattr(layers[0], side)) for side in sides}
-        steps.append({side: after - before for side, (after, before) in pairs.items() if before is not None})
-    for side, step in steps[0].items():
-        assert step.abs().max() > 0
-        factor = 3 if side.startswith(("key", "value")) else 1
-        torch.testing.assert_close(steps[1][side], factor * step, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["attention", "lora"])
-@pytest.mark.parametrize(
-    ("family", "layout"), [("llama", "layerwise"), ("phi3", "gqa"), ("gpt2", "decoupled"), ("gpt2", None)]
-)
-def test_only_attention_is_trained(tmp_path: Path, family: str, layout: str | None, kind: str) -> None:
-    if kind == "lora":
-        pytest.importorskip("peft")
-    before = tiny_model(tmp_path / "model", family)
-    if layout is not None:
-        fuse(before, tmp_path / "fused", "-b", "1/2", "--layout", layout, "--preset", "fast")
-        before = tmp_path / "fused"
-    (tmp_path / "recipe.yaml").write_text(f"train: {kind}\nloss: ce\n")
-    text = ("--data", tmp_path / "text.txt", "--tokens", 64, "--sequence-length", 32, "--batch-size", 1)
-    run("uptrain", before, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml", *text)
-    own = ARCHITECTURES[family]
-    arch = LAYOUTS[layout].stored(own) if layout is not None else own
-    modules = [f".{arch.attention}.{module}." for module in (*arch.projections, arch.output)]
-    source, trained = load_file(before / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
-    for name, tensor in source.items():
-        adapted = any(module in name for module in modules) and (kind == "attention" or "bias" not in name)
-        assert torch.equal(tensor, trained[name]) != adapted, name
-
-
 @pytest.mark.parametrize("layout", ["decoupled", "gqa"])
 def test_a_model_with_sliding_windows_in_some_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
@@ -312,38 +262,6 @@ def test_every_method_fuses_every_kind_of_key(tmp_path: Path, family: str, metho
     assert not torch.allclose(result, logits(model), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["olmo2", "qwen3", "phi", "gpt2"])
-def test_planted_groups_of_unequal_sizes_are_lossless(tmp_path: Path, family: str) -> None:
-    model = tiny_model(tmp_path / "model", family)
-    plant(model, [[0, 1, 3], [2]], [[0], [1, 2, 3]])
-    fuse(model, tmp_path / "out", "--budget", "1/2", "--preset", "fast")
-    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=2e-5, atol=2e-5)
-
-
-def test_a_checkpoint_of_the_base_model_with_its_masks(tmp_path: Path) -> None:
-    """As gpt2 lies on the hub: names without their first part, and causal masks among the tensors."""
-    model = tiny_model(tmp_path / "model", "gpt2")
-    plant(model, [[0, 3], [1, 2]])
-    expected, file = logits(model), model / "model.safetensors"
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 128, 128).tril() for i in range(2)}
-    save_file(tensors, file, metadata={"format": "pt"})
-    document = fuse(model, tmp_path / "out", "--budget", "1/2", "--preset", "fast")
-    assert document["kv_ratio"] == 0.5
-    torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("family", ["phi3"])
-def test_heads_that_do_not_fit_a_fused_projection_are_refused(tmp_path: Path, family: str) -> None:
-    model = tiny_model(tmp_path / "model", family)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(
-        json.dumps({**config, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8})
-    )
-    text = ("--data", tmp_path / "text.txt", "--sequence-length", 32)
-    assert "config.json makes it" in run("fuse", model, *text, code=1)
-
-
 @families
 def test_stored_weights_survive_the_round_trip(tmp_path: Path, family: str) -> None:
     tensors = load_file(tiny_model(tmp_path / "model", family) / "model.safetensors")
@@ -355,59 +273,3 @@ def test_stored_weights_survive_the_round_trip(tmp_path: Path, family: str) -> N
     again = weights.in_layer(layer, arch, heads)
     assert again.keys() == layer.keys()
     assert all(torch.equal(again[name], layer[name]) for name in layer)
-
-
-@pytest.mark.parametrize("model_type", [*UNSUPPORTED, "openai-gpt"])
-def test_other_families_are_refused_with_the_reason(tmp_path: Path, model_type: str) -> None:
-    if model_type in ("headfuse", "headfuse_latent", "nemotron-nas"):
-        pytest.skip("tests/robustness/test_bad_models.py")
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps({"model_type": model_type}))
-    save_file({"any": torch.zeros(1)}, model / "model.safetensors", {"format": "pt"})
-    lines = run("fuse", model, "--json", code=1).splitlines()
-    document = json.loads(next(line for line in lines if line.startswith('{"schema_version"')))
-    assert model_type in document["error"]["what"]
-    assert UNSUPPORTED.get(model_type, "") in document["error"]["what"]
-    assert all(family in document["error"]["fix"] for family in ARCHITECTURES)
-
-
-@pytest.mark.parametrize("layout", ["latent", "decoupled", pytest.param("gqa", marks=pytest.mark.long)])
-@pytest.mark.parametrize(
-    ("family", "option"),
-    [("cohere", "use_qk_norm"), ("glm4_moe", "use_qk_norm"), ("phi", "qk_layernorm"), ("stablelm", "qk_layernorm")],
-)
-def test_norms_that_an_option_brings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, option: str, layout: str
-) -> None:
-    """LayerNorms, with a weight for all heads or one for each, and channels behind a norm that are not rotated."""
-    monkeypatch.setitem(FAMILY_OPTIONS, family, {**FAMILY_OPTIONS.get(family, {}), option: True})
-    model = tiny_model(tmp_path / "model", family, query_heads=8)
-    whole = ("--budget", 1, "--samples", 2, "--allocator", "uniform", "--preset", "fast", "--layout", layout)
-    fuse(model, tmp_path / "whole", *whole)
-    torch.testing.assert_close(logits(tmp_path / "whole"), logits(model), rtol=1e-5, atol=1e-5)
-    plant(model, [[0, 3], [1, 2]])
-    fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", layout, "--preset", "fast")
-    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=2e-5, atol=2e-5)
-    loaded, tokens = headfuse.load(tmp_path / "out"), torch.randint(1, 300, (1, 20))
-    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(*(loaded.generate(tokens, use_cache=cached, **greedy) for cached in (True, False)))
-
-
-def test_keys_behind_a_layer_norm_are_fitted_to_the_normed_means(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Heads of other sizes than each other, which the norm takes off, are one head."""
-    monkeypatch.setitem(FAMILY_OPTIONS, "phi", {"qk_layernorm": True, "layer_norm_eps": 1e-12})
-    model = tiny_model(tmp_path / "model", "phi")
-
-    def change(weights: AttentionWeights, arch: Any, heads: Any) -> None:
-        for first, other in ((0, 3), (1, 2)):
-            weights.key[other], weights.value[other] = 2 * weights.key[first], weights.value[first]
-            assert weights.key_bias is not None
-            assert weights.value_bias is not None
-            weights.key_bias[other], weights.value_bias[other] = 2 * weights.key_bias[first], weights.value_bias[first]
-
-    edit_weights(model, change)
-    fuse(model, tmp_path / "out", "--budget", "1/2", "--layout", "decoupled", "--preset", "fast")
-    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), rtol=1e-4, atol=1e-4)
