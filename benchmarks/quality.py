@@ -1,7 +1,7 @@
 """Quality per kept byte: `python benchmarks/quality.py --model NAME=FOLDER --budget 1/2 1/3 --text NAME=FILE ...`.
 
 One row per model, budget, layout and conversion: what the conversion adds to the NLL of text that nothing was fitted
-to (protocol of `headfuse eval`), its time over that of one forward pass of the source over the same calibration
+to (protocol of `headfuse eval`), its time relative to one forward pass of the source through the same calibration
 tokens, both measured in this run, and the peak memory of its process. Rows are appended to
 `benchmarks/results/quality.jsonl` one at a time, and those that are there are not run again; the page and the plot are
 drawn from all of them.

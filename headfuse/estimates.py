@@ -50,7 +50,7 @@ def clustered_mean(values: torch.Tensor, chosen: torch.Tensor) -> Estimate | Non
 
     Returns:
         None when nothing is chosen. With as many predictions in every window the error is the standard deviation of the
-        windows' means over the square root of their number.
+        windows' means divided by the square root of their number.
     """
 
     count, windows = int(chosen.sum()), int(chosen.any(dim=1).sum())

@@ -14,7 +14,8 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         parameters: matrices.
-        lr: the step; its update has singular values near 1, times the square root of rows over columns if above 1.
+        lr: the step; its update has singular values near 1, times the square root of the ratio of rows to columns where
+            that is above 1.
         momentum: of the gradients, in Nesterov's form.
     """
 
