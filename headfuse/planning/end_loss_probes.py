@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,8 +66,8 @@ class EndLossProbes:
         self.streamed, self.refit, self.worth = streamed, refit, float(windows.numel())
         self.full = full or streamed.heads.num_key_value_heads
         self.equal: dict[Side, list[int]] = {"key": list(equal.key_heads), "value": list(equal.value_heads)}
-        self.source = self.fused = streamed.embed(windows)
-        self.variants: list[tuple[int, Side, int, HiddenStates]] = []
+        self.source = self.fused = streamed.embed(windows)  # the model of equal counts, then every variant in turn
+        self.variants: list[tuple[int, Side, int]] = []
 
     def advance(self, source: SourceLayer, fused: Fused) -> None:
         """Take every variant through a layer, and start one for each `(side, count)` of this layer.
@@ -93,24 +93,24 @@ class EndLossProbes:
             changed = with_heads(tensors, self.streamed, chosen, refitted)
             return self.streamed.layer(layer_idx, changed.tensors, changed.keys)
 
-        started = []
+        started, before = list[torch.Tensor](), next(self.fused.split(len(self.source)))
         for side in self.equal:
             for count in counts[side]:
                 if count != equal[side]:
+                    self.variants.append((layer_idx, side, count))
                     with variant({**equal, side: count}) as run:
-                        started.append((layer_idx, side, count, run(self.fused)))
+                        started.append(run(before).hidden)
         with self.streamed.layer(layer_idx, tensors) as run:
             self.source = run(self.source)
         with variant(equal) as run:
             self.fused = run(self.fused)
-            self.variants = [(i, side, count, run(states)) for i, side, count, states in self.variants]
-        self.variants += started
+        self.fused = replace(self.fused, hidden=torch.cat([self.fused.hidden, *started]))
 
     def results(self, on_window: OnWindow = quiet) -> list[Probe]:
         """Every count of every side, after the last layer; the divergence of equal counts stands in each row."""
-        states = [self.fused, *(states for *_, states in self.variants)]
+        states = list(self.fused.split(len(self.source)))
         equal, *others = divergences(self.streamed, self.source, states, on_window)
-        probes = [Probe(i, side, count, d) for (i, side, count, _), d in zip(self.variants, others, strict=True)]
+        probes = [Probe(*variant, d) for variant, d in zip(self.variants, others, strict=True)]
         rows = dict.fromkeys((probe.layer_idx, probe.side) for probe in probes)
         return probes + [Probe(i, side, self.equal[side][i], equal) for i, side in rows]
 
