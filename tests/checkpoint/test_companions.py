@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from headfuse.checkpoint.companions import is_companion, is_read
 from tests.support.commands import fuse, run
+from tests.support.listed_companions import entries
 from tests.support.model_outputs import logits
-from tests.support.repositories import entries
 from tests.support.tiny_models import tiny_model
 
 
