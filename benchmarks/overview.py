@@ -24,7 +24,8 @@ SHOWN = {
 """Layout and conversion of the rows of headfuse; those that read other layers are shown, too."""
 COMMANDS = {
     "Q": "python benchmarks/quality.py --model NAME=FOLDER --budget KEPT --layout LAYOUT --conversion PRESET "
-    "--samples N --seed 0 1 2 --data redpajama_train.jsonl --text wikitext2=FILE OWN=FILE --windows 24",
+    "--samples N --seed 0 1 2 --data redpajama_train.jsonl --text wikitext2=FILE OWN=FILE --windows 24 "
+    "[--options 'OPTIONS BEHIND THE PRESET']",
     "P": "python benchmarks/peers.py PEER --checkout FOLDER --commit ID --model FOLDER --name NAME --kept KEPT",
     "T": "python benchmarks/tasks.py --model NAME=FOLDER --budget KEPT --layout LAYOUT --conversion PRESET "
     "--samples N --limit 50 --data redpajama_train.jsonl --tasks-path TASKS",
