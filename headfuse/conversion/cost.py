@@ -30,7 +30,7 @@ from headfuse.planning.fused_variants import (
     probe_tokens,
     weighing_tokens,
 )
-from headfuse.planning.planner import SURVEYED, WIDE_PROBE_TOKENS, plan_options
+from headfuse.planning.planner import SURVEYED, enough_for_end_losses, plan_options
 from headfuse.planning.widths import measured_widths, width_quantum
 from headfuse.text.calibration import START_LENGTH, STARTS_PER_WINDOW
 
@@ -222,7 +222,7 @@ def _measuring_work(sizes: _Sizes, config: FuseConfig) -> float:
     work = layers * 2 * (refitted * refit * refits + (few + sizes.wide) * error)
     work += 3 * weighing_tokens(seen) * (sizes.once + 2 * sizes.head)
     price = PROBE_COST if preset.end_loss_probes else FAST_PROBE_COST
-    enough = probe_tokens(seen, layers, counts, price) >= WIDE_PROBE_TOKENS
+    enough = probe_tokens(seen, layers, counts, price) >= enough_for_end_losses(layers)
     if enough if sizes.wide else preset.end_loss_probes:
         work += price * seen * sizes.once + layers * (2 * counts + 1) * refit * refits
         work += layers * 2 * counts * probe_tokens(seen, layers, counts, price) * 2 * sizes.head

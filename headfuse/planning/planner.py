@@ -47,9 +47,9 @@ ProgressCallback = Callable[[str, int, int], None]
 """Called with a phase, the layers done and all layers."""
 SURVEYED = 1 / 3
 """Share of the statistics windows that the survey reads: a quarter of all windows by default."""
-WIDE_PROBE_TOKENS = 96
-"""Fewest tokens for measuring end losses of widths. Fewer give noise compared with the errors, at twice the cost
-(docs/experiments/wide-heads.md)."""
+WIDE_PROBE_TOKENS, WIDE_PROBE_TOKENS_PER_LAYER = 96, 16
+"""Fewest tokens for measuring end losses of widths, in all and for each layer of the model. Fewer give noise compared
+with the errors, at twice the cost (docs/experiments/wide-heads.md, widths-of-deep-models.md)."""
 
 
 @dataclass(frozen=True)
@@ -204,9 +204,14 @@ def _probes(
     wide = LAYOUTS[options.layout].wide
     counts = len(measured_widths(full) if wide else measured_counts(full, options.end_loss_probes == "all"))
     seen = probe_tokens(tokens, streamed.num_layers, counts, options.probe_cost)
-    if wide and seen < WIDE_PROBE_TOKENS:
+    if wide and seen < enough_for_end_losses(streamed.num_layers):
         return (errors,)
     return errors, EndLossProbes(streamed, probe_windows(unseen, seen), equal, refit, full)
+
+
+def enough_for_end_losses(num_layers: int) -> int:
+    """Fewest tokens of a probe for end losses of widths: the more layers, the more costs there are to be wrong."""
+    return max(WIDE_PROBE_TOKENS, WIDE_PROBE_TOKENS_PER_LAYER * num_layers)
 
 
 def plan_model(
