@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.model_edits import edit_json, edit_tensors
+from tests.support.model_edits import HEAD, edit_json, edit_tensors
 from tests.support.tiny_models import tiny_model
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tests.support.commands import run
+from tests.support.model_outputs import TOKENS, in_transformers
 from tests.support.tiny_models import VOCABULARY
-
-TOKENS = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2))
-
-
-def in_transformers(folder: Path) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
-    return result
 
 
 def more_tokens(model: Path, *words: str) -> None:

@@ -15,13 +15,9 @@ from transformers import AutoModelForCausalLM
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from tests.support.commands import fuse, run
-from tests.support.model_edits import edit_json, edit_tensors
-from tests.support.model_outputs import logits
+from tests.support.model_edits import EMBEDDING, HEAD, edit_json, edit_tensors
+from tests.support.model_outputs import TOKENS, in_transformers, logits
 from tests.support.tiny_models import VOCABULARY
-
-TOKENS = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2))
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-FEW = ("--samples", 4, "--sequence-length", 32)
 
 
 def other_head(model: Path) -> None:
@@ -39,12 +35,6 @@ def head_alone(model: Path) -> None:
 
 def same_head(model: Path) -> None:
     edit_tensors(model, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
-
-
-def in_transformers(folder: Path) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
-    return result
 
 
 def streamed_logits(folder: Path) -> torch.Tensor:

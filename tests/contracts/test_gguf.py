@@ -15,17 +15,8 @@ from safetensors.torch import load_file, save_file
 import headfuse
 from headfuse.layouts.gguf import writer as gguf
 from tests.support.commands import fuse, run
-from tests.support.llama_cpp import assert_same
+from tests.support.llama_cpp import assert_same, export
 from tests.support.tiny_models import tiny_model
-
-TEXTS = [
-    "the head of a key reads what value it was given",
-    "  It's   12345 o'clock,\n\n\tWE'LL see: x=1+2;  naïve café — 東京 🙂 \r\n end ",
-    "",
-    " ",
-    "don't\u00a0stop!!!   \n   \n",
-]
-TEXT = " ".join(TEXTS) * 3
 
 
 def adapted(folder: Path, **changes: Any) -> Path:
@@ -35,12 +26,6 @@ def adapted(folder: Path, **changes: Any) -> Path:
     config.pop("layer_types", None)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def export(folder: Path, file: Path, *options: object) -> dict[str, Any]:
-    line = run("export", folder, "--to", "gguf", "-o", file, "--json", *options)
-    document: dict[str, Any] = json.loads(line.splitlines()[-1])
-    return document
 
 
 # ---------------------------------------------------------------- models

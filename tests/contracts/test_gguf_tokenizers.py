@@ -16,7 +16,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 import headfuse
 from headfuse.layouts.gguf import tokenizer as gguf_tokenizer
 from tests.support.commands import run
-from tests.support.llama_cpp import LlamaCpp
+from tests.support.llama_cpp import LlamaCpp, export
 from tests.support.tiny_models import VOCABULARY, tiny_model
 
 TEXTS = [
@@ -26,15 +26,7 @@ TEXTS = [
     " ",
     "don't\u00a0stop!!!   \n   \n",
 ]
-
-
 TEXT = " ".join(TEXTS) * 3
-
-
-def export(folder: Path, file: Path, *options: object) -> dict[str, Any]:
-    line = run("export", folder, "--to", "gguf", "-o", file, "--json", *options)
-    document: dict[str, Any] = json.loads(line.splitlines()[-1])
-    return document
 
 
 def byte_level(pre: str) -> PreTrainedTokenizerFast:

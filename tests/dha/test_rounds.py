@@ -25,9 +25,6 @@ def symmetric(n: int) -> list[list[float]]:
 PAIRS = ((0, 2), (1, 3))
 
 
-UNEVEN = ((0, 1, 3), (2,))
-
-
 def test_fusion_loss_is_one_for_pairs_at_the_identity_and_the_raw_sum_is_the_paper_s() -> None:
     for groups, mean, raw in ((PAIRS, 1.0, 2 * 16), (((0, 1, 2, 3),), 0.5, 3 * 16)):  # (g - 1) d per group
         omega = dha.identity(range(4), 4, 16)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from headfuse.cli.app import app
@@ -37,16 +33,6 @@ def refused(out: Path, *args: object, code: int = 1, command: str = "fuse") -> s
         assert result.stderr == f"error: {error['where']}: {error['what']}\n  {error['fix']}\n"
     message = f"{error['where']}: {error['what']}\n  {error['fix']}"
     return message.replace(str(out.parent), "")  # the folder has the name of the test in it
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(model / "model.safetensors")
-    change(tensors)
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
 
 SMALL = ("--samples", 4, "--sequence-length", 32, "--budget", 1)

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from headfuse.cli.app import app
-from tests.robustness.refusals import SMALL, edit_json, edit_tensors, refused
+from tests.robustness.refusals import SMALL, refused
 from tests.support.commands import fuse, run
+from tests.support.model_edits import edit_json, edit_tensors
 
 
 def shard(model: Path) -> Path:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.robustness.refusals import SMALL, edit_tensors, refused
+from tests.robustness.refusals import SMALL, refused
 from tests.support.commands import fuse, run
+from tests.support.model_edits import edit_tensors
 from tests.support.tiny_models import tiny_model
 
 

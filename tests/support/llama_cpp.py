@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import headfuse
+from tests.support.commands import run
 from tests.support.tiny_models import VOCABULARY
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="the wheel xllamacpp (llama.cpp) is not installed")
@@ -66,6 +67,13 @@ class LlamaCpp:
         with urllib.request.urlopen(request, timeout=60) as answer:
             result: dict[str, Any] = json.load(answer)
         return result
+
+
+def export(folder: Path, file: Path, *options: object) -> dict[str, Any]:
+    """Write a folder as a GGUF file with the command; returns its document."""
+    line = run("export", folder, "--to", "gguf", "-o", file, "--json", *options)
+    document: dict[str, Any] = json.loads(line.splitlines()[-1])
+    return document
 
 
 def assert_same(folder: Path, file: Path, tolerance: float = 5e-3, length: int = 24) -> None:

@@ -8,16 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import headfuse
 from tests.support.tiny_models import VOCABULARY
 
+TOKENS = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2))
+
 
 def logits(folder: Path) -> torch.Tensor:
-    """Logits `[2, 20, vocabulary]` on fixed random tokens."""
-    tokens = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2))
+    """Logits `[2, 20, vocabulary]` on TOKENS, which are random and fixed."""
     with torch.no_grad():
-        result: torch.Tensor = headfuse.load(folder, device="cpu")(tokens).logits
+        result: torch.Tensor = headfuse.load(folder, device="cpu")(TOKENS).logits
+    return result
+
+
+def in_transformers(folder: Path) -> torch.Tensor:
+    """The same of the model that transformers makes of the folder."""
+    with torch.no_grad():
+        result: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
     return result
 
 
