@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from headfuse import __version__
+from headfuse import __version__, choices
 from headfuse.cli import options
 from headfuse.cli.execute import Document, execute
 from headfuse.cli.say import say
@@ -65,17 +65,22 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    """What torch can compute on, with the memory of each GPU."""
+    """What torch can compute on, with the memory of each GPU, and how fast each multiplies matrices."""
     try:
         import torch
     except ImportError:
         return []
+    from headfuse.models.speed import measured_speed
+
     found: list[dict[str, Any]] = [{"name": "cpu", "kind": f"{os.cpu_count()} cores", "memory_bytes": None}]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         found.append({"name": f"cuda:{index}", "kind": gpu.name, "memory_bytes": gpu.total_memory})
     if torch.backends.mps.is_available():
         found.append({"name": "mps", "kind": "Apple GPU", "memory_bytes": None})
+    for device in found:
+        where = torch.device(device["name"])
+        device["flops"] = {dtype: measured_speed(where, dtype) for dtype in get_args(choices.ComputeDtype)}
     return found
 
 
@@ -130,6 +135,8 @@ def render(document: Mapping[str, Any], console: Console) -> None:
     for device in document["devices"]:
         memory = f", {device['memory_bytes'] / 1e9:.1f} GB" if device["memory_bytes"] else ""
         table.add_row(device["name"], device["kind"] + memory)
+        speeds = (f"{speed / 1e12:.2g} in {dtype}" for dtype, speed in device["flops"].items())
+        table.add_row("", "products, TFLOP/s: " + ", ".join(speeds))
     memory = document["memory_bytes"]
     if memory:
         table.add_row("memory", f"{memory['available'] / 1e9:.1f} GB free of {memory['total'] / 1e9:.1f} GB")

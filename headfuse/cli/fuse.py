@@ -194,15 +194,17 @@ def _gated(result: FuseResult) -> dict[str, Any]:
 def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Document:
     """Make every check of a run; return what it would write and cost."""
     from headfuse.checkpoint.reader import DTYPE_NAMES
-    from headfuse.conversion.cost import estimate, measured_speed, on_device
+    from headfuse.conversion.cost import estimate, on_device
     from headfuse.conversion.long_runs import advice
     from headfuse.conversion.preflight import prepare
+    from headfuse.models.speed import Speed
 
     prepared = prepare(model, settings, **place)
     source, settings, kept = prepared.source, prepared.config, prepared.kv_channels
-    dtype, speed = prepared.machine.dtype, measured_speed(prepared.machine.device)
+    machine, dtype = prepared.machine, prepared.machine.dtype
+    speed = Speed.measured(prepared.device, machine.compute_dtype)
     cost = estimate(source, settings, speed)
-    device = on_device(source, prepared.device, prepared.machine.placement)
+    device = on_device(source, prepared.device, machine.placement)
     itemsize = next(iter(source.checkpoint.dtypes.values())).itemsize if dtype is None else DTYPE_NAMES[dtype].itemsize
     heads = source.heads
     return {
@@ -216,7 +218,7 @@ def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Docu
         "heads": {"source": heads.total_heads, "kept": kept // heads.head_dim},
         "source_bytes": source.checkpoint.nbytes,
         "estimate": {"memory_bytes": cost.memory_bytes, "seconds": cost.seconds, "device": device},
-        "advice": advice(source, settings, speed),
+        "advice": advice(source, settings, machine.compute_dtype, prepared.device, speed),
     }
 
 

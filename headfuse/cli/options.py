@@ -208,7 +208,7 @@ ComputeDtype = Annotated[
     choices.ComputeDtype,
     typer.Option(
         metavar=one_of(choices.ComputeDtype),
-        help="Dtype of products in layers; bfloat16 is several times as fast on a GPU.",
+        help="Dtype of products in layers; headfuse doctor shows how fast each is.",
         rich_help_panel=MACHINE,
     ),
 ]

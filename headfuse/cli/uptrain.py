@@ -109,6 +109,14 @@ TrackerFolder = Annotated[
     Path,
     typer.Option(parser=options.path, metavar="PATH", help="Folder that trackers write to.", rich_help_panel=OUTPUT),
 ]
+ComputeDtype = Annotated[
+    choices.ComputeDtype | None,
+    typer.Option(
+        metavar=one_of(choices.ComputeDtype),
+        help="Dtype of products, also of the teacher's; default: bfloat16 on a GPU that has it, else float32.",
+        rich_help_panel=MACHINE,
+    ),
+]
 TeacherDevice = Annotated[
     choices.Device | None,
     typer.Option(metavar=one_of(choices.Device), help="Device of the teacher.", rich_help_panel=MACHINE),
@@ -155,6 +163,7 @@ def uptrain(  # a parameter an option: Typer reads them
     trackers: Trackers = None,
     tracker_folder: TrackerFolder = Path("runs"),
     device: options.Device = "auto",
+    compute_dtype: ComputeDtype = None,
     threads: options.Threads = None,
     teacher_device: TeacherDevice = None,
     teacher_dtype: TeacherDtype = None,

@@ -43,7 +43,9 @@ class FusingMachine(Machine):
     dtype: str | None = None
     """The dtype of the written weights; by default the source's."""
     compute_dtype: Annotated[ComputeDtype, one_of(*names(ComputeDtype))] = "float32"
-    """Dtype of matrix products in the layers; bfloat16 is several times as fast on a GPU and very slow on most CPUs."""
+    """Dtype of matrix products in the layers; bfloat16 is several times as fast on a GPU, about twice as fast on a CPU
+    that has it (AVX512-BF16, AMX), and slow on others. `headfuse doctor` measures it.
+    """
     placement: Annotated[Placement, one_of(*names(Placement))] = "auto"
     """Which weights stay on the device between two uses; by default as many as its memory holds."""
 
@@ -53,10 +55,14 @@ class TrainingMachine(Machine):
 
     dtype: str | None = None
     """The dtype of the written weights; by default each tensor's own in the model."""
+    compute_dtype: Annotated[ComputeDtype, one_of(*names(ComputeDtype))] | None = None
+    """Dtype of matrix products; by default bfloat16 on a GPU that has it, else float32."""
     teacher_device: str | None = None
     """Device of the teacher; by default that of the model."""
     teacher_dtype: str | None = None
-    """Dtype in which the teacher computes; by default float32 on a CPU, the stored one elsewhere."""
+    """Dtype in which the teacher computes; by default `compute_dtype`, if it is given, else float32 on a CPU and the
+    stored one elsewhere.
+    """
     teacher_cache: Path | None = None
     """Folder for the teacher's last hidden states; the teacher is then not in memory during training."""
     log_every: int = 1

@@ -18,7 +18,6 @@ from headfuse.checkpoint.reader import DTYPE_NAMES, Checkpoint
 from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.config.fuse import FuseConfig
 from headfuse.conversion.conversion import Conversion, FusedModel
-from headfuse.conversion.cost import measured_speed
 from headfuse.conversion.long_runs import advice
 from headfuse.conversion.output import open_writer, write_beside_weights
 from headfuse.conversion.preflight import prepare
@@ -36,6 +35,7 @@ from headfuse.models.decoder_layers import DecoderLayers, HiddenStates
 from headfuse.models.families import Architecture
 from headfuse.models.placement import factories_on
 from headfuse.models.source_layer import SourceLayer
+from headfuse.models.speed import Speed
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
 from headfuse.planning.planner import PlanOptions, ProgressCallback, plan_model, plan_options, survey
@@ -76,14 +76,15 @@ def fuse(
     """
     prepared = prepare(model, config, output=output, plan=plan, overwrite=overwrite, resume=resume, **options)
     source, config, output, text = prepared.source, prepared.config, prepared.output, prepared.text
-    if (long := advice(source, config, measured_speed(prepared.machine.device))) is not None:
+    machine = prepared.machine
+    speed = Speed.measured(prepared.device, machine.compute_dtype)
+    if (long := advice(source, config, machine.compute_dtype, prepared.device, speed)) is not None:
         logger.warning("The conversion takes %s.", long)
     reviewed = prepared.plan and adopt(prepared.plan, source)
     common = {**prepared.options, "plan": None if reviewed is None else reviewed.to_json()}
     trained = FUSION_METHODS[config.method].trained
     if trained:
         common["source"] = source.identity().fingerprint
-    machine = prepared.machine
     streamed = StreamedModel(
         source.checkpoint, source.config, prepared.device, machine.placement, DTYPE_NAMES[machine.compute_dtype]
     )

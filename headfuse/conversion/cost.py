@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,9 @@ from headfuse.dha.loop import training_memory
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
 from headfuse.models.families import architecture_of
-from headfuse.models.loading import pick_device
 from headfuse.models.placement import DeviceMemory, batch_tokens
 from headfuse.models.source import Source
+from headfuse.models.speed import Speed
 from headfuse.plan import HeadLayout
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.comparison import COMPARED_WINDOWS, FITTED_WINDOWS
@@ -54,30 +53,33 @@ class Cost:
     seconds: float
 
 
-def estimate(source: Source, config: FuseConfig, speed: float) -> Cost:
+def estimate(source: Source, config: FuseConfig, speed: Speed) -> Cost:
     """Memory and time of a conversion.
 
     Args:
         source: the opened source.
         config: the options of the conversion.
-        speed: floating-point operations per second of a matrix product, see `measured_speed`.
+        speed: of matrix products.
     """
     return Cost(count(source, config)[0], seconds_at(speed, source, config))
 
 
-def seconds_at(speed: float, source: Source, config: FuseConfig) -> float:
-    """Seconds that a conversion takes if matrix products run at `speed` floating-point operations per second."""
-    return count(source, config)[1] / (EFFICIENCY * speed) + 3 * source.checkpoint.nbytes / 1e9 + 5
+def seconds_at(speed: Speed, source: Source, config: FuseConfig) -> float:
+    """Seconds that a conversion takes if matrix products run at `speed`."""
+    work = count(source, config, speed.float32 / speed.in_layers)[1]
+    return work / (EFFICIENCY * speed.float32) + 3 * source.checkpoint.nbytes / 1e9 + 5
 
 
-def count(source: Source, config: FuseConfig) -> tuple[int, float]:
+def count(source: Source, config: FuseConfig, price: float = 1.0) -> tuple[int, float]:
     """Peak bytes of convert.py, and its floating-point operations; an operation in float64 counts twice.
 
     Args:
         source: the opened source.
         config: the options of the conversion.
+        price: what an operation inside the layers counts.
     """
-    sizes, method = _Sizes.of(source, config), FUSION_METHODS[config.method]
+    method = FUSION_METHODS[config.method]
+    sizes = _Sizes.of(source, config, 1.0 if method.trained else price)
     if method.trained:
         return LIBRARIES + training_memory(source, config), _training_work(sizes, config)
     memory, work = _closed_form(sizes)
@@ -127,9 +129,11 @@ class _Sizes:
     layer: int
     """Parameters of a layer."""
     wide: bool
+    price: float
+    """What an operation inside the layers counts; those in another dtype than float32 count less where it is faster."""
 
     @classmethod
-    def of(cls, source: Source, config: FuseConfig) -> _Sizes:
+    def of(cls, source: Source, config: FuseConfig, price: float) -> _Sizes:
         heads, calibration, shapes = source.heads, config.calibration, source.checkpoint.shapes
         length = calibration.sequence_length
         held_out = calibration.held_out_windows(calibration.samples) * length
@@ -140,7 +144,7 @@ class _Sizes:
         outer = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(stem))
         layer = (sum(map(math.prod, shapes.values())) - outer) // heads.num_hidden_layers
         wide = LAYOUTS[config.layout].wide
-        return cls(heads, source.config.vocab_size, length, seen, text, held_out, outer, layer, wide)
+        return cls(heads, source.config.vocab_size, length, seen, text, held_out, outer, layer, wide, price)
 
     @property
     def layers(self) -> int:
@@ -166,9 +170,9 @@ class _Sizes:
         return self.vocabulary * self.width
 
     @property
-    def once(self) -> int:
+    def once(self) -> float:
         """Operations of one token through all layers."""
-        return 2 * self.layer * self.layers + 4 * self.queries * self.length * self.layers
+        return self.price * self.layers * (2 * self.layer + 4 * self.queries * self.length)
 
     @property
     def value_sums(self) -> int:
@@ -257,15 +261,3 @@ def _training_work(sizes: _Sizes, config: FuseConfig) -> float:
     """Work of method `dha`: forward and backward, and the teacher's forward where the loss needs it."""
     tokens = (config.dha.search_steps + config.dha.fusion_steps) * config.dha.batch_size * sizes.length
     return tokens * (3 + (config.dha.loss == "kl")) * (sizes.once + 2 * sizes.head)
-
-
-def measured_speed(device: str) -> float:
-    """Floating-point operations per second of a float32 matrix product of a layer's size."""
-    a = torch.ones(512, 1024, device=pick_device(device))
-    b = torch.ones(1024, 1024, device=a.device)
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ b)[0, 0])  # reading one number waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * a.numel() * b.shape[1] / best

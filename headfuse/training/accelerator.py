@@ -14,8 +14,10 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
+from headfuse.choices import ComputeDtype
 from headfuse.errors import ConfigError, MissingExtraError
 from headfuse.models.loading import pick_device, stored_names
+from headfuse.models.speed import warn_if_slow
 from headfuse.models.states import decoder_layers
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -23,13 +25,19 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
 
 def make_accelerator(
-    device: str, *, unused: bool, trackers: Sequence[str] = (), tracker_folder: Path | None = None
+    device: str,
+    *,
+    unused: bool,
+    compute_dtype: ComputeDtype | None = None,
+    trackers: Sequence[str] = (),
+    tracker_folder: Path | None = None,
 ) -> Accelerator:
     """An accelerator for `--device`; what `accelerate launch` says about processes holds.
 
     Args:
         device: `auto`, `cpu`, `cuda` or `mps`.
         unused: whether a step may leave trained weights without a gradient.
+        compute_dtype: of matrix products; by default bfloat16 on a GPU that has it, else float32.
         trackers: names in TRACKERS.
         tracker_folder: where they may write.
 
@@ -46,7 +54,11 @@ def make_accelerator(
     # else transformers leaves every model but the first process's empty, and the teacher is not one that is sharded
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     target = pick_device(device)
-    bfloat16 = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if compute_dtype is None:
+        bfloat16 = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bfloat16 = compute_dtype == "bfloat16"
+        warn_if_slow(target, compute_dtype)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # accelerate keeps the device of a process's first run
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(

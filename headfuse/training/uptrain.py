@@ -116,7 +116,7 @@ def uptrain(
     with shared_folder(job.accelerator, job.output, overwrite=overwrite, resume=resume, reads=job.reads) as making:
         inputs = {
             "model": job.model.checkpoint.fingerprint(), "teacher": job.teacher_name,
-            "teacher_dtype": machine.teacher_dtype,
+            "teacher_dtype": machine.teacher_dtype, "compute_dtype": machine.compute_dtype,
             "processes": job.accelerator.num_processes,
         }  # fmt: skip
         run = Run(making, job.config, inputs, resume, job.accelerator.is_main_process)
@@ -142,6 +142,7 @@ def _check(
     accelerator = make_accelerator(
         machine.device,
         unused=config.layerwise > 0,
+        compute_dtype=machine.compute_dtype,
         trackers=machine.trackers,
         tracker_folder=machine.tracker_folder / output.name,
     )
@@ -268,8 +269,9 @@ def _make_teacher(
     check_teacher(folder, student, tokenizer, layers, machine.trust_remote_code)
     spread = job.sharded and machine.teacher_device is None and machine.teacher_cache is None
     device = "cpu" if spread else machine.teacher_device or str(accelerator.device)
-    kept = machine.teacher_dtype or computing_dtype(folder, machine.teacher_device or accelerator.device.type)
-    dtype = kept if spread else machine.teacher_dtype
+    chosen = machine.teacher_dtype or machine.compute_dtype
+    kept = chosen or computing_dtype(folder, machine.teacher_device or accelerator.device.type)
+    dtype = kept if spread else chosen
     beyond = unembedded_tokens(tokenizer, student.get_input_embeddings().weight.shape[0])
     load = partial(_load_teacher, folder, device, dtype, beyond, machine.trust_remote_code)
     if machine.teacher_cache is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import metadata
 from typing import Any
 
@@ -35,6 +36,7 @@ def test_all_is_on_one_screen() -> None:
     assert max(map(len, shown.splitlines())) <= 80
     assert f"torch            {metadata.version('torch')}" in shown
     assert "GB free in this folder" in shown
+    assert re.search(r"products, TFLOP/s: [\d.e-]+ in float32, [\d.e-]+ in bfloat16", shown)
 
 
 def test_packages_outside_the_versions_that_work_are_faults(versions: dict[str, str]) -> None:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from headfuse.conversion import convert, cost
+from headfuse.conversion import long_runs
+from headfuse.models import speed
 from tests.support.mutations import TARGETS, Place, check, check_line, command_line, mutated
 
 MANY = 20
@@ -41,8 +42,8 @@ def _away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for module in (cost, convert):
-        monkeypatch.setattr(module, "measured_speed", lambda device: 1e10)
+    for module in (speed, long_runs):
+        monkeypatch.setattr(module, "measured_speed", lambda device, dtype: 1e10)
 
 
 @pytest.mark.parametrize("times", TIMES)

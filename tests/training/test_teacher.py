@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from headfuse.errors import ConfigError, OutputError
 from headfuse.models.loading import load_model
@@ -54,6 +55,23 @@ def test_teacher_in_another_dtype(fused: Path, data: str, tmp_path: Path) -> Non
     half = train(fused, data, output=tmp_path / "half", teacher_dtype="bfloat16", teacher_device="cpu")
     assert losses(half.output) != losses(full.output)
     assert half.nll_teacher == pytest.approx(full.nll_teacher, abs=0.02)
+
+
+def test_products_in_bfloat16_train_nearly_the_same_model(fused: Path, data: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "tokens": 20 * 32}
+    plain = train(fused, data, output=tmp_path / "plain", **options)
+    said = train(fused, data, output=tmp_path / "said", compute_dtype="float32", **options)
+    narrower = train(fused, data, output=tmp_path / "narrower", compute_dtype="bfloat16", **options)
+    assert losses(said.output) == losses(plain.output)  # the default of a CPU
+    assert losses(narrower.output) != losses(plain.output)
+    assert narrower.nll_teacher != plain.nll_teacher  # the teacher's products, too
+    assert narrower.nll_after == pytest.approx(plain.nll_after, abs=0.02)
+    exact = train(fused, data, output=tmp_path / "exact", compute_dtype="bfloat16", teacher_dtype="float32", **options)
+    assert exact.nll_teacher == plain.nll_teacher
+    weights = load_file(narrower.output / "model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(weights[name], weights[name].bfloat16().float())  # they are trained in float32
 
 
 def test_teacher_is_found_beside_the_model_or_in_the_working_directory(
