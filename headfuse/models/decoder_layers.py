@@ -49,10 +49,23 @@ class HiddenStates:
             yield replace(self, hidden=self.hidden[part], shared=shared)
 
 
-def load_layer(layer: nn.Module, tensors: Mapping[str, torch.Tensor], arch: Architecture, copies: Copies) -> None:
-    """Give a layer on the meta device its stored tensors (names relative to it), in float32."""
+def load_layer(
+    layer: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    arch: Architecture,
+    copies: Copies,
+    compute_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give a layer on the meta device its stored tensors (names relative to it), in float32.
+
+    Matrices beside the attention that are stored in what the layer multiplies in stay so: autocast would round them
+    to the same numbers again.
+    """
     held = module_tensors({name: copies(tensor) for name, tensor in tensors.items()}, arch)
-    layer.load_state_dict({name: tensor.to(torch.float32) for name, tensor in held.items()}, assign=True)
+    linear = {f"{name}.weight" for name, module in layer.named_modules() if type(module) is nn.Linear}
+    stay = {name for name in linear if not name.startswith(f"{arch.attention}.")}
+    held = {name: x if name in stay and x.dtype == compute_dtype else x.to(torch.float32) for name, x in held.items()}
+    layer.load_state_dict(held, assign=True)
 
 
 def compute_buffers(model: PreTrainedModel, modules: Iterable[nn.Module], device: torch.device) -> None:
@@ -177,7 +190,7 @@ class DecoderLayers:
         module = self.modules[layer_idx]
         for part, buffers in zip(module.modules(), self._computed.get(layer_idx, ()), strict=False):
             part._buffers.update(buffers)
-        load_layer(module, tensors, self.arch, self.copies)
+        load_layer(module, tensors, self.arch, self.copies, self.compute_dtype)
         if layer_idx not in self._computed:
             self._compute(layer_idx)
         try:
