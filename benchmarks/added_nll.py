@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help=f"of {LENGTH} tokens, of every text")
     parser.add_argument("--by-source", type=Path, help="documents with a source: a column for each")
     parser.add_argument("--windows-by-source", type=int, default=6, help=f"of {LENGTH} tokens, of every source")
+    parser.add_argument("--dtype", help="of the evaluation, as of headfuse eval")
     parser.add_argument("--results", type=Path, help="keep what was measured in this file, JSON")
     options = parser.parse_args()
     kept = options.results is not None and options.results.exists()
@@ -40,7 +41,7 @@ def main() -> None:
     missing = [folder for folder in options.model if folder not in known]
     texts = windows(options) if missing else {}
     for folder in missing:
-        known[folder] = losses(folder, texts)
+        known[folder] = losses(folder, texts, options.dtype)
         if options.results is not None:
             options.results.write_text(json.dumps(known))
     print(table(known, options.model))
@@ -62,9 +63,9 @@ def windows(options: argparse.Namespace) -> dict[str, torch.Tensor]:
     return found
 
 
-def losses(folder: str, texts: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+def losses(folder: str, texts: dict[str, torch.Tensor], dtype: str | None) -> dict[str, list[float]]:
     """NLL per token of every window of every text."""
-    model = headfuse.load(folder)
+    model = headfuse.load(folder, dtype=dtype)
     return {name: nll_per_window(model, each).tolist() for name, each in texts.items()}
 
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "[--options 'OPTIONS BEHIND THE PRESET']",
     "P": "python benchmarks/peers.py PEER --checkout FOLDER --commit ID --model FOLDER --name NAME --kept KEPT",
     "T": "python benchmarks/tasks.py --model NAME=FOLDER --budget KEPT --layout LAYOUT --conversion PRESET "
-    "--samples N --limit 50 --data redpajama_train.jsonl --tasks-path TASKS",
+    "--samples N --limit 50 --data redpajama_train.jsonl --tasks-path TASKS [--options ...] [--dtype bfloat16]",
 }
 
 
@@ -67,7 +67,7 @@ def own_rows(ours: list[Row], base: Row, tasks: list[Row]) -> list[tuple[str, fl
         name = "mean-pooled GQA" if conversion == "mean" else f"headfuse {in_words(layout)}, `{conversion}`"
         seeds = f" ({len(used)} samples)" if len(used) > 1 else ""
         name += f", `{options}`" if options else ""
-        score = "" if options else task_cell(tasks, (base["model"], budget, layout, conversion))
+        score = task_cell(tasks, (base["model"], budget, layout, conversion, options))
         cells = f"{name} | {most}{seeds} | {wikitext:.3f} | {own:.3f} | {score} | {{bytes}} | Q{', T' * bool(score)}"
         result.append((budget, wikitext, cells))
     return result
@@ -80,11 +80,11 @@ def added(group: list[Row], base: Row) -> tuple[float, float]:
     return wikitext, own
 
 
-def task_cell(tasks: list[Row], which: tuple[str, str, str, str]) -> str:
+def task_cell(tasks: list[Row], which: tuple[str, ...]) -> str:
     """Mean accuracy relative to the source's, with the standard error of the paired difference."""
-    names = ("model", "budget", "layout", "conversion")
+    names = ("model", "budget", "layout", "conversion", "options")
     for row in tasks:
-        if tuple(row[name] for name in names) == which and row["of"] == "standard":
+        if tuple(row.get(name, "") for name in names) == which and row["of"] == "standard":
             mean = row["mean"]
             whole = mean["baseline"]["value"]
             return f"{mean['model']['value'] / whole:.3f} ± {mean['difference']['stderr'] / whole:.3f}"

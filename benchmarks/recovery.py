@@ -13,6 +13,8 @@ import argparse
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,15 +45,18 @@ STARTS: dict[str, dict[str, Any]] = {
     "latent, balanced": {"layout": "latent", "preset": "balanced"},
 }
 """Name -> options of `headfuse fuse`: mean-pooled GQA, its ablations, and the presets of the default method."""
-KEY = ("budget", "start", "seed", "tokens")
+KEY = ("model", "budget", "start", "seed", "tokens", "recipe")
+MODEL = "mha-6m"
+"""That of rows which name none."""
 RECIPE = "averaged weights"
 """What sets the recipe of today's `uptrain` apart from that of rows which name none. They are shown apart."""
+PROGRAM = str(Path(sys.executable).with_name("headfuse"))
 
 
 def main() -> None:
     """Run what is missing, then draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="examples/mha-6m")
+    parser.add_argument("--model", default=f"{MODEL}=examples/mha-6m", help="NAME=FOLDER")
     parser.add_argument("--train", help="text to calibrate and to train on")
     parser.add_argument("--validation", help="text of the figures alone")
     parser.add_argument("--budget", nargs="+", default=["1/4", "1/2"])
@@ -59,6 +64,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40_960, help="of uptraining")
     parser.add_argument("--every", type=int, default=20, help="steps between two evaluations")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--compute-dtype", help="as of headfuse uptrain")
+    parser.add_argument("--tasks-path", help="run the standard tasks before and after: what scripts/get_tasks.py wrote")
+    parser.add_argument("--limit", type=int, default=50, help="questions of every task")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/recovery.jsonl"))
     parser.add_argument(
         "--page", type=Path, default=Path("docs/results/recovery.md"), help="written anew below its line of dashes"
@@ -67,17 +75,20 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
-    known = {tuple(row[name] for name in KEY) for row in rows if row.get("recipe") == RECIPE}
-    wanted = [(b, s, seed, options.tokens) for seed in options.seed for b in options.budget for s in options.start]
-    for key in () if options.draw else wanted:
-        if key not in known:
-            rows.append(race(options, *key))
+    known = {tuple(row.get(name, MODEL if name == "model" else "") for name in KEY) for row in rows}
+    name, folder = options.model.split("=", 1)
+    recipe = RECIPE + (f", products in {options.compute_dtype}" if options.compute_dtype else "")
+    for seed, budget, start in () if options.draw else itertools.product(options.seed, options.budget, options.start):
+        values = (name, budget, start, seed, options.tokens, recipe)
+        if values not in known:
+            rows.append(dict(zip(KEY, values, strict=True)) | race(options, folder, budget, start, seed))
+            print(json.dumps(rows[-1]), flush=True)
             with options.results.open("a") as stream:
                 stream.write(json.dumps(rows[-1]) + "\n")
     write(rows, options.page)
 
 
-def race(options: argparse.Namespace, budget: str, start: str, seed: int, tokens: int) -> dict[str, Any]:
+def race(options: argparse.Namespace, model: str, budget: str, start: str, seed: int) -> dict[str, Any]:
     """Convert, uptrain, and read the log: one row."""
     settings = dict(STARTS[start])
     share: dict[str, Any] = {"total": budget}
@@ -87,17 +98,18 @@ def race(options: argparse.Namespace, budget: str, start: str, seed: int, tokens
     config = FuseConfig.model_validate({"budget": share, "calibration": calibration, "seed": seed, **settings})
     folder = Path(tempfile.mkdtemp())
     try:
-        fused = headfuse.fuse(options.model, config, output=folder / "fused")
+        fused = headfuse.fuse(model, config, output=folder / "fused")
         headfuse.uptrain(
-            str(folder / "fused"), data=options.train, tokens=tokens, loss="kl", teacher=options.model,
+            str(folder / "fused"), data=options.train, tokens=options.tokens, loss="kl", teacher=model,
             batch_size=BATCH, sequence_length=LENGTH, seed=seed, validation_data=options.validation,
-            validation_windows=WINDOWS,
+            validation_windows=WINDOWS, compute_dtype=options.compute_dtype,
             checkpoint_every=options.every, output=folder / "uptrained",
         )  # fmt: skip
         log = [json.loads(line) for line in (folder / "uptrained/train_log.jsonl").read_text().splitlines()]
         fusion = folder / "fused/train_log.jsonl"
         stages = [json.loads(line) for line in fusion.read_text().splitlines()] if fusion.exists() else []
-        source = evaluate(options.model, data=options.validation, samples=WINDOWS, sequence_length=LENGTH)
+        source = evaluate(model, data=options.validation, samples=WINDOWS, sequence_length=LENGTH)
+        ends = {end: tasks(folder / end, model, options) for end in ("fused", "uptrained") if options.tasks_path}
     finally:
         shutil.rmtree(folder)
     step = BATCH * LENGTH
@@ -105,15 +117,22 @@ def race(options: argparse.Namespace, budget: str, start: str, seed: int, tokens
     points += [[e["step"] * step, e["nll"]] for e in log if e["event"] == "validation"]
     budgets = fused.plan.head_budget
     row = {
-        "budget": budget, "start": start, "seed": seed, "tokens": tokens, "recipe": RECIPE,
         "spent": spent(start, stages),
         "source": source.model.nll, "points": points,
         "key_heads": budgets.key_heads, "value_heads": budgets.value_heads,
     }  # fmt: skip
     if stages:
         row["fusion_loss"] = [s["fusion"] for s in stages if s["phase"] != "collapsed"]
-    print(json.dumps({**row, "fusion_loss": row.get("fusion_loss", [None])[-1]}), flush=True)
-    return row
+    return row | ({"tasks": ends} if ends else {})
+
+
+def tasks(folder: Path, model: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Mean accuracy of the standard tasks, of a folder and of its source, and their paired difference."""
+    line = [PROGRAM, "eval", str(folder), "--baseline", model, "--samples", "2", "--sequence-length", str(LENGTH)]
+    line += ["--tasks", "standard", "--tasks-path", options.tasks_path, "--limit", str(options.limit), "--json"]
+    line += ["--dtype", options.compute_dtype] if options.compute_dtype else []
+    found = json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE).stdout)["tasks_mean"]
+    return {side: found[side] for side in ("model", "baseline", "difference")}
 
 
 def spent(start: str, stages: list[dict[str, Any]]) -> int:
@@ -146,10 +165,26 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
             heads = " ".join(map(str, row["key_heads"])) + " + " + " ".join(map(str, row["value_heads"]))
             cells = row["start"], row["seed"], f"{row['spent'] // 1000}k", f"{row['points'][0][1]:.3f}", after, heads
             lines.append(f"| {' | '.join(map(str, cells))} |")
-        lines += ["", *needed(own), ""]
+        lines += ["", *needed(own), *task_lines(own), ""]
     lines += ["![NLL against tokens](recovery.png)", ""]
     path.write_text("\n".join(lines))
     draw(rows, path.with_suffix(".png"))
+
+
+def task_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Accuracy relative to the source's before and after, with the standard error of the paired difference."""
+    lines = []
+    for row in rows:
+        said = []
+        for end, found in row.get("tasks", {}).items():
+            value, whole, error = found["model"]["value"], found["baseline"]["value"], found["difference"]["stderr"]
+            said.append(f"{end} {value / whole:.3f} ± {error / whole:.3f}")
+        if said:
+            lines.append(
+                f"- Standard tasks, mean accuracy relative to the source's, {row['start']}, {row['tokens']:,} tokens: "
+                f"{', '.join(said)}."
+            )
+    return lines
 
 
 def by_race(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -157,7 +192,8 @@ def by_race(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     races = dict[str, list[dict[str, Any]]]()
     for row in rows:
         recipe = f", {row['recipe']}" if "recipe" in row else ""
-        races.setdefault(f"{row['budget']} of the cache{recipe}", []).append(row)
+        model = f", {row['model']}" if row.get("model", MODEL) != MODEL else ""
+        races.setdefault(f"{row['budget']} of the cache{model}{recipe}", []).append(row)
     return races
 
 

@@ -1,9 +1,9 @@
 """What fusing costs on tasks: `python benchmarks/tasks.py --model NAME=FOLDER --tasks-path TASKS --data TRAIN`.
 
-One row per model and conversion: it is fused as benchmarks/quality.py fuses it, and `headfuse eval --tasks standard`
-compares it with its source, question by question (`--tasks`: others). The tasks come from scripts/get_tasks.py. Rows
-are appended to benchmarks/results/tasks.jsonl, and those that are there are not run again; benchmarks/overview.py shows
-them.
+One row per model and conversion: it is fused as benchmarks/quality.py fuses it, or it is a folder that was fused so
+(`--fused`), and `headfuse eval --tasks standard` compares it with its source, question by question (`--tasks`: others).
+The tasks come from scripts/get_tasks.py. Rows are appended to benchmarks/results/tasks.jsonl, and those that are there
+are not run again; benchmarks/overview.py shows them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", required=True, help="calibration text")
+    parser.add_argument("--options", default="", help="more options of headfuse fuse, such as '--random-tokens 1/4'")
+    parser.add_argument("--fused", help="a folder that these options wrote; nothing is fused")
+    parser.add_argument("--dtype", help="of the evaluation, as of headfuse eval")
     parser.add_argument("--tasks-path", required=True, help="folder that scripts/get_tasks.py wrote")
     parser.add_argument("--tasks", default="standard", help="as of headfuse eval")
     parser.add_argument("--limit", type=int, default=50, help="questions of every task")
@@ -43,10 +47,11 @@ def main() -> None:
         options.model, options.budget, options.layout, options.conversion
     ):
         name, folder = model.split("=", 1)
-        values = (name, budget, layout, conversion, "", options.samples, options.seed, Path(options.data).name)
+        calibration = options.samples, options.seed, Path(options.data).name
+        values = (name, budget, layout, conversion, "", *calibration, options.options)
         row = dict(zip(KEY, values, strict=True))
-        row |= {"of": options.tasks, "limit": options.limit}
-        if any(row.items() <= other.items() for other in known):
+        row |= {"of": options.tasks, "limit": options.limit, "dtype": options.dtype or ""}
+        if any(row.items() <= {"options": "", "dtype": "", **other}.items() for other in known):
             continue
         row |= measured(folder, row, options)
         with options.results.open("a", encoding="utf-8") as stream:
@@ -57,12 +62,10 @@ def main() -> None:
 def measured(folder: str, row: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Fuse, evaluate, forget: the mean accuracy of all tasks, and each task's main metric, all with standard errors."""
     with tempfile.TemporaryDirectory() as scratch:
-        fused = str(Path(scratch) / "fused")
-        line = [PROGRAM, "fuse", folder, "-o", fused, "--quiet", "--budget", row["budget"], "--data", options.data]
-        line += [*layout_options(row["layout"]), "--samples", str(row["samples"]), "--seed", str(row["seed"])]
-        subprocess.run([*line, *CONVERSIONS[row["conversion"]]], check=True)
+        fused = options.fused or fuse(folder, row, options, Path(scratch) / "fused")
         line = [PROGRAM, "eval", fused, "--baseline", folder, "--samples", "2", "--sequence-length", "512"]
         line += ["--tasks", options.tasks, "--tasks-path", options.tasks_path, "--limit", str(options.limit), "--json"]
+        line += ["--dtype", options.dtype] if options.dtype else []
         found = json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE).stdout)
     main = [task for task in found["tasks"] if task["main"]]
     sides = ("model", "baseline", "difference")
@@ -70,6 +73,14 @@ def measured(folder: str, row: dict[str, Any], options: argparse.Namespace) -> d
         "mean": {"tasks": found["tasks_mean"]["tasks"], **{side: found["tasks_mean"][side] for side in sides}},
         "tasks": {task["task"]: {"metric": task["metric"], **{side: task[side] for side in sides}} for task in main},
     }
+
+
+def fuse(folder: str, row: dict[str, Any], options: argparse.Namespace, output: Path) -> str:
+    """The folder of a row's conversion."""
+    line = [PROGRAM, "fuse", folder, "-o", str(output), "--quiet", "--budget", row["budget"], "--data", options.data]
+    line += [*layout_options(row["layout"]), "--samples", str(row["samples"]), "--seed", str(row["seed"])]
+    subprocess.run([*line, *CONVERSIONS[row["conversion"]], *shlex.split(row["options"])], check=True)
+    return str(output)
 
 
 if __name__ == "__main__":
