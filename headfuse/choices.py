@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 Method = Literal["mean", "first", "align", "subspace", "dha"]
 """Names in FUSION_METHODS."""
-Allocator = Literal["auto", "uniform", "dha-greedy", "sensitivity", "taylor", "shapley"]
+Allocator = Literal["auto", "uniform", "dha-greedy", "sensitivity", "shrinkage", "taylor", "shapley"]
 """Names in ALLOCATORS."""
 Grouping = Literal["cluster", "neighbours", "anneal"]
 """Names in GROUPERS."""

@@ -139,8 +139,8 @@ Method = Annotated[
 Allocator = Annotated[
     str | None,
     typer.Option(
-        help="How the budget is divided: auto (default; the better one of sensitivity and uniform with layout latent), "
-        "sensitivity, taylor, shapley, dha-greedy or uniform.",
+        help="How the budget is divided: auto (default; with layout latent the best one of sensitivity, shrinkage and "
+        "uniform), sensitivity, shrinkage, taylor, shapley, dha-greedy or uniform.",
         rich_help_panel=HOW,
     ),
 ]

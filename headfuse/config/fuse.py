@@ -34,8 +34,8 @@ class BudgetConfig(Options):
     """Layout latent: fewest channels that a layer may keep of its keys, and of its values; by default half of an equal
     share, with `--for vllm` at least 32."""
     allocator: Annotated[str, one_of(*names(Allocator))] = "auto"
-    """How the budget is divided among layers: auto, sensitivity, taylor, shapley, dha-greedy or uniform. auto is
-    sensitivity; with layout latent uniform, unless sensitivity loses less on other text."""
+    """How the budget is divided among layers: auto, sensitivity, shrinkage, taylor, shapley, dha-greedy or uniform.
+    auto is sensitivity; with layout latent uniform, unless sensitivity or shrinkage loses less on other text."""
     layerwise: bool = False
     """Give every layer as many value heads as key heads (layout latent: values as wide as keys). `--for vllm` does."""
     head_dim: HeadDim | None = None

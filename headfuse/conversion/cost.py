@@ -85,8 +85,8 @@ def count(source: Source, config: FuseConfig, price: float = 1.0) -> tuple[int, 
     memory, work = _closed_form(sizes)
     if ALLOCATORS[config.budget.allocator].costs == "measured" and not LAYOUTS[config.layout].one_count:
         work += _measuring_work(sizes, config)
-    if sizes.wide and ALLOCATORS[config.budget.allocator].candidates:
-        work += _comparing_work(sizes)
+    if sizes.wide and (candidates := ALLOCATORS[config.budget.allocator].candidates):
+        work += _comparing_work(sizes, len(candidates))
     if config.budget.cross_layer:
         work += _reading_work(sizes, _channels_read(config, sizes.heads))
     passes = PRESETS[config.preset].model_passes
@@ -233,13 +233,13 @@ def _measuring_work(sizes: _Sizes, config: FuseConfig) -> float:
     return WIDE_PROBES * work if sizes.wide else work
 
 
-def _comparing_work(sizes: _Sizes) -> float:
-    """Work of comparing two plans, at most: walks over the text that layers are fitted to and over unseen windows."""
+def _comparing_work(sizes: _Sizes, plans: int) -> float:
+    """Work of comparing plans, at most: walks over the text that layers are fitted to and over unseen windows."""
     fitted, unseen = min(sizes.surveyed, FITTED_WINDOWS * sizes.length), COMPARED_WINDOWS * sizes.length
     moments = fitted * sizes.value_sums + WIDE_EIGEN * sizes.pairs**3  # float64
     refit = fitted * sizes.refit + 6 * sizes.queries**3
-    layers = sizes.layers * 2 * (moments + refit)
-    return layers + (fitted + 3 * unseen) * sizes.once + 3 * unseen * 2 * sizes.head
+    layers = sizes.layers * (2 * moments + plans * refit)
+    return layers + (fitted + (1 + plans) * unseen) * sizes.once + (1 + plans) * unseen * 2 * sizes.head
 
 
 def _channels_read(config: FuseConfig, heads: HeadLayout) -> int:

@@ -12,6 +12,8 @@ Rows = Sequence[Sequence[float]]
 """`[rows][n]`: cost of keeping 1 to n heads."""
 Choices = Sequence[Sequence[int]]
 """`[rows]`: the head counts that each row of costs may have, ascending."""
+SHRINKAGE = 0.5
+"""How far `shrinkage` moves costs towards their mean (docs/experiments/shrinkage.md)."""
 Choose = Callable[[int, Choices, Rows | None], list[int]]
 
 
@@ -27,9 +29,9 @@ class Allocator:
     """What the cost table holds: the measured cost of fusing, or the importance of single heads (importance.py)."""
     reads_search: bool = False
     """Method dha passes the distances that its search learned instead of measured costs."""
-    candidates: tuple[str, str] | None = None
-    """Two others that it stands for: the plan is the first one's, and with wide heads the second one's unless the first
-    one's loses less beyond doubt (comparison.py).
+    candidates: tuple[str, ...] = ()
+    """Others that it stands for: the plan is the first one's, and with wide heads that of the one which loses least,
+    but the last one's unless another one's loses less beyond doubt (comparison.py).
     """
 
 
@@ -74,6 +76,23 @@ def least_cost(total: int, choices: Choices, costs: Rows | None = None) -> list[
     return counts[::-1]
 
 
+def shrinkage(total: int, choices: Choices, costs: Rows | None = None) -> list[int]:
+    """The counts of least total cost, by costs that are `shrunk`."""
+    if costs is None:
+        raise ValueError("shrinkage needs a cost table")
+    return least_cost(total, choices, shrunk(costs))
+
+
+def shrunk(costs: Rows) -> list[list[float]]:
+    """Every row of costs halfway to the mean of all rows.
+
+    Costs are measured on little text, and differ between rows by chance, too: a mean of many is nearer to the truth
+    than each of them (James and Stein, 1961). Rows that cost the same get equal counts.
+    """
+    means = [sum(column) / len(costs) for column in zip(*costs, strict=True)]
+    return [[(1 - SHRINKAGE) * own + SHRINKAGE * mean for own, mean in zip(row, means, strict=True)] for row in costs]
+
+
 def dha_greedy(total: int, choices: Choices, costs: Rows | None = None) -> list[int]:
     """Give every row the fewest heads, then shares of n/2, n/4, n/8, ... where the loss per head is largest.
 
@@ -101,10 +120,11 @@ def dha_greedy(total: int, choices: Choices, costs: Rows | None = None) -> list[
 
 
 ALLOCATORS: dict[str, Allocator] = {
-    "auto": Allocator(least_cost, "measured", candidates=("sensitivity", "uniform")),
+    "auto": Allocator(least_cost, "measured", candidates=("sensitivity", "shrinkage", "uniform")),
     "uniform": Allocator(uniform, "none"),
     "dha-greedy": Allocator(dha_greedy, "measured", reads_search=True),
     "sensitivity": Allocator(least_cost, "measured"),
+    "shrinkage": Allocator(shrinkage, "measured"),
     "taylor": Allocator(least_cost, "importance"),
     "shapley": Allocator(least_cost, "importance"),
 }

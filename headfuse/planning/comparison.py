@@ -1,4 +1,4 @@
-"""Which of two plans loses less, on calibration text that neither was made from."""
+"""Which of several plans loses least, on calibration text that none was made from."""
 
 from __future__ import annotations
 
@@ -57,27 +57,41 @@ def log_ratio(allocated: torch.Tensor, equal: torch.Tensor) -> Estimate:
     return mean((equal.clamp_min(LEAST_LOSS) / allocated.clamp_min(LEAST_LOSS)).log().tolist())
 
 
-def better_plan(
-    allocated: FusionPlan,
-    equal: FusionPlan,
+def best_plan(
+    plans: Sequence[FusionPlan],
     streamed: StreamedModel,
     text: CalibrationText,
     windows: torch.Tensor,
     slow: Sequence[Sequence[float]],
     on_progress: Callable[[str, int, int], None],
 ) -> FusionPlan:
-    """The allocated plan if it loses less than equal widths beyond doubt, else the plan of equal widths.
+    """The plan that loses least; but the last one, of equal widths, unless the other loses less beyond doubt.
 
     Arguments as of `plan_losses`.
     """
-    losses = plan_losses((allocated, equal), streamed, text, windows, slow, on_progress)
-    won, ratio = loses_less(*losses), log_ratio(*losses)
+    losses = plan_losses(plans, streamed, text, windows, slow, on_progress)
+    best, chosen = least_loss(losses), choice(losses)
+    ratio, pairs = log_ratio(losses[best], losses[-1]), zip(plans, losses.mean(1).tolist(), strict=True)
     logger.info(
-        "on %d windows that neither was made from, allocated widths lose %.3f nats per token and equal widths %.3f "
-        "(log ratio %.3f, standard error %.3f): widths are %s",
-        len(windows), *losses.mean(1).tolist(), ratio.value, ratio.stderr, "allocated" if won else "equal",
+        "on %d windows that no plan was made from, widths lose in nats per token: %s (log ratio of the last to the "
+        "best other one %.3f, standard error %.3f): they are those of %s",
+        len(windows), ", ".join(f"{plan.allocator} {loss:.3f}" for plan, loss in pairs),
+        ratio.value, ratio.stderr, plans[chosen].allocator,
     )  # fmt: skip
-    return allocated if won else equal
+    return plans[chosen]
+
+
+def choice(losses: torch.Tensor) -> int:
+    """The index of the plan to take, from what each plan loses in each window `[plans, k]`; the last one is of equal
+    widths.
+    """
+    best = least_loss(losses)
+    return best if loses_less(losses[best], losses[-1]) else len(losses) - 1
+
+
+def least_loss(losses: torch.Tensor) -> int:
+    """The index of the plan, other than the last one, that loses least by the mean logarithm over windows."""
+    return int(losses[:-1].clamp_min(LEAST_LOSS).log().mean(1).argmin())
 
 
 def plan_losses(

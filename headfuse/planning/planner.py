@@ -22,7 +22,7 @@ from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan
 from headfuse.planning.allocators import ALLOCATORS
 from headfuse.planning.budget import BudgetRules, budget_rules
-from headfuse.planning.comparison import COMPARED_WINDOWS, FITTED_WINDOWS, NEGLIGIBLE, better_plan
+from headfuse.planning.comparison import COMPARED_WINDOWS, FITTED_WINDOWS, NEGLIGIBLE, best_plan
 from headfuse.planning.costs import CostTable, cost_row, measured_counts
 from headfuse.planning.cross_layer import with_sources
 from headfuse.planning.end_loss_probes import EndLossProbes
@@ -61,8 +61,8 @@ class PlanOptions:
     """Its name in the plan."""
     allocator: str
     """Name in ALLOCATORS."""
-    against: str | None
-    """Another one, whose plan is taken where the allocator's does not lose less; None: plans are not compared."""
+    against: tuple[str, ...]
+    """Others, whose plans are compared with the allocator's; the last one's is taken in doubt. Empty: none are."""
     method: str
     """Name in FUSION_METHODS."""
     layout: Layout
@@ -82,12 +82,12 @@ class PlanOptions:
 def plan_options(config: FuseConfig) -> PlanOptions:
     """The plan options among the options of `fuse`."""
     layout, allocator = LAYOUTS[config.layout], config.budget.allocator
-    first, second = ALLOCATORS[allocator].candidates or (allocator, None)
+    first, *others = ALLOCATORS[allocator].candidates or (allocator,)
     return PlanOptions(
         rules=budget_rules(config.budget, layout.shared_partition, layout.one_count, layout.wide),
         budget=config.budget.label,
         allocator=first,
-        against=second if layout.wide else None,
+        against=tuple(others) if layout.wide else (),
         method=config.method,
         layout=config.layout,
         grouping=config.grouping,
@@ -234,23 +234,24 @@ def plan_model(
     """
     plan, part = make_plan(source, options, found), text.part(SURVEYED)
     unseen = text.after(part)[-COMPARED_WINDOWS:]
-    if options.against is not None and len(unseen) > 1 and _in_doubt(options, options.against, source.heads, found):
-        other = make_plan(source, replace(options, allocator=options.against), found)
+    if options.against and len(unseen) > 1 and _in_doubt(options, source.heads, found):
+        plans = [plan, *(make_plan(source, replace(options, allocator=name), found) for name in options.against)]
         fitted = text.part(min(SURVEYED, FITTED_WINDOWS / len(text.statistics)))
         slow = [slow_planes(streamed.config, i, options.max_positions) for i in range(streamed.num_layers)]
-        plan = better_plan(plan, other, streamed, fitted, unseen, slow, on_progress)
+        plan = best_plan(plans, streamed, fitted, unseen, slow, on_progress)
     return with_sources(plan, streamed, part, options.reach, on_progress) if options.reach else plan
 
 
-def _in_doubt(options: PlanOptions, against: str, heads: HeadLayout, found: Survey) -> bool:
+def _in_doubt(options: PlanOptions, heads: HeadLayout, found: Survey) -> bool:
     """Whether another plan may lose less: there was a choice, and the allocator's is expected to lose something."""
     if found.costs is None:
         return False
-    first, second = (
-        found.costs.of(options.rules.allocate(name, heads, found.costs)) for name in (options.allocator, against)
-    )
-    logger.debug("%s is expected to lose %.4f nats per token, %s %.4f", options.allocator, first, against, second)
-    return first > NEGLIGIBLE
+    expected = {
+        name: found.costs.of(options.rules.allocate(name, heads, found.costs))
+        for name in (options.allocator, *options.against)
+    }
+    logger.debug("expected to lose, in nats per token: %s", expected)
+    return expected[options.allocator] > NEGLIGIBLE
 
 
 def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan:

@@ -12,7 +12,7 @@ from headfuse.choices import ONE_COUNT, SHARED_PARTITION, WIDE
 from headfuse.errors import BudgetError
 from headfuse.layouts import LAYOUTS
 from headfuse.plan import HeadLayout
-from headfuse.planning.allocators import ALLOCATORS, least_cost
+from headfuse.planning.allocators import ALLOCATORS, least_cost, shrunk
 from headfuse.planning.budget import BudgetRules
 from headfuse.planning.costs import CostTable
 from headfuse.planning.importance import HEAD_IMPORTANCE
@@ -42,7 +42,8 @@ def test_allocators_spend_the_budget_and_no_more(allocator: str, seed: int) -> N
         counts = budget.key_heads + budget.value_heads
         assert sum(counts) == total
         assert all(1 <= count <= 4 for count in counts)
-        loss = sum(row[count - 1] for row, count in zip(costs.rows, counts, strict=True))
+        read = shrunk(costs.rows) if allocator == "shrinkage" else costs.rows
+        loss = sum(row[count - 1] for row, count in zip(read, counts, strict=True))
         assert loss <= before + 1e-9
         before = loss
 
@@ -59,6 +60,22 @@ def test_sensitivity_is_optimal(seed: int) -> None:
         chosen = least_cost(total, choices, costs)
         assert all(count in row for count, row in zip(chosen, choices, strict=True))
         assert sum(row[count - 1] for row, count in zip(costs, chosen, strict=True)) == pytest.approx(loss)
+
+
+def test_shrinkage_is_between_sensitivity_and_uniform() -> None:
+    """A row that costs a little more gets no more than others, one that costs far more does, but less than all."""
+    common = [8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.1, 0.0]
+    little, far = [[factor * cost for cost in common] for factor in (1.05, 20.0)]
+    choices = [list(range(1, 9))] * 4
+    for row, more in ((little, False), (far, True)):
+        counts = {
+            name: ALLOCATORS[name].choose(16, choices, [row, common, common, common])
+            for name in ("uniform", "shrinkage", "sensitivity")
+        }
+        assert counts["uniform"] == [4, 4, 4, 4]
+        assert (counts["shrinkage"] != counts["uniform"]) is more
+        assert counts["uniform"][0] <= counts["shrinkage"][0] <= counts["sensitivity"][0]
+    assert counts["shrinkage"][0] < counts["sensitivity"][0]
 
 
 @allocators

@@ -16,7 +16,7 @@ from headfuse.models.attention import AttentionWeights
 from headfuse.models.logits import kl_divergence
 from headfuse.plan import FusionPlan, LayerPlan
 from headfuse.planning import planner
-from headfuse.planning.comparison import loses_less, plan_losses
+from headfuse.planning.comparison import choice, loses_less, plan_losses
 from headfuse.text.calibration import START_WEIGHT, CalibrationText
 from tests.planning.tiny_sources import WINDOWS, opened
 from tests.support.commands import fuse
@@ -42,6 +42,20 @@ LATENT = ("--layout", "latent", "--preset", "fast", "--budget", "1/2")
 )
 def test_an_allocated_plan_has_to_prove_itself(allocated: list[float], equal: list[float], won: bool) -> None:
     assert loses_less(torch.tensor(allocated), torch.tensor(equal)) is won
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "chosen"),
+    [
+        ([0.5, 0.7, 0.6, 0.4], [0.4, 0.6, 0.5, 0.3], 1),
+        ([0.4, 0.6, 0.5, 0.3], [0.5, 0.7, 0.6, 0.4], 0),
+        ([0.7, 0.6, 0.7, 0.4], [0.5, 0.7, 0.6, 0.4], 1),  # the first one is no better than equal widths
+        ([0.7, 0.6, 0.7, 0.4], [0.8, 0.8, 0.7, 0.5], 2),
+        ([0.1, 0.6, 0.6, 0.6], [0.5, 0.7, 0.6, 0.4], 2),  # the least by one window alone is in doubt
+    ],
+)
+def test_the_least_loss_is_taken_if_it_is_beyond_doubt(first: list[float], second: list[float], chosen: int) -> None:
+    assert choice(torch.tensor([first, second, [0.6, 0.8, 0.7, 0.5]])) == chosen
 
 
 def wide_plan(folder: Path, *widths: int | None) -> FusionPlan:
@@ -119,17 +133,18 @@ def test_the_plan_that_loses_less_is_used(tmp_path: Path, monkeypatch: pytest.Mo
     model = tiny_model(tmp_path / "model")
     seen: dict[str, Any] = {}
 
-    def decided(allocated: FusionPlan, equal: FusionPlan, streamed: Any, text: Any, windows: Any, *_: Any) -> Any:
-        seen.update(fitted=text.statistics, windows=windows, layers=(allocated.layers, equal.layers))
-        return allocated if won else equal
+    def decided(plans: list[FusionPlan], streamed: Any, text: Any, windows: Any, *_: Any) -> Any:
+        seen.update(fitted=text.statistics, windows=windows, plans=plans)
+        return plans[0] if won else plans[-1]
 
-    monkeypatch.setattr(planner, "better_plan", decided)
+    monkeypatch.setattr(planner, "best_plan", decided)
     fuse(model, tmp_path / "out", *LATENT)
     plan = plan_of(tmp_path / "out")
     widths = {tuple(layer["key_widths"]) + tuple(layer["value_widths"]) for layer in plan["layers"]}
     assert plan["allocator"] == ("sensitivity" if won else "uniform")
     assert (widths == {(16, 16)}) is not won
-    assert seen["layers"][0] != seen["layers"][1]
+    assert [each.allocator for each in seen["plans"]] == ["sensitivity", "shrinkage", "uniform"]
+    assert seen["plans"][0].layers != seen["plans"][2].layers
     fitted, windows = ({tuple(row[:16].tolist()) for row in seen[name]} for name in ("fitted", "windows"))
     assert len(windows) > 1
     assert not fitted & windows  # neither plan was made from this text
@@ -140,7 +155,7 @@ def test_what_is_not_in_doubt_is_not_measured(tmp_path: Path, monkeypatch: pytes
     def measured(*_: Any) -> Any:
         raise AssertionError("plans were compared")
 
-    monkeypatch.setattr(planner, "better_plan", measured)
+    monkeypatch.setattr(planner, "best_plan", measured)
     model, options = tiny_model(tmp_path / "model"), list(LATENT)
     if clear == "nothing lost":
         plant(model, [[0, 1, 2, 3]], [[0, 1, 2, 3]])
