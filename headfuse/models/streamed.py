@@ -25,6 +25,7 @@ from headfuse.models.heads import head_layout
 from headfuse.models.heap import keep_freed_blocks, release_freed_blocks
 from headfuse.models.loading import model_without_weights
 from headfuse.models.placement import DeviceMemory, batch_tokens
+from headfuse.models.precision import products_like
 from headfuse.models.source_layer import LoadedLayer, SourceLayer
 from headfuse.models.states import capped, logit_scale, softcap
 
@@ -216,9 +217,10 @@ class StreamedModel:
         """Gradient `[1, T, D]` with respect to the last layer's output, of a loss that is a sum over tokens.
 
         `loss` gets logits `[chunk, vocabulary]` and the place of their tokens in the window: never all logits at once.
+        The head multiplies as the layers do (`products_like`).
         """
         end = states.hidden.detach().requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), products_like(self.layers.compute_dtype):
             final = self.last_hidden_state(end)[0]
             hidden = final.detach().requires_grad_(True)
             for start in range(0, len(hidden), chunk_tokens):

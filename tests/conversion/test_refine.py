@@ -173,3 +173,23 @@ def test_products_in_bfloat16_give_nearly_the_same_model(tmp_path: Path, preset:
     weights = [load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16")]
     assert {name: tensor.dtype for name, tensor in weights[0].items()} == {n: t.dtype for n, t in weights[1].items()}
     assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "highest"), ("bfloat16", "medium")])
+def test_the_head_multiplies_as_the_layers_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, precision: str
+) -> None:
+    seen, logits = set[str](), StreamedModel.logits
+
+    def watched(self: StreamedModel, hidden: torch.Tensor) -> torch.Tensor:
+        found = logits(self, hidden)
+        assert found.dtype == torch.float32
+        seen.add(torch.get_float32_matmul_precision())
+        return found
+
+    monkeypatch.setattr(StreamedModel, "logits", watched)
+    monkeypatch.setattr(refine_model, "NEGLIGIBLE_NLL", -1.0)  # a tiny model may lose nothing
+    model, own = tiny_model(tmp_path / "model"), ("--layout", "decoupled", "--allocator", "uniform")
+    fuse(model, tmp_path / "out", "--budget", "0.5", "--preset", "balanced", *own, "--compute-dtype", dtype)
+    assert seen == {precision}
+    assert torch.get_float32_matmul_precision() == "highest"
