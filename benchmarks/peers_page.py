@@ -107,12 +107,13 @@ def grouped(found: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[R
 def of_most_samples(own: Iterable[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
     """Rows of headfuse by budget, layout, conversion and more options: those of the most text, one for each seed.
 
-    Plans of equal counts are left out.
+    Plans of equal counts are left out, and those of other allocators where there are rows of `auto`, the default.
     """
     allocated = (row for row in own if row["conversion"] != "source" and "+" not in row["allocator"])
     groups = grouped(allocated, lambda r: (r["budget"], r["layout"], r["conversion"], r.get("options", "")))
     most = {key: max(row["samples"] for row in group) for key, group in groups.items()}
-    return {key: [row for row in group if row["samples"] == most[key]] for key, group in groups.items()}
+    of_most = {key: [row for row in group if row["samples"] == most[key]] for key, group in groups.items()}
+    return {key: [row for row in group if row["allocator"] == "auto"] or group for key, group in of_most.items()}
 
 
 def best_of(group: Iterable[Row]) -> Row:
