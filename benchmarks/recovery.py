@@ -177,7 +177,11 @@ def task_lines(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         said = []
         for end, found in row.get("tasks", {}).items():
-            value, whole, error = found["model"]["value"], found["baseline"]["value"], found["difference"]["stderr"]
+            value, whole, error = (
+                found["model"]["value"],
+                found["baseline"]["value"],
+                found["difference"]["stderr"] or 0,
+            )
             said.append(f"{end} {value / whole:.3f} ± {error / whole:.3f}")
         if said:
             lines.append(
