@@ -81,14 +81,18 @@ def added(group: list[Row], base: Row) -> tuple[float, float]:
 
 
 def task_cell(tasks: list[Row], which: tuple[str, ...]) -> str:
-    """Mean accuracy relative to the source's, with the standard error of the paired difference."""
+    """The accuracy of a conversion, where it was measured."""
     names = ("model", "budget", "layout", "conversion", "options")
     for row in tasks:
         if tuple(row.get(name, "") for name in names) == which and row["of"] == "standard":
-            mean = row["mean"]
-            whole = mean["baseline"]["value"]
-            return f"{mean['model']['value'] / whole:.3f} ± {mean['difference']['stderr'] / whole:.3f}"
+            return relative_accuracy(row["mean"])
     return ""
+
+
+def relative_accuracy(mean: Row) -> str:
+    """Mean accuracy relative to the source's, with the standard error of the paired difference."""
+    whole = mean["baseline"]["value"]
+    return f"{mean['model']['value'] / whole:.3f} ± {(mean['difference']['stderr'] or 0) / whole:.3f}"
 
 
 def peer_rows(peers: list[Row], base: Row) -> list[tuple[str, float, str]]:

@@ -13,19 +13,20 @@ import argparse
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from overview import relative_accuracy
+from tasks import against_source
 
 import headfuse
 from headfuse.config.fuse import CalibrationConfig, FuseConfig, load_config
 from headfuse.config.presets import PRESETS
 from headfuse.evaluation.evaluate import evaluate
+from headfuse.evaluation.tasks import STANDARD
 
 LENGTH, BATCH, SAMPLES, WINDOWS = 256, 4, 64, 32
 DHA = load_config("dha-small", {}).model_dump()["dha"]
@@ -50,7 +51,6 @@ MODEL = "mha-6m"
 """That of rows which name none."""
 RECIPE = "averaged weights"
 """What sets the recipe of today's `uptrain` apart from that of rows which name none. They are shown apart."""
-PROGRAM = str(Path(sys.executable).with_name("headfuse"))
 
 
 def main() -> None:
@@ -128,11 +128,9 @@ def race(options: argparse.Namespace, model: str, budget: str, start: str, seed:
 
 def tasks(folder: Path, model: str, options: argparse.Namespace) -> dict[str, Any]:
     """Mean accuracy of the standard tasks, of a folder and of its source, and their paired difference."""
-    line = [PROGRAM, "eval", str(folder), "--baseline", model, "--samples", "2", "--sequence-length", str(LENGTH)]
-    line += ["--tasks", "standard", "--tasks-path", options.tasks_path, "--limit", str(options.limit), "--json"]
-    line += ["--dtype", options.compute_dtype] if options.compute_dtype else []
-    found = json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE).stdout)["tasks_mean"]
-    return {side: found[side] for side in ("model", "baseline", "difference")}
+    asked = STANDARD, options.tasks_path, options.limit, options.compute_dtype
+    mean = against_source(str(folder), model, *asked)["tasks_mean"]
+    return {side: mean[side] for side in ("model", "baseline", "difference")}
 
 
 def spent(start: str, stages: list[dict[str, Any]]) -> int:
@@ -175,14 +173,7 @@ def task_lines(rows: list[dict[str, Any]]) -> list[str]:
     """Accuracy relative to the source's before and after, with the standard error of the paired difference."""
     lines = []
     for row in rows:
-        said = []
-        for end, found in row.get("tasks", {}).items():
-            value, whole, error = (
-                found["model"]["value"],
-                found["baseline"]["value"],
-                found["difference"]["stderr"] or 0,
-            )
-            said.append(f"{end} {value / whole:.3f} ± {error / whole:.3f}")
+        said = [f"{end} {relative_accuracy(mean)}" for end, mean in row.get("tasks", {}).items()]
         if said:
             lines.append(
                 f"- Standard tasks, mean accuracy relative to the source's, {row['start']}, {row['tokens']:,} tokens: "

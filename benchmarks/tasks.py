@@ -63,16 +63,24 @@ def measured(folder: str, row: dict[str, Any], options: argparse.Namespace) -> d
     """Fuse, evaluate, forget: the mean accuracy of all tasks, and each task's main metric, all with standard errors."""
     with tempfile.TemporaryDirectory() as scratch:
         fused = options.fused or fuse(folder, row, options, Path(scratch) / "fused")
-        line = [PROGRAM, "eval", fused, "--baseline", folder, "--samples", "2", "--sequence-length", "512"]
-        line += ["--tasks", options.tasks, "--tasks-path", options.tasks_path, "--limit", str(options.limit), "--json"]
-        line += ["--dtype", options.dtype] if options.dtype else []
-        found = json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE).stdout)
+        found = against_source(fused, folder, options.tasks, options.tasks_path, options.limit, options.dtype)
     main = [task for task in found["tasks"] if task["main"]]
     sides = ("model", "baseline", "difference")
     return {
         "mean": {"tasks": found["tasks_mean"]["tasks"], **{side: found["tasks_mean"][side] for side in sides}},
         "tasks": {task["task"]: {"metric": task["metric"], **{side: task[side] for side in sides}} for task in main},
     }
+
+
+def against_source(
+    fused: str, folder: str, tasks: str, tasks_path: str, limit: int, dtype: str | None
+) -> dict[str, Any]:
+    """The document of `headfuse eval`: tasks of a fused folder and of its source, question by question."""
+    line = [PROGRAM, "eval", fused, "--baseline", folder, "--samples", "2", "--sequence-length", "512", "--json"]
+    line += ["--tasks", tasks, "--tasks-path", tasks_path, "--limit", str(limit)]
+    line += ["--dtype", dtype] if dtype else []
+    found: dict[str, Any] = json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE).stdout)
+    return found
 
 
 def fuse(folder: str, row: dict[str, Any], options: argparse.Namespace, output: Path) -> str:

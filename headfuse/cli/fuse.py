@@ -197,13 +197,11 @@ def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Docu
     from headfuse.conversion.cost import estimate, on_device
     from headfuse.conversion.long_runs import advice
     from headfuse.conversion.preflight import prepare
-    from headfuse.models.speed import Speed
 
     prepared = prepare(model, settings, **place)
     source, settings, kept = prepared.source, prepared.config, prepared.kv_channels
     machine, dtype = prepared.machine, prepared.machine.dtype
-    speed = Speed.measured(prepared.device, machine.compute_dtype)
-    cost = estimate(source, settings, speed)
+    cost = estimate(source, settings, prepared.speed)
     device = on_device(source, prepared.device, machine.placement)
     itemsize = next(iter(source.checkpoint.dtypes.values())).itemsize if dtype is None else DTYPE_NAMES[dtype].itemsize
     heads = source.heads
@@ -218,7 +216,7 @@ def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Docu
         "heads": {"source": heads.total_heads, "kept": kept // heads.head_dim},
         "source_bytes": source.checkpoint.nbytes,
         "estimate": {"memory_bytes": cost.memory_bytes, "seconds": cost.seconds, "device": device},
-        "advice": advice(source, settings, machine.compute_dtype, prepared.device, speed),
+        "advice": advice(source, settings, machine.compute_dtype, prepared.device, prepared.speed),
     }
 
 

@@ -43,8 +43,8 @@ class FusingMachine(Machine):
     dtype: str | None = None
     """The dtype of the written weights; by default the source's."""
     compute_dtype: Annotated[ComputeDtype, one_of(*names(ComputeDtype))] = "float32"
-    """Dtype of matrix products in the layers; bfloat16 is several times as fast on a GPU, about twice as fast on a CPU
-    that has it (AVX512-BF16, AMX), and slow on others. `headfuse doctor` measures it.
+    """Dtype of matrix products in the layers; bfloat16 is several times as fast on a GPU, two to eight times as fast
+    on a CPU that has it (AVX512-BF16, AMX), and slow on others. `headfuse doctor` measures it.
     """
     placement: Annotated[Placement, one_of(*names(Placement))] = "auto"
     """Which weights stay on the device between two uses; by default as many as its memory holds."""

@@ -35,7 +35,6 @@ from headfuse.models.decoder_layers import DecoderLayers, HiddenStates
 from headfuse.models.families import Architecture
 from headfuse.models.placement import factories_on
 from headfuse.models.source_layer import SourceLayer
-from headfuse.models.speed import Speed
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
 from headfuse.planning.planner import PlanOptions, ProgressCallback, plan_model, plan_options, survey
@@ -77,8 +76,7 @@ def fuse(
     prepared = prepare(model, config, output=output, plan=plan, overwrite=overwrite, resume=resume, **options)
     source, config, output, text = prepared.source, prepared.config, prepared.output, prepared.text
     machine = prepared.machine
-    speed = Speed.measured(prepared.device, machine.compute_dtype)
-    if (long := advice(source, config, machine.compute_dtype, prepared.device, speed)) is not None:
+    if (long := advice(source, config, machine.compute_dtype, prepared.device, prepared.speed)) is not None:
         logger.warning("The conversion takes %s.", long)
     reviewed = prepared.plan and adopt(prepared.plan, source)
     common = {**prepared.options, "plan": None if reviewed is None else reviewed.to_json()}

@@ -22,7 +22,7 @@ from headfuse.dha import pipeline as dha
 from headfuse.fusion import FUSION_METHODS
 from headfuse.models.loading import pick_device
 from headfuse.models.source import Source
-from headfuse.models.speed import warn_if_slow
+from headfuse.models.speed import Speed, warn_if_slow
 from headfuse.plan import FusionPlan
 from headfuse.planning.layout_choice import check_budget, with_layout, with_possible_width
 from headfuse.planning.review import reviewed_plan
@@ -43,6 +43,8 @@ class Prepared:
     text: CalibrationText
     machine: FusingMachine
     device: torch.device
+    speed: Speed
+    """Of the device, in the dtype that layers multiply in."""
     options: dict[str, Any]
     """What an interrupted run must share with this one, as far as it is known without reading weights."""
 
@@ -68,7 +70,8 @@ def prepare(
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     device = pick_device(machine.device)
-    warn_if_slow(device, machine.compute_dtype)
+    speed = Speed.measured(device, machine.compute_dtype)
+    warn_if_slow(speed, machine.compute_dtype)
     source = Source.open(str(model), machine.trust_remote_code)
     ready = None
     if plan is not None:
@@ -90,7 +93,7 @@ def prepare(
     }
     if resume:
         check_resumed(partial_folder(output), options)
-    return Prepared(source, config, ready, kept, output, text, machine, device, options)
+    return Prepared(source, config, ready, kept, output, text, machine, device, speed, options)
 
 
 def _written_bytes(source: Source, kv_channels: int, dtype: str | None) -> int:

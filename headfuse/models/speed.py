@@ -34,11 +34,8 @@ class Speed:
         return cls(float32, float32 if compute_dtype == "float32" else measured_speed(device, compute_dtype))
 
 
-def warn_if_slow(device: torch.device, compute_dtype: ComputeDtype) -> None:
+def warn_if_slow(speed: Speed, compute_dtype: ComputeDtype) -> None:
     """Log a warning where products in a chosen dtype take longer than in float32."""
-    if compute_dtype == "float32":
-        return
-    speed = Speed.measured(device, compute_dtype)
     if speed.in_layers < speed.float32:
         logger.warning(
             "On this machine, products in %s take %.1f times as long as in float32: leave out --compute-dtype.",

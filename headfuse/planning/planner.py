@@ -246,12 +246,9 @@ def _in_doubt(options: PlanOptions, heads: HeadLayout, found: Survey) -> bool:
     """Whether another plan may lose less: there was a choice, and the allocator's is expected to lose something."""
     if found.costs is None:
         return False
-    expected = {
-        name: found.costs.of(options.rules.allocate(name, heads, found.costs))
-        for name in (options.allocator, *options.against)
-    }
-    logger.debug("expected to lose, in nats per token: %s", expected)
-    return expected[options.allocator] > NEGLIGIBLE
+    expected = found.costs.of(options.rules.allocate(options.allocator, heads, found.costs))
+    logger.debug("%s is expected to lose %.4f nats per token", options.allocator, expected)
+    return expected > NEGLIGIBLE
 
 
 def make_plan(source: Source, options: PlanOptions, found: Survey) -> FusionPlan:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from headfuse.choices import ComputeDtype
 from headfuse.errors import ConfigError, MissingExtraError
 from headfuse.models.loading import pick_device, stored_names
-from headfuse.models.speed import warn_if_slow
+from headfuse.models.speed import Speed, warn_if_slow
 from headfuse.models.states import decoder_layers
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -58,7 +58,7 @@ def make_accelerator(
         bfloat16 = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         bfloat16 = compute_dtype == "bfloat16"
-        warn_if_slow(target, compute_dtype)
+        warn_if_slow(Speed.measured(target, compute_dtype), compute_dtype)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # accelerate keeps the device of a process's first run
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
