@@ -76,7 +76,7 @@ def count(source: Source, config: FuseConfig, price: float = 1.0) -> tuple[int, 
     Args:
         source: the opened source.
         config: the options of the conversion.
-        price: what an operation inside the layers counts.
+        price: what an operation inside the layers, or in the loss of the refinement, counts.
     """
     method = FUSION_METHODS[config.method]
     sizes = _Sizes.of(source, config, 1.0 if method.trained else price)
@@ -91,7 +91,7 @@ def count(source: Source, config: FuseConfig, price: float = 1.0) -> tuple[int, 
         work += _reading_work(sizes, _channels_read(config, sizes.heads))
     passes = PRESETS[config.preset].model_passes
     if passes and method.refits_output:
-        work += passes * sizes.text * (REFINED * sizes.once + 3 * 2 * sizes.head)
+        work += passes * sizes.text * (REFINED * sizes.once + 3 * 2 * sizes.price * sizes.head)
         work += sizes.held_out * (sizes.once + 2 * sizes.head)
         states = (sizes.layers * sizes.length + sizes.seen + 16 * sizes.length) * sizes.width
         memory += 4 * (states + 3 * sizes.length * sizes.vocabulary // 4)
@@ -130,7 +130,9 @@ class _Sizes:
     """Parameters of a layer."""
     wide: bool
     price: float
-    """What an operation inside the layers counts; those in another dtype than float32 count less where it is faster."""
+    """What an operation counts in the layers, and in the output embeddings where layers are refined; those in another
+    dtype than float32 count less where it is faster.
+    """
 
     @classmethod
     def of(cls, source: Source, config: FuseConfig, price: float) -> _Sizes:

@@ -13,6 +13,7 @@ from headfuse.conversion import long_runs
 from headfuse.conversion.long_runs import duration
 from headfuse.models import speed
 from headfuse.models.speed import measured_speed
+from tests.support import tiny_models
 from tests.support.commands import fuse, run
 from tests.support.tiny_models import tiny_model
 
@@ -108,6 +109,25 @@ def test_the_estimate_knows_the_dtype_of_products(tmp_path: Path, monkeypatch: p
         for dtype in ("float32", "bfloat16")
     ]
     assert took[0] / 4 < took[1] < took[0]
+
+
+def test_the_estimate_counts_the_refinements_logits_in_that_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a large vocabulary they are most of a step."""
+    machine_of(monkeypatch, 1e6, 4e6)
+    monkeypatch.setattr(tiny_models, "VOCABULARY", 4096)
+    model = tiny_model(tmp_path / "model")
+    line = ("fuse", model, "--dry-run", "--json", "--data", tmp_path / "text.txt", "--layout", "gqa", *OPTIONS)
+    took = {
+        (preset, dtype): json.loads(run(*line, "--preset", preset, "--compute-dtype", dtype).splitlines()[-1])[
+            "estimate"
+        ]["seconds"]
+        for preset in ("fast", "best")
+        for dtype in ("float32", "bfloat16")
+    }
+    refined = {dtype: took["best", dtype] - took["fast", dtype] for dtype in ("float32", "bfloat16")}
+    assert refined["bfloat16"] < 0.5 * refined["float32"]
 
 
 def test_a_slow_dtype_of_products_is_said(
