@@ -53,10 +53,11 @@ def main() -> None:
     parser.add_argument("--search", nargs="+", default=["fisher_uniform"], help="palu: --search_method")
     parser.add_argument("--block", type=int, nargs="+", default=[32], help="palu: what ranks are rounded to")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--save", type=Path, help="folder for the models of new rows, one folder a share of the cache")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/peers.jsonl"))
     options = parser.parse_args()
     options.results, options.model = options.results.resolve(), options.model.resolve()
-    options.checkout = options.checkout.resolve()
+    options.checkout, options.save = options.checkout.resolve(), options.save and options.save.resolve()
     texts = torch.load(options.model / "windows.pt")["texts"]
     known = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     config = json.loads((options.model / "config.json").read_text())
@@ -79,6 +80,9 @@ def main() -> None:
             print(row, error, flush=True)
             continue
         row |= {"cache": round(numbers / full, 4), "nll": {name: nll(model, text) for name, text in texts.items()}}
+        row["samples"] = options.samples
+        if options.save is not None:
+            model.save_pretrained(options.save / setting["kept"].replace("/", "-"))
         with options.results.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
         print(row, flush=True)

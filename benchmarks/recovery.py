@@ -10,16 +10,19 @@ drawn from all rows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from overview import relative_accuracy
+from recovery_peer import CALIBRATION_TOKENS, low_rank
 from tasks import against_source
 
 import headfuse
@@ -27,6 +30,8 @@ from headfuse.config.fuse import CalibrationConfig, FuseConfig, load_config
 from headfuse.config.presets import PRESETS
 from headfuse.evaluation.evaluate import evaluate
 from headfuse.evaluation.tasks import STANDARD
+from headfuse.models.source import Source
+from headfuse.plan import HeadBudget
 
 LENGTH, BATCH, SAMPLES, WINDOWS = 256, 4, 64, 32
 DHA = load_config("dha-small", {}).model_dump()["dha"]
@@ -44,8 +49,11 @@ STARTS: dict[str, dict[str, Any]] = {
     "balanced": {"layout": "decoupled", "preset": "balanced"},
     "latent, fast": {"layout": "latent", "preset": "fast"},
     "latent, balanced": {"layout": "latent", "preset": "balanced"},
+    "care": {},
 }
-"""Name -> options of `headfuse fuse`: mean-pooled GQA, its ablations, and the presets of the default method."""
+"""Name -> options of `headfuse fuse`: mean-pooled GQA, its ablations, and the presets of the default method; `care` is
+what benchmarks/peers.py saved.
+"""
 KEY = ("model", "budget", "start", "seed", "tokens", "recipe")
 MODEL = "mha-6m"
 """That of rows which name none."""
@@ -60,7 +68,10 @@ def main() -> None:
     parser.add_argument("--train", help="text to calibrate and to train on")
     parser.add_argument("--validation", help="text of the figures alone")
     parser.add_argument("--budget", nargs="+", default=["1/4", "1/2"])
-    parser.add_argument("--start", nargs="+", default=list(STARTS), choices=STARTS)
+    parser.add_argument("--start", nargs="+", default=[*STARTS][:-1], choices=STARTS)
+    parser.add_argument(
+        "--care", type=Path, help="start care: `peers.py care --save` of the same share, and a tokenizer"
+    )
     parser.add_argument("--tokens", type=int, default=40_960, help="of uptraining")
     parser.add_argument("--every", type=int, default=20, help="steps between two evaluations")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
@@ -90,32 +101,33 @@ def main() -> None:
 
 def race(options: argparse.Namespace, model: str, budget: str, start: str, seed: int) -> dict[str, Any]:
     """Convert, uptrain, and read the log: one row."""
-    settings = dict(STARTS[start])
-    share: dict[str, Any] = {"total": budget}
-    if "allocator" in settings:
-        share["allocator"] = settings.pop("allocator")
-    calibration = {"data": options.train, "samples": SAMPLES, "sequence_length": LENGTH}
-    config = FuseConfig.model_validate({"budget": share, "calibration": calibration, "seed": seed, **settings})
     folder = Path(tempfile.mkdtemp())
     try:
-        fused = headfuse.fuse(model, config, output=folder / "fused")
-        headfuse.uptrain(
-            str(folder / "fused"), data=options.train, tokens=options.tokens, loss="kl", teacher=model,
-            batch_size=BATCH, sequence_length=LENGTH, seed=seed, validation_data=options.validation,
-            validation_windows=WINDOWS, compute_dtype=options.compute_dtype,
-            checkpoint_every=options.every, output=folder / "uptrained",
-        )  # fmt: skip
+        training: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        budgets, fused = HeadBudget(key_heads=(), value_heads=()), options.care
+        if start == "care":
+            training = low_rank(rank(model, budget))
+        else:
+            fused = folder / "fused"
+            budgets = headfuse.fuse(model, fusing(options, budget, start, seed), output=fused).plan.head_budget
+        with training:
+            headfuse.uptrain(
+                str(fused), data=options.train, tokens=options.tokens, loss="kl", teacher=model,
+                batch_size=BATCH, sequence_length=LENGTH, seed=seed, validation_data=options.validation,
+                validation_windows=WINDOWS, compute_dtype=options.compute_dtype,
+                checkpoint_every=options.every, output=folder / "uptrained",
+            )  # fmt: skip
         log = [json.loads(line) for line in (folder / "uptrained/train_log.jsonl").read_text().splitlines()]
-        fusion = folder / "fused/train_log.jsonl"
+        fusion = fused / "train_log.jsonl"
         stages = [json.loads(line) for line in fusion.read_text().splitlines()] if fusion.exists() else []
         source = evaluate(model, data=options.validation, samples=WINDOWS, sequence_length=LENGTH)
-        ends = {end: tasks(folder / end, model, options) for end in ("fused", "uptrained") if options.tasks_path}
+        ends = {"fused": fused, "uptrained": folder / "uptrained"} if options.tasks_path else {}
+        accuracy = {end: tasks(path, model, options) for end, path in ends.items()}
     finally:
         shutil.rmtree(folder)
     step = BATCH * LENGTH
     points = [[0, next(e["nll_before"] for e in log if e["event"] == "start")]]
     points += [[e["step"] * step, e["nll"]] for e in log if e["event"] == "validation"]
-    budgets = fused.plan.head_budget
     row = {
         "spent": spent(start, stages),
         "source": source.model.nll, "points": points,
@@ -123,7 +135,23 @@ def race(options: argparse.Namespace, model: str, budget: str, start: str, seed:
     }  # fmt: skip
     if stages:
         row["fusion_loss"] = [s["fusion"] for s in stages if s["phase"] != "collapsed"]
-    return row | ({"tasks": ends} if ends else {})
+    return row | ({"tasks": accuracy} if accuracy else {})
+
+
+def fusing(options: argparse.Namespace, budget: str, start: str, seed: int) -> FuseConfig:
+    """The options of a start's conversion."""
+    settings = dict(STARTS[start])
+    share: dict[str, Any] = {"total": budget}
+    if "allocator" in settings:
+        share["allocator"] = settings.pop("allocator")
+    calibration = {"data": options.train, "samples": SAMPLES, "sequence_length": LENGTH}
+    return FuseConfig.model_validate({"budget": share, "calibration": calibration, "seed": seed, **settings})
+
+
+def rank(model: str, budget: str) -> int:
+    """That of CARE's keys, and of its values, at a share of the cache."""
+    heads = Source.open(model).heads
+    return int(heads.num_key_value_heads * heads.head_dim * Fraction(budget))
 
 
 def tasks(folder: Path, model: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -137,8 +165,8 @@ def spent(start: str, stages: list[dict[str, Any]]) -> int:
     """Tokens that were read before uptraining began, those of several passes as often as they were read."""
     if stages:
         return int(stages[-1]["tokens"])
-    if start == "gqa":
-        return 0
+    if start in ("gqa", "care"):
+        return 0 if start == "gqa" else CALIBRATION_TOKENS
     statistics = SAMPLES * LENGTH
     if STARTS[start].get("preset") != "balanced":
         return statistics
