@@ -74,7 +74,8 @@ def predict(shapes: Sequence[str], presets: Sequence[str], divide: int) -> list[
         "without files and work on the host. Random weights lose nothing that `balanced` would refine: its steps are",
         "not in the counts, but in tests/devices/test_transfers.py.",
         "",
-        "| layer of | preset | up, over the layer's bytes | down, over what is written | waits | host's float64 | "
+        "| layer of | preset | up, relative to the layer's bytes | down, relative to what is written | waits | "
+        + "host's float64 | "
         + " | ".join(f"{card}, s" for card in CARDS) + " |",
         "|" + "---|" * (6 + len(CARDS)),
     ]  # fmt: skip

@@ -24,7 +24,8 @@ SHOWN = {
 """Layout and conversion of the rows of headfuse; those that read other layers are shown, too."""
 COMMANDS = {
     "Q": "python benchmarks/quality.py --model NAME=FOLDER --budget KEPT --layout LAYOUT --conversion PRESET "
-    "--samples N --seed 0 1 2 --data redpajama_train.jsonl --text wikitext2=FILE OWN=FILE --windows 24 "
+    "--allocator ALLOCATOR --samples N --seed 0 1 2 --data redpajama_train.jsonl --text wikitext2=FILE OWN=FILE "
+    "--windows 24 "
     "[--options 'OPTIONS BEHIND THE PRESET']",
     "P": "python benchmarks/peers.py PEER --checkout FOLDER --commit ID --model FOLDER --name NAME --kept KEPT",
     "T": "python benchmarks/tasks.py --model NAME=FOLDER --budget KEPT --layout LAYOUT --conversion PRESET "
@@ -43,8 +44,9 @@ def table() -> str:
     ours, peers, tasks = rows(OURS), rows(PEERS), rows(TASKS) if TASKS.exists() else []
     lines = [
         "",
-        "| model | kept | method | windows | NLL added, WikiText-2 | own domain | tasks | bytes per token | by |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | kept | method | allocator | windows | NLL added, WikiText-2 | own domain | tasks "
+        "| bytes per token | by |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     sources = {row["model"]: row for row in ours if row["conversion"] == "source"}
     for model, base in sources.items():
@@ -68,6 +70,7 @@ def own_rows(ours: list[Row], base: Row, tasks: list[Row]) -> list[tuple[str, fl
         seeds = f" ({len(used)} samples)" if len(used) > 1 else ""
         name += f", `{options}`" if options else ""
         score = task_cell(tasks, (base["model"], budget, layout, conversion, options))
+        name += f" | {'' if conversion == 'mean' else used[0]['allocator']}"
         cells = f"{name} | {most}{seeds} | {wikitext:.3f} | {own:.3f} | {score} | {{bytes}} | Q{', T' * bool(score)}"
         result.append((budget, wikitext, cells))
     return result
@@ -100,8 +103,10 @@ def peer_rows(peers: list[Row], base: Row) -> list[tuple[str, float, str]]:
     converted = (row for row in peers if row["model"] == base["model"] and row["kept"] not in ("source", "1"))
     result = []
     for (kept, peer), group in grouped(converted, lambda row: (row["kept"], row["peer"])).items():
-        wikitext, own = added([best_of(group)], base)
-        result.append((kept, wikitext, f"{NAMES[peer]} | 128 | {wikitext:.3f} | {own:.3f} | | {{bytes}} | P"))
+        best = best_of(group)
+        wikitext, own = added([best], base)
+        cells = f"{NAMES[peer]} | | {best['samples']} | {wikitext:.3f} | {own:.3f} | | {{bytes}} | P"
+        result.append((kept, wikitext, cells))
     return result
 
 

@@ -16,8 +16,8 @@ PEERS, OURS = Path("benchmarks/results/peers.jsonl"), Path("benchmarks/results/q
 PAGE = Path("docs/results/peers.md")
 BEGIN = "<!-- Written by `python benchmarks/peers_page.py`. -->"
 END = "<!-- The end of what is written. -->"
-TEXTS = ("wikitext2", "redpajama")
-CALIBRATION = "redpajama_train.jsonl"
+CALIBRATION = {"qwen2.5-coder-0.5b": "prose_code_train.jsonl"}
+"""Calibration text of a model; of the others `redpajama_train.jsonl`."""
 NAMES = {"transmla": "TransMLA", "care": "CARE", "palu": "Palu"}
 METHODS = ("first", "mean", "align", "dha", "fast", "balanced", "best")
 READS = ("latent, reads 1", "latent, reads 3", "latent, reads 5")
@@ -40,28 +40,29 @@ def rows(path: Path) -> list[Row]:
 
 def tables(peers: list[Row], ours: list[Row]) -> str:
     """One table for every model that a peer was run on."""
-    lines = []
+    lines: list[str] = []
     for model in dict.fromkeys(row["model"] for row in peers):
         theirs = [row for row in peers if row["model"] == model]
         own = [row for row in ours if row["model"] == model]
         base = next(row for row in own + theirs if "source" in (row.get("conversion"), row.get("kept")))
-        lines += ["", f"## {model}", "Source: " + ", ".join(f"NLL {base['nll'][text]:.3f} on {text}" for text in TEXTS)]
+        texts = [*theirs[0]["nll"]]
+        lines += ["", f"## {model}", "Source: " + ", ".join(f"NLL {base['nll'][text]:.3f} on {text}" for text in texts)]
         lines += [
             "",
-            "| kept | method | NLL added, " + " | NLL added, ".join(TEXTS) + " | settings |",
-            "|---|---|---|---|---|",
+            "| kept | method | NLL added, " + " | NLL added, ".join(texts) + " | settings |",
+            "|---|---|" + "---|" * len(texts) + "---|",
         ]
         budgets = {row["kept"] for row in theirs} - {"source", "1"}
         for kept in sorted(budgets, key=lambda kept: -share(kept)):
-            found = [*peer_lines(theirs, kept, base), *own_lines(own, kept, base)]
-            best = [min((line[1][i] for line in found), default=0.0) for i in range(len(TEXTS))]
+            found = [*peer_lines(theirs, kept, base, texts), *own_lines(own, kept, base, texts)]
+            best = [min((line[1][i] for line in found), default=0.0) for i in range(len(texts))]
             for method, gaps, settings in sorted(found, key=lambda line: line[1][0]):
                 cells = [f"**{gap:.3f}**" if gap == best[i] else f"{gap:.3f}" for i, gap in enumerate(gaps)]
                 lines.append(f"| {kept} | {method} | {' | '.join(cells)} | {settings} |")
     return "\n".join(lines)
 
 
-def peer_lines(theirs: list[Row], kept: str, base: Row) -> list[tuple[str, list[float], str]]:
+def peer_lines(theirs: list[Row], kept: str, base: Row, texts: list[str]) -> list[tuple[str, list[float], str]]:
     """Method, NLL added and settings of the best row of every peer and method, by the mean of the texts."""
 
     def name_of(row: Row) -> str:
@@ -73,21 +74,21 @@ def peer_lines(theirs: list[Row], kept: str, base: Row) -> list[tuple[str, list[
         row = best_of(group)
         settings = ", ".join(f"{key} {value}" for key, value in row["settings"].items() if key != "method")
         settings += f"; best of {len(group)}" if len(group) > 1 else ""
-        result.append((name, gaps([row], base), settings or "its own"))
+        result.append((name, gaps([row], base, texts), settings or "its own"))
     return result
 
 
-def own_lines(own: list[Row], kept: str, base: Row) -> list[tuple[str, list[float], str]]:
+def own_lines(own: list[Row], kept: str, base: Row, texts: list[str]) -> list[tuple[str, list[float], str]]:
     """Those of headfuse, the mean of its seeds; plans of equal counts and the smaller of two samples are left out."""
-    of_budget = (row for row in own if row["budget"] == kept and set(TEXTS) <= set(row["nll"]))
-    usual = (row for row in of_budget if row["calibration"] == CALIBRATION and row["layout"] in LAYOUTS)
+    of_budget = (row for row in own if row["budget"] == kept and set(texts) <= set(row["nll"]))
+    usual = (row for row in of_budget if row["calibration"] == text_of(row["model"]) and row["layout"] in LAYOUTS)
     result = []
     for (_, layout, method, options), used in of_most_samples(usual).items():
         most = used[0]["samples"]
         name = f"{method}, {layout}" if method in METHODS[:4] else f"headfuse {in_words(layout)}, {method}"
         seeds = f", mean of {len(used)} samples of it" if len(used) > 1 else ""
         seeds += f", `{options}`" if options else ""
-        result.append((name, gaps(used, base), f"{most} windows{seeds}"))
+        result.append((name, gaps(used, base, texts), f"{most} windows{seeds}"))
     return result
 
 
@@ -121,9 +122,14 @@ def best_of(group: Iterable[Row]) -> Row:
     return min(group, key=lambda row: sum(row["nll"].values()))
 
 
-def gaps(group: list[Row], base: Row) -> list[float]:
+def gaps(group: list[Row], base: Row, texts: list[str]) -> list[float]:
     """Mean NLL of some rows minus that of the source, on every text."""
-    return [round(sum(row["nll"][text] for row in group) / len(group) - base["nll"][text], 3) for text in TEXTS]
+    return [round(sum(row["nll"][text] for row in group) / len(group) - base["nll"][text], 3) for text in texts]
+
+
+def text_of(model: str) -> str:
+    """The file that a model was calibrated on."""
+    return CALIBRATION.get(model, "redpajama_train.jsonl")
 
 
 def share(kept: str) -> float:

@@ -79,7 +79,7 @@ class UptrainConfig(Options):
     gradient_clip: Rate = 1.0
     """Gradients are clipped to this norm."""
     gradient_checkpointing: Literal[False, True, "selective"] = False
-    """true: compute each layer again in the backward pass, for the least memory and a third more time; selective: all
+    """true: compute each layer again in the backward pass, for the least memory and some 15 % more time; selective: all
     of it but its matrix products and its attention.
     """
     validation_data: str | None = None
