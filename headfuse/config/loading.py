@@ -74,9 +74,12 @@ def load_options(
         *parents, last = key.split(".")
         place = raw
         for parent in parents:
-            place[parent] = dict(place.get(parent) or {}) if isinstance(place.get(parent), (dict, type(None))) else {}
+            if not isinstance(place.get(parent), (dict, type(None))):
+                break  # the validation says that it must be a mapping
+            place[parent] = dict(place.get(parent) or {})
             place = place[parent]
-        place[last] = value
+        else:
+            place[last] = value
     try:
         return model.model_validate(raw)
     except ValidationError as error:

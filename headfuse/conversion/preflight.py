@@ -90,6 +90,7 @@ def prepare(
         "config": config.to_yaml(),
         "text": text_digest(text),
         "dtype": machine.dtype,
+        "compute_dtype": machine.compute_dtype,
     }
     if resume:
         check_resumed(partial_folder(output), options)

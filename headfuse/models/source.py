@@ -87,6 +87,8 @@ class Source:
         documents = read_documents(calibration.data, seed=seed, tokenizer=tokenizer)
         length, samples = calibration.sequence_length, calibration.samples
         windows = varied_windows(documents, tokenizer, length, samples, seed, required=2, where=calibration.data)
+        if len(windows) < samples:
+            logger.warning("The text holds %d windows, fewer than the %d that were asked for.", len(windows), samples)
         beyond = unembedded_tokens(tokenizer, self.config.vocab_size)
         warn_of_unembedded(beyond, self.folder)
         check_tokens(windows, beyond, self.folder)

@@ -42,12 +42,15 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
     changed: list[str] = [name for name in _DECIDED if name in given and getattr(config, name) != getattr(plan, name)]
     if "budget" in given and not _keeps_the_same(config, plan):
         changed.append("budget")
+    changed += [f"budget.{name}" for name in config.budget.model_fields_set if not _agrees(name, config.budget, plan)]
     if changed:
         raise ConfigError(
             f"the options contradict the plan in {', '.join(changed)}",
             where=path,
             fix="leave these options out, or make a plan with them: `headfuse analyze --output`",
         )
+    if config.grouping != FuseConfig.model_fields["grouping"].default:
+        logger.warning("The plan has the groups of heads: grouping %s is not used.", config.grouping)
     counts = plan.head_budget
     budget = BudgetConfig(key_heads=counts.key_heads, value_heads=counts.value_heads)
     if plan.layers[0].wide or LAYOUTS[plan.layout].wide:  # counts say nothing of widths
@@ -78,6 +81,21 @@ def _keeps_the_same(config: FuseConfig, plan: FusionPlan) -> bool:
         return "total" not in config.budget.model_fields_set or config.budget.label == plan.budget
     counts = plan.head_budget
     return (config.budget.key_heads, config.budget.value_heads) == (counts.key_heads, counts.value_heads)
+
+
+def _agrees(name: str, budget: BudgetConfig, plan: FusionPlan) -> bool:
+    """Whether a plan has what an option beside the share asks for."""
+    counts = plan.head_budget
+    reads = [(*layer.key_sources, *layer.value_sources, layer.layer_idx) for layer in plan.layers]
+    reach = max(layer - min(sources) for layer, sources in enumerate(reads))
+    return {
+        "keep_layers": all(i < len(plan.layers) and plan.layers[i].untouched for i in budget.keep_layers),
+        "min_key_heads": min(counts.key_heads) >= budget.min_key_heads,
+        "min_value_heads": min(counts.value_heads) >= budget.min_value_heads,
+        "allocator": budget.allocator in ("auto", plan.allocator.split("+")[0]),
+        "head_dim": budget.head_dim in (None, "auto", plan.head_width),
+        "cross_layer": not budget.cross_layer or 0 < reach <= budget.cross_layer,
+    }.get(name, True)
 
 
 def adopt(plan: FusionPlan, source: Source) -> FusionPlan:

@@ -46,6 +46,14 @@ def test_problems_of_a_config_are_in_our_own_words(tmp_path: Path, raw: dict[str
         assert words not in message
 
 
+@pytest.mark.parametrize("option", [{"budget.allocator": "uniform"}, {"budget.cross_layer": 1}])
+def test_an_option_does_not_replace_a_section_of_the_wrong_form(tmp_path: Path, option: dict[str, Any]) -> None:
+    """`budget: 1/8` is refused as it stands, and was dropped where another option of the budget was given."""
+    (tmp_path / "config.yaml").write_text("budget: 1/8\n")
+    with pytest.raises(ConfigError, match="budget: must be a mapping of options, not '1/8'"):
+        load_config(str(tmp_path / "config.yaml"), option)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"plan_format": 2}', '{"layers": [{"layer_idx": "x"}], "seal": 1}'])
 def test_problems_of_a_plan_are_in_our_own_words(text: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -46,6 +46,8 @@ OTHER_THAN_THE_PLAN = {
     "method": ("--method", "mean"),
     "layout": ("--layout", "gqa"),
     "budget": ("--budget", "0.75"),
+    "budget.allocator": ("--allocator", "uniform"),
+    "budget.cross_layer": ("--cross-layer", "1"),
 }
 
 
@@ -55,6 +57,24 @@ def test_options_that_contradict_a_plan(model: Path, tmp_path: Path, name: str) 
     options = ("--plan", tmp_path / "good/plan.json", "--data", tmp_path / "text.txt", "--sequence-length", 32)
     message = refused(tmp_path / "out", model, *options, *OTHER_THAN_THE_PLAN[name])
     assert f"contradict the plan in {name}\n" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "fits", "contradicts"),
+    [("keep_layers", [], [0]), ("min_key_heads", 1, 4), ("min_value_heads", 1, 4), ("allocator", "auto", "uniform")],
+)
+def test_the_budget_of_a_config_and_a_plan(
+    model: Path, tmp_path: Path, option: str, fits: object, contradicts: object
+) -> None:
+    fuse(model, tmp_path / "good", "--budget", "0.5", "--layout", "decoupled")
+    config = tmp_path / "config.yaml"
+    options = ("--plan", tmp_path / "good/plan.json", "--data", tmp_path / "text.txt", "--sequence-length", 32)
+    config.write_text(json.dumps({"budget": {option: contradicts}}))
+    message = refused(tmp_path / "out", model, *options, "--config", config)
+    assert f"contradict the plan in budget.{option}\n" in message
+    config.write_text(json.dumps({"budget": {option: fits}}))
+    run("fuse", model, *options, "--config", config, "--output", tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").exists()
 
 
 def test_a_runtime_that_does_not_load_the_layout_of_a_plan(model: Path, tmp_path: Path) -> None:

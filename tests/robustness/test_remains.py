@@ -35,6 +35,7 @@ CHANGES: dict[str, Callable[[Workplace], list[object]]] = {
     "seed": lambda place: ["--seed", 1],
     "samples": lambda place: ["--samples", 6],
     "dtype": lambda place: ["--dtype", "bfloat16"],
+    "compute_dtype": lambda place: ["--compute-dtype", "bfloat16"],
     "text": other_text,
     "model": other_model,
     "plan": lambda place: ["--plan", place.whole / "plan.json"],
