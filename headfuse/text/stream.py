@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from headfuse.config.values import mixture_name, parse_data
-from headfuse.errors import DataError
+from headfuse.errors import ConfigError, DataError
 from headfuse.text.bos import start_token
 from headfuse.text.documents import not_empty, open_document, read_documents, shuffled
 from headfuse.text.windows import cut, token_windows, with_start
@@ -33,6 +34,8 @@ class Place:
     epoch: int = 0
     sections: int = 0
     tokens: int = 0
+    digest: str = ""
+    """SHA-256 of these sections, because a file of the same name may hold another text when a run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,16 @@ class TrainingText:
             )
 
     def batches(self, size: int, state: Mapping[str, Any] | None = None) -> Iterator[Batch]:
-        """Batches of `size` windows, from the start or from where the batch with this state ended."""
+        """Batches of `size` windows, from the start or from where the batch with this state ended.
+
+        Raises:
+            ConfigError: where the text, or that of the validation, is not the one that this state is of.
+        """
         import torch
 
+        held_out = hashlib.sha256(self.validation.numpy().tobytes()).hexdigest()
+        if state and state.get("validation", held_out) != held_out:
+            raise _other_text("the text of the validation", mixture_name(self.data))
         places = [Place(**place) for place in state["places"]] if state else [Place() for _ in self.data]
         rest: list[int] = list(state["rest"]) if state else []
         streams = [self._tokens(name, place) for name, place in zip(self.data, places, strict=True)]
@@ -99,7 +109,8 @@ class TrainingText:
                 rest += next(streams[shares.index(min(shares))])
             windows = with_start(torch.tensor(rest[:needed], dtype=torch.long).view(size, self._room), self._start)
             del rest[:needed]
-            yield Batch(windows, {"places": [asdict(place) for place in places], "rest": list(rest)})
+            read = {"places": [asdict(place) for place in places], "rest": list(rest), "validation": held_out}
+            yield Batch(windows, read)
 
     def _tokens(self, name: str, place: Place) -> Iterator[list[int]]:
         """Tokens of successive sections, each ending in EOS, from `place` on; `place` is updated."""
@@ -110,8 +121,14 @@ class TrainingText:
             raise DataError("the tokenizer has no EOS token to join documents with", where=where, fix=fix)
         while True:
             before = place.tokens if not place.sections else None
-            for section in islice(self._sections(name, place.epoch), place.sections, None):
-                place.sections += 1
+            digest, sections = hashlib.sha256(), self._sections(name, place.epoch)
+            for section in islice(sections, place.sections):
+                digest.update(section.encode())
+            if place.sections and place.digest not in ("", digest.hexdigest()):
+                raise _other_text("the text", name)
+            for section in sections:
+                digest.update(section.encode())
+                place.sections, place.digest = place.sections + 1, digest.hexdigest()
                 if section not in self.held_out:
                     ids = [*self.tokenizer(section, add_special_tokens=False, verbose=False).input_ids, eos]
                     place.tokens += len(ids)
@@ -119,7 +136,7 @@ class TrainingText:
             if before is not None and place.tokens - before < self._room:
                 fix = "give more text, or a smaller --sequence-length"
                 raise DataError(f"does not fill one window of {self.sequence_length} tokens", where=name, fix=fix)
-            place.epoch, place.sections = place.epoch + 1, 0
+            place.epoch, place.sections, place.digest = place.epoch + 1, 0, ""
 
     def _hold_out(self) -> Iterator[str]:
         """The held-out sections, from each text by its share, as far as they are read."""
@@ -134,6 +151,11 @@ class TrainingText:
         limit = SECTION_CHARACTERS * self.sequence_length
         documents = not_empty(open_document(name, self.tokenizer, limit), name)
         return shuffled((section for document in documents for section in cut(document, limit)), f"{self.seed} {epoch}")
+
+
+def _other_text(what: str, where: str) -> ConfigError:
+    fix = "give --resume the text of that run, or start anew with --overwrite alone"
+    return ConfigError(f"{what} is not that of the interrupted run", where=where, fix=fix)
 
 
 def _interleave(streams: Sequence[Iterator[str]], weights: Sequence[float]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 from headfuse.checkpoint.output_checks import check_output
+from headfuse.checkpoint.reader import fingerprint
 from headfuse.config.command import UPTRAIN
 from headfuse.config.machine import TrainingMachine
 from headfuse.config.uptrain import UptrainConfig
@@ -116,6 +117,7 @@ def uptrain(
     with shared_folder(job.accelerator, job.output, overwrite=overwrite, resume=resume, reads=job.reads) as making:
         inputs = {
             "model": job.model.checkpoint.fingerprint(), "teacher": job.teacher_name,
+            "teacher_weights": None if job.teacher is None else fingerprint(job.teacher),
             "teacher_dtype": machine.teacher_dtype, "compute_dtype": machine.compute_dtype,
             "processes": job.accelerator.num_processes,
         }  # fmt: skip

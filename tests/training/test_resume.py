@@ -14,6 +14,7 @@ import torch
 from headfuse.checkpoint.checksums import file_sha256
 from headfuse.errors import ConfigError, HeadfuseError, OutputError
 from headfuse.training.loop import Progress
+from tests.support.model_edits import edit_tensors
 from tests.training.runs import Stop, losses, records, stop_at, train, without_dropout
 
 KILLED = """
@@ -192,6 +193,36 @@ def test_resuming_with_other_options_is_refused(fused: Path, data: str, tmp_path
     assert (tmp_path / "fused-uptrained.partial" / "resume.json").exists()
     train(fused, data, resume=True, learning_rate=None)
     assert records(tmp_path / "fused-uptrained")[-3]["learning_rate"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("change", ["order", "shorter", "validation"])
+def test_resuming_with_another_text_of_the_same_name_is_refused(
+    fused: Path, data: str, tmp_path: Path, change: str
+) -> None:
+    documents = Path(data).read_text().splitlines(keepends=True)
+    held_out = Path(data).with_name(f"held-out{Path(data).suffix}")
+    held_out.write_text("".join(documents[:3]))
+    options: dict[str, Any] = {"validation_data": str(held_out)}
+    with pytest.raises(Stop):
+        train(fused, data, on_progress=stop_at(7), **options)
+    changed = held_out if change == "validation" else Path(data)
+    before = changed.read_text()
+    new = {"order": documents[::-1], "shorter": documents[:-1], "validation": documents[3:6]}[change]
+    changed.write_text("".join(new))
+    with pytest.raises(ConfigError, match="is not that of the interrupted run"):
+        train(fused, data, resume=True, **options)
+    changed.write_text(before)
+    train(fused, data, resume=True, **options)
+
+
+def test_resuming_with_other_weights_of_the_teacher_is_refused(
+    source: Path, fused: Path, data: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Stop):
+        train(fused, data, teacher=str(source), on_progress=stop_at(7))
+    edit_tensors(source, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    with pytest.raises(ConfigError, match="teacher_weights"):
+        train(fused, data, teacher=str(source), resume=True)
 
 
 def test_diverging_run_stops_and_keeps_the_last_state(fused: Path, data: str, tmp_path: Path) -> None:
