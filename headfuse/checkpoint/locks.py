@@ -20,6 +20,9 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Errors of network file systems and Python builds without locks: the run continues without a lock."""
 
 
+_ANOTHER = "wait for it, or choose another --output"
+
+
 class OutputLock:
     """A lock on an opened file; it ends when the file is closed or the process ends.
 
@@ -27,12 +30,13 @@ class OutputLock:
         stream: the opened file.
         path: where it lies; it must still lie there once it is locked.
         where: what an error names.
+        fix: what it advises.
 
     Raises:
         OutputError: when another process has the lock.
     """
 
-    def __init__(self, stream: IO[Any], path: Path, where: Path) -> None:
+    def __init__(self, stream: IO[Any], path: Path, where: Path, fix: str = _ANOTHER) -> None:
         self._stream, self._path = stream, path
         status = os.fstat(stream.fileno())
         self._identity = status.st_dev, status.st_ino
@@ -41,7 +45,6 @@ class OutputLock:
         except OSError as error:
             free = error.errno in _NO_LOCKS
         if not free:  # locked by another process, or by one that has just finished
-            fix = "wait for it, or choose another --output"
             raise OutputError("another process is writing here", where=where, fix=fix)
 
     @property
@@ -56,8 +59,12 @@ class OutputLock:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[OutputLock]:
-    """Hold the lock of an output folder while the block runs."""
+def locked(folder: Path, fix: str = _ANOTHER) -> Iterator[OutputLock]:
+    """Hold the lock of an output folder while the block runs.
+
+    Raises:
+        OutputError: when another process has it; it advises `fix`.
+    """
     try:
         stream = (folder / LOCK).open("w")
     except OSError as error:
@@ -65,4 +72,4 @@ def locked(folder: Path) -> Iterator[OutputLock]:
             folder.rmdir()  # nothing is in it when it is ours
         raise output_error(folder, error) from None
     with stream:
-        yield OutputLock(stream, folder / LOCK, folder)
+        yield OutputLock(stream, folder / LOCK, folder, fix)

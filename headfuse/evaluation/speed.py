@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from headfuse.models.states import cache_argument
 
 WARM_UP = 2
+NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,15 @@ class DecodeSpeed:
 
 @torch.no_grad()
 def decode_speed(
-    model: PreTrainedModel, baseline: PreTrainedModel, prompt: torch.Tensor, new_tokens: int = 16, rounds: int = 5
+    model: PreTrainedModel,
+    baseline: PreTrainedModel,
+    prompt: torch.Tensor,
+    new_tokens: int = NEW_TOKENS,
+    rounds: int = 5,
 ) -> DecodeSpeed:
     """Measure both models in turn, `rounds` times after a warm-up; prefill is not counted.
+
+    The prompt is cut where the new tokens would not fit into the positions of a model.
 
     Args:
         model: one model.
@@ -41,6 +48,9 @@ def decode_speed(
         new_tokens: greedy steps in a round.
         rounds: how many pairs.
     """
+    limits = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in (model, baseline)]
+    room = min((limit for limit in limits if limit), default=prompt.shape[1] + WARM_UP + new_tokens)
+    prompt = prompt[:, : max(1, room - WARM_UP - new_tokens)]
     speeds: list[tuple[float, float]] = []
     for index in range(rounds):
         order = (model, baseline) if index % 2 == 0 else (baseline, model)

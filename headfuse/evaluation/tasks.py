@@ -173,6 +173,12 @@ def _load_tasks(names: Sequence[str], folders: Sequence[str]) -> dict[str, Any]:
                 where="--tasks",
                 fix="its data comes from the hub, or, for a task of --tasks-path, from the files that it names",
             ) from None
+    unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe:
+        raise ConfigError(
+            f"{', '.join(unsafe)} would run code that the model writes", where="--tasks",
+            fix="leave it out, or run it with lm-eval itself, which can be told to",
+        )  # fmt: skip
     return tasks
 
 

@@ -79,10 +79,10 @@ def load_model(
     path = resolve_model(str(folder))
     config = read_config(path, trust_remote_code)
     warn_of_other_code(path)
-    Checkpoint(path)  # an error of ours for what is damaged
+    checkpoint = Checkpoint(path)  # an error of ours for what is damaged
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     target = pick_device(device)
-    wanted: Any = DTYPE_NAMES[dtype] if dtype else torch.float32 if target.type == "cpu" else "auto"
+    wanted: Any = DTYPE_NAMES[dtype] if dtype else loaded_dtype(checkpoint, target.type)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=wanted, output_loading_info=True,
@@ -112,6 +112,17 @@ def load_model(
             fix="the weights do not match config.json",
         )
     return model.to(target).eval()
+
+
+def loaded_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype | str:
+    """The default dtype of a loaded model: float32 on a CPU, elsewhere the stored one, whatever config.json says.
+
+    Where several are stored, `auto`: what transformers takes.
+    """
+    if device == "cpu":
+        return torch.float32
+    stored = {kind for kind in checkpoint.dtypes.values() if kind.is_floating_point}
+    return stored.pop() if len(stored) == 1 else "auto"
 
 
 def stored_names(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

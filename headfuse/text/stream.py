@@ -66,6 +66,7 @@ class TrainingText:
         seed: of the shuffling and of the choice of the held-out sections.
         validation: a text for the validation windows, read in its order; by default sections are held out.
         validation_windows: how many of them.
+        whole: refuse documents with EOS in them, where EOS is taken for the end of a document.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class TrainingText:
         seed: int,
         validation: str | None = None,
         validation_windows: int = VALIDATION_WINDOWS,
+        whole: bool = False,
     ) -> None:
         self.data, self.tokenizer, self.sequence_length, self.seed = parse_data(data), tokenizer, sequence_length, seed
         self.held_out: set[str] = set()
+        self._whole = whole
         self._start = start_token(tokenizer)
         self._room = sequence_length - (self._start is not None)
         documents = self._hold_out() if validation is None else read_documents(validation, tokenizer=tokenizer)
@@ -131,6 +134,9 @@ class TrainingText:
                 place.sections, place.digest = place.sections + 1, digest.hexdigest()
                 if section not in self.held_out:
                     ids = [*self.tokenizer(section, add_special_tokens=False, verbose=False).input_ids, eos]
+                    if self._whole and eos in ids[:-1]:
+                        fix = "leave packing at joined: turns of a chat would not see those before them"
+                        raise DataError("documents hold the EOS token, and packing: separate", where=name, fix=fix)
                     place.tokens += len(ids)
                     yield ids
             if before is not None and place.tokens - before < self._room:

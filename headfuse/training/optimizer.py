@@ -28,6 +28,9 @@ def prepare_training(student: PreTrainedModel, recipe: UptrainConfig) -> Callabl
     Frozen matrices keep the dtype that they were loaded in; all else is float32, the states between layers too.
     """
     if recipe.gradient_checkpointing:
+        if recipe.layerwise and not hasattr(student, "activation_checkpointing_enable"):
+            fix = "update transformers to 5.24, or leave one of them out"
+            raise ConfigError("does not go with layerwise here", where="gradient_checkpointing", fix=fix)
         kept = partial(create_selective_checkpoint_contexts, _products())
         selective = {"context_fn": kept} if recipe.gradient_checkpointing == "selective" else {}
         # the name from transformers 5.24 on, or the one before

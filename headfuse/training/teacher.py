@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from headfuse.checkpoint.plan_file import read_plan
 from headfuse.checkpoint.reader import DTYPE_NAMES, Checkpoint, fingerprint
 from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headfuse.models.config import read_config
-from headfuse.models.loading import load_tokenizer, model_name
+from headfuse.models.loading import guard_embeddings, load_model, load_tokenizer, model_name
 from headfuse.models.states import States, capped, document_positions, model_states, softcap
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,16 @@ def check_teacher(
         raise ConfigError(what, where=folder, fix="leave `hidden` and `layerwise` at 0, or " + fix)
 
 
+def load_teacher(
+    folder: Path, device: str, dtype: str | None, beyond: Mapping[int, str], trust_remote_code: bool
+) -> PreTrainedModel:
+    """Load a teacher; `beyond` has the tokens that it does not embed, with their ids."""
+    teacher = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    guard_embeddings(teacher, beyond, folder)
+    check_head(teacher, folder)
+    return teacher
+
+
 def computing_dtype(folder: Path, device: str) -> str:
     """The default dtype in which `load_model` computes on a device."""
     if device == "cpu":
@@ -122,7 +133,27 @@ def check_head(model: PreTrainedModel, folder: Path) -> None:
     """Refuse a model whose logits are not the capped output embeddings of its scaled last hidden state."""
     batch = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
     logits = capped(model.get_output_embeddings()(model_states(model, batch).last), softcap(model.config))
-    if not torch.allclose(model(batch).logits, logits, rtol=1e-3):
+    if not _alike(model(batch).logits, logits):
         raise UnsupportedModelError(
             "computes its logits in a way that uptrain does not support", where=folder, fix="choose another model"
         )
+
+
+@torch.no_grad()
+def check_separation(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model in which positions that start anew do not keep documents apart: its family's mask does not read
+    them (opt, gpt_oss, bloom).
+    """
+    batch = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    both = model_states(model, batch, torch.arange(8, device=model.device)[None] % 4).last
+    if not _alike(both[:, 4:], model_states(model, batch[:, 4:]).last):
+        raise UnsupportedModelError(
+            "documents in a window see each other in this family, whatever their positions", where=folder,
+            fix="leave packing at joined",
+        )  # fmt: skip
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two results differ by rounding alone."""
+    tolerance = 1e-3 if other.dtype == torch.float32 else 3e-2
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 
 from headfuse.checkpoint.disk import sync, write_whole
+from headfuse.checkpoint.locks import LOCK, locked
 from headfuse.checkpoint.reader import fingerprint
 from headfuse.checkpoint.writer import mapped_tensor
 from headfuse.config.uptrain import UptrainConfig
@@ -75,22 +78,22 @@ class CachedTeacher:
         """Make sure that the cache holds the validation windows and `rows` of `training()`; loads the teacher if not.
 
         Raises:
-            OutputError: where the folder is not a cache, or cannot hold it.
+            OutputError: where the folder is not a cache, cannot hold it, or is being filled by another run.
         """
         total, saved = len(self.validation) + rows, self._saved()
-        full = saved is not None and saved["rows"] >= total
+        full = saved is not None and saved["rows"] >= total and self._whole(saved["rows"])
         if full and self._same_text(training, rows):
             logger.info("the teacher's states come from %s", self.folder.name)
         else:
             try:
-                self._fill(training, total, load, accelerator, eos)
+                with self._locked(accelerator):
+                    self._fill(training, total, load, accelerator, eos)
             except OSError as error:
                 raise OutputError(
                     f"the teacher's states cannot be written: {error.strerror}",
                     where=self.folder,
                     fix="free some space, choose another --teacher-cache, or leave it out",
                 ) from None
-        self._open(total)
         kept = torch.load(self.folder / HEAD, weights_only=True)
         weight = kept["weight"]
         head = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in kept, device="meta", dtype=weight.dtype)
@@ -108,7 +111,7 @@ class CachedTeacher:
     def _saved(self) -> dict[str, Any] | None:
         path = self.folder / CACHE
         if not path.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if self.folder.exists() and any(file.name != LOCK for file in self.folder.iterdir()):
                 if (self.folder / WINDOWS).exists():
                     return None
                 fix = "give an empty folder, or one that does not exist"
@@ -128,6 +131,29 @@ class CachedTeacher:
         windows, hidden = self._shapes(rows)
         self.windows = mapped_tensor(self.folder / WINDOWS, windows, torch.int64)
         self.hidden = mapped_tensor(self.folder / HIDDEN, hidden, getattr(torch, self.identity["dtype"]))
+
+    def _whole(self, rows: int) -> bool:
+        """Whether the files have their sizes: a mapped file that was cut off would be read as zeros."""
+        widths = 8, getattr(torch, self.identity["dtype"]).itemsize
+        sizes = [torch.Size(shape).numel() * width for shape, width in zip(self._shapes(rows), widths, strict=True)]
+        files = [self.folder / name for name in (WINDOWS, HIDDEN)]
+        return all(file.exists() and file.stat().st_size >= size for file, size in zip(files, sizes, strict=True))
+
+    @contextlib.contextmanager
+    def _locked(self, accelerator: Accelerator) -> Iterator[None]:
+        """Let no other run fill the folder meanwhile; the first process's error is raised in all of them."""
+        with contextlib.ExitStack() as stack:
+            held: list[Exception | None] = [None]
+            if accelerator.is_main_process:
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(self.folder, "wait for it, or choose another --teacher-cache"))
+                except (OutputError, OSError) as error:
+                    held = [error]
+            broadcast_object_list(held)
+            if held[0] is not None:
+                raise held[0]
+            yield
 
     def _same_text(self, training: Callable[[], Iterable[torch.Tensor]], rows: int) -> bool:
         self._open(len(self.validation) + rows)
@@ -151,7 +177,6 @@ class CachedTeacher:
         size = sum(torch.Size(shape).numel() * width for shape, width in zip(self._shapes(rows), (8, 4), strict=True))
         logger.info("computing the teacher's states: %d windows, about %.1f GB", rows, size / 1e9)
         if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for name in (CACHE, WINDOWS, HIDDEN, HEAD):
                 (self.folder / name).unlink(missing_ok=True)
             self._open(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -42,7 +42,15 @@ from headfuse.training.output import default_output, shared_folder, write_traine
 from headfuse.training.result import UptrainResult
 from headfuse.training.run import Run
 from headfuse.training.schedule import default_learning_rate, divide, windows_per_step, with_batch_size
-from headfuse.training.teacher import LiveTeacher, check_head, check_teacher, computing_dtype, find_teacher
+from headfuse.training.teacher import (
+    LiveTeacher,
+    check_head,
+    check_separation,
+    check_teacher,
+    computing_dtype,
+    find_teacher,
+    load_teacher,
+)
 from headfuse.training.teacher_cache import CachedTeacher
 from headfuse.training.validation import student_nll
 
@@ -179,7 +187,7 @@ def _train(
     tokenizer = load_tokenizer(job.folder, machine.trust_remote_code)
     text = TrainingText(
         run.recipe.data, tokenizer, run.recipe.sequence_length, run.recipe.seed, run.recipe.validation_data,
-        run.recipe.validation_windows,
+        run.recipe.validation_windows, whole=run.recipe.packing == "separate",
     )  # fmt: skip
     student = _load_student(job)
     beyond = unembedded_tokens(tokenizer, student.get_input_embeddings().weight.shape[0])
@@ -191,6 +199,8 @@ def _train(
         run.recipe = run.recipe.model_copy(update={"learning_rate": rate})
     recipe = run.recipe
     eos = tokenizer.eos_token_id if recipe.packing == "separate" else None
+    if eos is not None:
+        check_separation(student, job.folder)
     logger.info("documents in a window %s", "see each other" if eos is None else "do not see each other")
     teacher = _make_teacher(job, recipe, student, tokenizer, text, eos)
 
@@ -251,15 +261,6 @@ def _load_student(job: _Job) -> PreTrainedModel:
     return student
 
 
-def _load_teacher(
-    folder: Path, device: str, dtype: str | None, beyond: Mapping[int, str], trust_remote_code: bool
-) -> PreTrainedModel:
-    teacher = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    guard_embeddings(teacher, beyond, folder)
-    check_head(teacher, folder)
-    return teacher
-
-
 def _make_teacher(
     job: _Job, recipe: UptrainConfig, student: PreTrainedModel, tokenizer: Any, text: TrainingText, eos: int | None
 ) -> LiveTeacher | CachedTeacher | None:
@@ -275,7 +276,7 @@ def _make_teacher(
     kept = chosen or computing_dtype(folder, machine.teacher_device or accelerator.device.type)
     dtype = kept if spread else chosen
     beyond = unembedded_tokens(tokenizer, student.get_input_embeddings().weight.shape[0])
-    load = partial(_load_teacher, folder, device, dtype, beyond, machine.trust_remote_code)
+    load = partial(load_teacher, folder, device, dtype, beyond, machine.trust_remote_code)
     if machine.teacher_cache is None:
         model = load()
         if spread:
@@ -296,5 +297,4 @@ def _first_windows(text: TrainingText, size: int, batches: int) -> Iterator[torc
 
 def _flat(recipe: UptrainConfig) -> dict[str, Any]:
     """The recipe in the form that trackers store."""
-    options = recipe.named()
-    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in options.items()}
+    return {n: v if isinstance(v, (int, float, str)) else str(v) for n, v in recipe.named().items()}

@@ -135,6 +135,13 @@ def test_speed(folder: Path) -> None:
     assert "--speed" in evaluate(folder, "--speed", code=1)["error"]["where"]
 
 
+def test_speed_at_the_end_of_learned_positions(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "opt")
+    options = ("--data", tmp_path / "text.txt", "--samples", 2, "--sequence-length", 128, "--json")
+    document = run("eval", model, "--baseline", model, "--speed", *options)
+    assert json.loads(document.splitlines()[-1])["speed"]["context"] == 128 - 18
+
+
 def test_errors_of_means() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(7, 5, generator=generator, dtype=torch.float64)

@@ -53,6 +53,26 @@ def directly(model: Path, folder: Path, names: list[str], monkeypatch: pytest.Mo
     )["results"]  # fmt: skip
 
 
+@needs_harness
+def test_a_task_that_runs_code_of_the_model_is_refused_first(tmp_path: Path, tasks: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    file = tasks / "piqa.yaml"
+    file.write_text(file.read_text() + "\nunsafe_code: true\n")
+    line = (
+        "eval",
+        model,
+        "--data",
+        tmp_path / "text.txt",
+        "--sequence-length",
+        16,
+        "--tasks",
+        "piqa",
+        "--tasks-path",
+        tasks,
+    )
+    assert "would run code that the model writes" in " ".join(run(*line, code=1).split())
+
+
 @pytest.mark.long
 @needs_harness
 def test_scores_are_those_of_the_harness(tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

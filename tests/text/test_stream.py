@@ -30,6 +30,17 @@ def test_training_never_sees_what_is_held_out(tmp_path: Path, tokenizer: PreTrai
     assert all(torch.equal(a.windows, b.windows) for a, b in zip(again.batches(1), batches, strict=False))
 
 
+def test_documents_with_eos_are_refused_where_eos_ends_a_document(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Turns of a chat end in EOS, too: an answer would not see its question."""
+    chats = [f"chat {i} {SENTENCES[0]}{tokenizer.eos_token}{SENTENCES[1]}" for i in range(30)]
+    data = write_jsonl(tmp_path / "a.jsonl", chats)
+    next(TrainingText(data, tokenizer, 16, seed=0).batches(1))
+    with pytest.raises(DataError, match="leave packing at joined"):
+        next(TrainingText(data, tokenizer, 16, seed=0, whole=True).batches(1))
+
+
 def test_a_stream_goes_on_from_any_state(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     a = write_jsonl(tmp_path / "a.jsonl", [f"first {i} " + SENTENCES[i % 40] for i in range(30)])
     b = write_jsonl(tmp_path / "b.jsonl", [f"second {i} " + SENTENCES[i % 40] for i in range(50)])

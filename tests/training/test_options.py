@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from headfuse.config.packaged import packaged
 from headfuse.config.uptrain import UptrainConfig, load_recipe
@@ -15,6 +17,7 @@ from headfuse.errors import ConfigError, DataError, HeadfuseError, MissingExtraE
 from headfuse.models.loading import load_model
 from headfuse.training.teacher import check_head
 from headfuse.training.uptrain import default_output
+from tests.support.tiny_models import tiny_model
 from tests.training.runs import WORDS, train, write_tokenizer
 
 
@@ -83,6 +86,29 @@ def test_logits_that_the_loss_does_not_know_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr("headfuse.training.teacher.softcap", lambda config: None)
     with pytest.raises(UnsupportedModelError, match="computes its logits in a way"):
         check_head(model, tmp_path / "gemma2")
+
+
+def test_logits_that_are_divided_by_any_number_are_known(tmp_path: Path) -> None:
+    """Scaled states and scaled logits round otherwise; among many logits some are near 0."""
+    config = AutoConfig.for_model(
+        "granite", vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, logits_scaling=6.0, bos_token_id=None, eos_token_id=1, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        check_head(model.to(dtype), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral", "opt", "bloom", "gpt_oss"])
+def test_families_that_cannot_keep_documents_apart_are_refused(tmp_path: Path, family: str) -> None:
+    model = tiny_model(tmp_path / "model", family)
+    options: dict[str, Any] = {"packing": "separate", "loss": "ce", "tokens": 32, "output": tmp_path / "out"}
+    if family in ("opt", "bloom", "gpt_oss"):
+        with pytest.raises(UnsupportedModelError, match="leave packing at joined"):
+            train(model, str(tmp_path / "text.txt"), **options)
+    else:
+        train(model, str(tmp_path / "text.txt"), **options)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from headfuse.checkpoint.locks import locked
 from headfuse.errors import ConfigError, OutputError
 from headfuse.models.loading import load_model
 from tests.training.runs import WORDS, losses, train, write_source
@@ -26,7 +27,8 @@ def test_cached_teacher_is_the_live_one(
         loaded.append(folder)
         return load_model(folder, **how)
 
-    monkeypatch.setattr(sys.modules["headfuse.training.uptrain"], "load_model", load)
+    for module in ("uptrain", "teacher"):
+        monkeypatch.setattr(sys.modules[f"headfuse.training.{module}"], "load_model", load)
     second = train(fused, data, output=tmp_path / "second", teacher_cache=cache, **options)
     assert loaded == [fused]
     assert first.nll_teacher == second.nll_teacher == pytest.approx(live.nll_teacher, abs=1e-6)
@@ -48,6 +50,23 @@ def test_half_a_cache_is_filled_anew(fused: Path, data: str, tmp_path: Path) -> 
     (cache / "hidden.bin").write_bytes(b"\0" * 100)
     again = train(fused, data, output=tmp_path / "again", teacher_cache=cache)
     assert losses(whole.output) == losses(again.output)
+
+
+def test_a_cache_that_was_cut_off_is_filled_anew(fused: Path, data: str, tmp_path: Path) -> None:
+    """A mapped file is as long as it is asked to be: what is missing would be read as zeros."""
+    cache = tmp_path / "cache"
+    whole = train(fused, data, output=tmp_path / "whole", teacher_cache=cache)
+    (cache / "hidden.bin").write_bytes((cache / "hidden.bin").read_bytes()[:-100])
+    again = train(fused, data, output=tmp_path / "again", teacher_cache=cache)
+    assert losses(whole.output) == losses(again.output)
+
+
+def test_two_runs_do_not_fill_one_cache(fused: Path, data: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with locked(cache), pytest.raises(OutputError, match="choose another --teacher-cache"):
+        train(fused, data, output=tmp_path / "out", teacher_cache=cache)
+    train(fused, data, output=tmp_path / "out", teacher_cache=cache)
 
 
 def test_teacher_in_another_dtype(fused: Path, data: str, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from headfuse.checkpoint.checksums import file_sha256
 from headfuse.checkpoint.plan_file import read_plan
 from headfuse.cli.app import app
 from headfuse.cli.uptrain import render
-from headfuse.errors import HeadfuseError
+from headfuse.errors import ConfigError, HeadfuseError
 from headfuse.evaluation.perplexity import nll_per_window
 from headfuse.modeling import HeadfuseForCausalLM
 from headfuse.models.loading import load_model, load_tokenizer
@@ -192,6 +193,10 @@ def test_gradient_checkpointing_changes_no_loss(
 ) -> None:
     without_dropout(fused)
     for more in ({}, {"hidden": 0.1}, {"layerwise": 0.5}):
+        if more.get("layerwise") and not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+            with pytest.raises(ConfigError, match="update transformers"):
+                train(fused, data, output=tmp_path / "refused", gradient_checkpointing=kind, **more)
+            continue
         options: dict[str, Any] = {"teacher": str(source), "tokens": 128, "overwrite": True, **more}
         plain = train(fused, data, **options, output=tmp_path / "plain")
         again = train(fused, data, **options, output=tmp_path / "again", gradient_checkpointing=kind)
