@@ -94,7 +94,7 @@ def fuse(
         else:
             planned = found or reviewed or _plan(conversion, plan_options(config))
             written = _write(conversion, planned, common, Refinement(config.preset, config.seed))
-        return _finish(conversion, written, config, output, prepared.machine.dtype)
+        return _finish(conversion, written, config, output, prepared.machine.dtype, reviewed is not None)
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,16 @@ class _Written:
 
 
 def _finish(
-    conversion: Conversion, written: _Written, config: FuseConfig, output: Path, dtype: str | None
+    conversion: Conversion, written: _Written, config: FuseConfig, output: Path, dtype: str | None, reviewed: bool
 ) -> FuseResult:
-    """Write the files beside the weights; return the result, under the folder's final name."""
+    """Write the files beside the weights; return the result, under the folder's final name. `reviewed`: by `--plan`."""
     itemsize = next(iter(written.writer.dtypes.values())).itemsize
     before, after = (shape.kv_bytes_per_token(itemsize) for shape in (conversion.source.heads, written.plan))
     served = channels_in_runtimes(written.plan, conversion.source.config)
     kv_bytes_in = {runtime: (itemsize * source, itemsize * fused) for runtime, (source, fused) in served.items()}
     result = FuseResult(output, written.plan, written.stages, written.held_out_before, before, after, kv_bytes_in)
     checksums = written.writer.checksums()
-    write_beside_weights(conversion.folder, conversion.source, result, config, dtype, checksums)
+    write_beside_weights(conversion.folder, conversion.source, result, config, dtype, checksums, reviewed)
     Checkpoint(conversion.folder)  # what was written opens again: headers and index agree
     return result
 

@@ -97,6 +97,7 @@ def write_beside_weights(
     config: FuseConfig,
     dtype: str | None,
     checksums: Mapping[str, str],
+    reviewed: bool,
 ) -> None:
     """Complete the folder of a conversion, whose weights are written.
 
@@ -107,8 +108,10 @@ def write_beside_weights(
         config: for headfuse.yaml.
         dtype: of the written weights, None for the source's.
         checksums: of weight files, as far as the writer knows them.
+        reviewed: the plan was given, so the options alone do not make it again.
     """
-    command = f"# headfuse fuse --config {FUSE_OPTIONS} {result.plan.source.model}\n"
+    plan = " --plan plan.json" if reviewed else ""
+    command = f"# headfuse fuse --config {FUSE_OPTIONS}{plan} {result.plan.source.model}\n"
     keep_licence_text(source.folder, partial)
     finish_folder(
         partial,

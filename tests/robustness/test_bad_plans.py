@@ -92,7 +92,10 @@ def test_a_plan_decides_what_nobody_else_does(tmp_path: Path) -> None:
     assert str(out) in run("fuse", model, *options, "--dry-run")
     run("fuse", model, *options)
     assert (out / "plan.json").exists()
-    assert "layout: gqa" in (out / "headfuse.yaml").read_text()
+    said = (out / "headfuse.yaml").read_text()
+    assert said.startswith("# headfuse fuse --config headfuse.yaml --plan plan.json ")
+    assert "layout: gqa" in said
+    assert not (tmp_path / "good/headfuse.yaml").read_text().startswith("# headfuse fuse --config headfuse.yaml --plan")
     again = run("fuse", model, *options, "--config", out / "headfuse.yaml", "-o", tmp_path / "again", "-q")
     assert again.strip() == str(tmp_path / "again")
     weights = [folder / "model.safetensors" for folder in (out, tmp_path / "again")]
