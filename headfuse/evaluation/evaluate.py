@@ -261,7 +261,7 @@ def _measure(
         predictions=predictions,
         nll=losses,
         scores=harness.run(loaded, model.tokenizer) if harness else {},
-        retrievals=retrieve(loaded, model.tokenizer, config.passkey, config.passkey_trials),
+        retrievals=retrieve(loaded, model.tokenizer, config.passkey, config.passkey_trials, config.seed or 0),
         answers=answer(loaded, model.tokenizer, questions),
     )
 

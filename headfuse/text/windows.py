@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -134,16 +135,17 @@ def _pieces(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, draw: random.Random
 ) -> Iterator[list[int]]:
     """Token ids with EOS at their end, at most `length` together: a piece of every document, then the other pieces."""
-    end, rests = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], list[list[int]]()
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rests: list[array[int]] = []
     size = length - len(end)
     for ids in _token_lists(documents, tokenizer):
         if ids and ids != end:
             start = draw.randrange(max(1, len(ids) - size + 1))
             yield ids[start : start + size] + end
-            for rest in ids[:start], ids[start + size :]:
-                rests += [rest[first : first + size] for first in range(0, len(rest), size)]
+            for rest in ids[:start], ids[start + size :]:  # arrays: a token takes 4 bytes, in lists some 36
+                rests += [array("i", rest[first : first + size]) for first in range(0, len(rest), size)]
     draw.shuffle(rests)
-    yield from (rest + end for rest in rests)
+    yield from ([*rest, *end] for rest in rests)
 
 
 def labelled_tokens(

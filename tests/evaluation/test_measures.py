@@ -154,3 +154,15 @@ def test_errors_of_means() -> None:
     direct = mean([x - 0.9 * y for x, y in zip(a, b, strict=True)]).stderr
     assert paired_stderr(mean(a).stderr, mean(b).stderr, difference, 0.9) == pytest.approx(direct)
     assert mean([1.0]).stderr is None
+
+
+def test_the_seed_draws_other_passkeys(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    options = ("--data", tmp_path / "text.txt", "--samples", 2, "--sequence-length", 16, "--passkey", 400, "--json")
+    first, again, other = (
+        json.loads(run("eval", model, *options, *seed).splitlines()[-1])["passkey"]
+        for seed in ((), ("--seed", 0), ("--seed", 1))
+    )
+    assert first == again != other
