@@ -15,6 +15,7 @@ import itertools
 import json
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -188,7 +189,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
         lines += ["|---|---|---|---|---|---|"]
         for row in own:
             after = ", ".join(f"{n // 1000}k: {nll:.3f} ({relative(row, nll):.3f})" for n, nll in row["points"][1:])
-            heads = " ".join(map(str, row["key_heads"])) + " + " + " ".join(map(str, row["value_heads"]))
+            heads = " + ".join(" ".join(map(str, row[side])) for side in ("key_heads", "value_heads") if row[side])
             cells = row["start"], row["seed"], f"{row['spent'] // 1000}k", f"{row['points'][0][1]:.3f}", after, heads
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines += ["", *needed(own), *task_lines(own), ""]
@@ -275,7 +276,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             seen.add(row["start"])
             total = [(n + row["spent"]) / 1000 for n in tokens]
             axis.plot(total, losses, "o-", ms=3, lw=1.2, color=colours[row["start"]], label=label)
-        axis.set(title=title, xlabel="tokens read, thousands", ylabel="NLL, unseen text")
+        axis.set(title=textwrap.fill(title, 45), xlabel="tokens read, thousands", ylabel="NLL, unseen text")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
