@@ -50,7 +50,8 @@ def settings_for(
     folder = resolve_model(model)
     source = read_config(folder, trust_remote_code)
     head_layout(source, folder / "config.json")  # a model without any layout says so first
-    return with_layout(settings, source, runtime)
+    chosen, why = with_layout(settings, source, runtime)
+    return chosen if plan is None else chosen.model_copy(update={"budget": settings.budget}), why  # the plan has one
 
 
 def check_loads(runtime: choices.Runtime | None, settings: FuseConfig) -> None:

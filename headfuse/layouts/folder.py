@@ -25,6 +25,8 @@ from headfuse.models.model_code import warn_of_other_code
 from headfuse.models.weights import ModelWeights, is_supported, stored_architecture, untie
 from headfuse.plan import FusionPlan, HeadLayout
 
+_OF_THE_FOLDER = {"model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
+"""Fields of a config that say nothing of how the model computes."""
 _RESTORE = "restore the config.json that headfuse wrote"
 
 
@@ -111,8 +113,9 @@ class ModelFolder:
     def family(self) -> dict[str, Any]:
         """config.json of the source's own class, whatever its number of KV heads."""
         raw = self.raw_config()
-        if self.layout in ("decoupled", "latent"):
-            return raw["source_config"]
+        if self.layout in ("decoupled", "latent"):  # whose models read a field of their own before the source's
+            source = raw["source_config"]
+            return {**source, **{name: raw[name] for name in source.keys() & raw.keys() - _OF_THE_FOLDER}}
         if self.layout == "gqa":
             return raw
         model_type = str(getattr(self.config, "source_model_type", None))

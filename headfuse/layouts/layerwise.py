@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from headfuse.errors import UnsupportedModelError
+from headfuse.models.heads import head_dim
 from headfuse.plan import FusionPlan
 
 FAMILIES = {"llama": None, "mistral": False, "qwen2": True}
@@ -41,7 +42,7 @@ def layerwise_config(source: dict[str, Any], num_key_value_heads: tuple[int, ...
         "dtype": source.get("dtype") or source.get("torch_dtype"),
         "headfuse_format": FORMAT,
         "source_model_type": source["model_type"],
-        **{name: getattr(whole, name) for name in KEPT},
+        **{name: head_dim(whole) if name == "head_dim" else getattr(whole, name) for name in KEPT},
         "rope_theta": rope["rope_theta"],  # mlx-lm reads these two, transformers `rope_parameters`
         "rope_scaling": None if rope["rope_type"] == "default" else dict(rope),
         "num_key_value_heads": max(num_key_value_heads),

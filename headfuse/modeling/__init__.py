@@ -15,6 +15,7 @@ from headfuse.modeling import (
     modeling_latent,
     modeling_layerwise,
     modeling_one_head,
+    modeling_shared_states,
     modeling_stock,
 )
 from headfuse.modeling.configuration_headfuse import AUTO_MAP, HeadfuseConfig
@@ -40,6 +41,7 @@ LATENT_FILES = (
     Path(configuration_latent.__file__),
     Path(modeling_cross_layer.__file__),
     Path(modeling_latent.__file__),
+    Path(modeling_shared_states.__file__),
 )
 """The same for latent weights."""
 CODE = {

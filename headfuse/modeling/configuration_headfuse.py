@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from .configuration_family import FAMILIES, Family, rotary_dim
 
 FORMAT = 1
-CODE_VERSION = 6  # of the files beside the weights: a release that changes them raises it
+CODE_VERSION = 7  # of the files beside the weights: a release that changes them raises it
 
 
 AUTO_MAP = {

@@ -8,7 +8,7 @@ from typing import Any
 from .configuration_family import rotary_dim
 from .configuration_headfuse import FusedConfig, one_head_width
 
-CODE_VERSION = 8  # of the files beside the weights: a release that changes them raises it
+CODE_VERSION = 9  # of the files beside the weights: a release that changes them raises it
 AUTO_MAP = {
     "AutoConfig": "configuration_latent.LatentConfig",
     "AutoModel": "modeling_latent.LatentModel",

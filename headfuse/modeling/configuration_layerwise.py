@@ -8,7 +8,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 FORMAT = 1
-CODE_VERSION = 2  # of the files beside the weights: a release that changes them raises it
+CODE_VERSION = 3  # of the files beside the weights: a release that changes them raises it
 AUTO_MAP = {
     "AutoConfig": "configuration_layerwise.LayerwiseConfig",
     "AutoModel": "modeling_layerwise.DeciLMModel",

@@ -13,21 +13,7 @@ from transformers import Cache
 
 from .modeling_decode_step import probabilities, score
 from .modeling_headfuse import HeadfuseAttention, rotate
-
-States = tuple[torch.Tensor, torch.Tensor]
-
-
-class SharedStates(dict[int, States]):
-    """Cached keys and values of the layers that later ones read, on their way through one forward pass.
-
-    One object for all layers of a model. It is not part of a copy or a pickle of the model.
-    """
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return SharedStates, ()
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, tuple[()]]:
-        return self.__reduce__()
+from .modeling_shared_states import SharedStates, States
 
 
 class SharingAttention(HeadfuseAttention):
@@ -39,6 +25,7 @@ class SharingAttention(HeadfuseAttention):
 
     shared: SharedStates
     is_read: bool
+    begins_pass: bool
     num_planes: int
     key_write: nn.Parameter | None
     key_write_plain: nn.Parameter | None
@@ -88,7 +75,7 @@ class SharingAttention(HeadfuseAttention):
         """The states of all positions, which later layers find in `shared`."""
         states = super()._with_past(key, value, cache)
         if self.is_read:
-            self.shared[self.layer_idx] = states
+            self.shared.put(self.layer_idx, states, self.begins_pass)
         return states
 
 
@@ -203,10 +190,10 @@ class ReadingAttention(SharingAttention):
 
     def _read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What this layer caches and what it reads of other layers, of each side; the last reader lets go of it."""
-        keys = [key, *(self.shared[source][0].to(key.device) for source in self.key_sources)]
-        values = [value, *(self.shared[source][1].to(value.device) for source in self.value_sources)]
-        if self.is_last and not torch.is_grad_enabled():  # else a checkpoint may compute the layer again
-            self.shared.clear()
+        keys = [key, *(self.shared.of(source)[0].to(key.device) for source in self.key_sources)]
+        values = [value, *(self.shared.of(source)[1].to(value.device) for source in self.value_sources)]
+        if self.is_last:
+            self.shared.finish()
         return keys, values
 
     def _expanded(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

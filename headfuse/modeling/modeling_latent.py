@@ -14,10 +14,11 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationMixin
 
 from .configuration_latent import LatentConfig
-from .modeling_cross_layer import ReadingAttention, SharedStates, SharingAttention, read_parameter
+from .modeling_cross_layer import ReadingAttention, SharingAttention, read_parameter
 from .modeling_decode_step import probabilities, score
 from .modeling_headfuse import rotate
 from .modeling_one_head import as_one_head
+from .modeling_shared_states import SharedStates, checkpointing_options
 from .modeling_stock import FusedPreTrainedModel
 
 
@@ -266,9 +267,18 @@ class LatentPreTrainedModel(FusedPreTrainedModel):
     def __init__(self, config: LatentConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         shared = SharedStates()
+        first = next((i for i in range(config.num_hidden_layers) if config.is_read(i)), None)
         for attention in self.modules():
             if isinstance(attention, SharingAttention):
                 attention.shared, attention.is_read = shared, config.is_read(attention.layer_idx)
+                attention.begins_pass = attention.layer_idx == first
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """As of transformers; where layers read others, `use_reentrant` may not be True (ValueError)."""
+        if self.config.last_reader is not None:
+            shared = next(module.shared for module in self.modules() if isinstance(module, SharingAttention))
+            gradient_checkpointing_kwargs = checkpointing_options(shared, gradient_checkpointing_kwargs)
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def attention_of(self, config: Any, layer_idx: int) -> type:
         """Layers that read other layers have an attention of their own."""

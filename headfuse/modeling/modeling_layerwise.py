@@ -50,3 +50,13 @@ class DeciLMForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = DeciLMModel(config)
         self.post_init()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers.
+
+        Raises:
+            NotImplementedError: where layers have other numbers of KV heads; it would log an error and return nothing.
+        """
+        if len(set(self.config.num_key_value_heads_per_layer)) > 1:
+            raise NotImplementedError("layout layerwise: generate_batch has one cache shape; use generate")
+        return super().init_continuous_batching(*args, **kwargs)

@@ -216,5 +216,13 @@ class FusedPreTrainedModel(PreTrainedModel):
             if isinstance(module, StockAttention):
                 module.reset_tables()
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse `generate_batch`, which would log an error and return nothing.
+
+        Raises:
+            NotImplementedError: always; its cache has one shape for all layers.
+        """
+        raise NotImplementedError(f"layout {self.config.layout}: generate_batch has one cache shape; use generate")
+
     def _get_static_cache_init_shape(self) -> None:
         """No common shape: static caches take each layer's from its first states."""

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from headfuse.checkpoint.background import ReadAhead
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.checkpoint.writer import SafetensorsWriter
-from headfuse.modeling.modeling_cross_layer import SharedStates, SharingAttention
+from headfuse.modeling.modeling_cross_layer import SharingAttention
 from headfuse.modeling.modeling_headfuse import HeadfuseAttention
+from headfuse.modeling.modeling_shared_states import States
 from headfuse.models.attention import module_tensors
 from headfuse.models.canonical import CanonicalCheckpoint
 from headfuse.models.capture import CAPTURE
@@ -36,7 +37,7 @@ class HiddenStates:
     args: list[tuple[Any, ...]]
     kwargs: list[dict[str, Any]]
     weight: float = 1.0
-    shared: SharedStates = field(default_factory=SharedStates)
+    shared: dict[int, States] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -45,7 +46,7 @@ class HiddenStates:
         """Batches of so many windows."""
         for first in range(0, len(self), size):
             part = slice(first, first + size)
-            shared = SharedStates({layer: (key[part], value[part]) for layer, (key, value) in self.shared.items()})
+            shared = {layer: (key[part], value[part]) for layer, (key, value) in self.shared.items()}
             yield replace(self, hidden=self.hidden[part], shared=shared)
 
 
@@ -215,7 +216,7 @@ class DecoderLayers:
         if not len(states):
             return states
         together = batch_windows(self.device, len(states), states.hidden.shape[1], self.batch_tokens)
-        outputs, shared = list[torch.Tensor](), list[SharedStates]()
+        outputs, shared = list[torch.Tensor](), list[dict[int, States]]()
         for batch in states.split(together):
             outputs.append(self._output(module, batch, layer_idx))
             shared.append(self._shared(module, batch, layer_idx))
@@ -223,7 +224,7 @@ class DecoderLayers:
             layer: (torch.cat([each[layer][0] for each in shared]), torch.cat([each[layer][1] for each in shared]))
             for layer in shared[0]
         }
-        return replace(states, hidden=torch.cat(outputs), shared=SharedStates(joined))
+        return replace(states, hidden=torch.cat(outputs), shared=joined)
 
     def run(
         self, layer_idx: int, states: HiddenStates, weights: Mapping[str, torch.Tensor] | None = None
@@ -254,7 +255,7 @@ class DecoderLayers:
         of_shared = {} if of_shared is None else of_shared
         hidden, gradients = states.hidden.detach().requires_grad_(True), dict[str, torch.Tensor]()
         read = {i: [x.detach().requires_grad_(True) for x in pair] for i, pair in states.shared.items()}
-        states = replace(states, hidden=hidden, shared=SharedStates({i: (k, v) for i, (k, v) in read.items()}))
+        states = replace(states, hidden=hidden, shared={i: (k, v) for i, (k, v) in read.items()})
         with self.loaded(layer_idx, self.tensors(layer_idx, weights)) as layer:
             for name, parameter in layer.named_parameters(prefix=self.arch.layer_prefix(layer_idx)):
                 parameter.requires_grad_(name in weights)
@@ -273,15 +274,15 @@ class DecoderLayers:
         assert hidden.grad is not None
         return hidden.grad, gradients
 
-    def _shared(self, layer: nn.Module, states: HiddenStates, layer_idx: int) -> SharedStates:
+    def _shared(self, layer: nn.Module, states: HiddenStates, layer_idx: int) -> dict[int, States]:
         """What later layers read of the states that this layer and those before it have cached."""
         attention = layer.get_submodule(self.arch.attention)
         if not isinstance(attention, SharingAttention):
-            return SharedStates()
-        own = {layer_idx: attention.shared[layer_idx]} if attention.is_read else {}
+            return {}
+        own = {layer_idx: attention.shared.of(layer_idx)} if attention.is_read else {}
         found = {**states.shared, **own}
         attention.shared.clear()
-        return SharedStates({i: pair for i, pair in found.items() if attention.config.is_read(i, layer_idx)})
+        return {i: pair for i, pair in found.items() if attention.config.is_read(i, layer_idx)}
 
     def _output(self, layer: nn.Module, states: HiddenStates, layer_idx: int) -> torch.Tensor:
         hidden, kwargs = states.hidden, states.kwargs[layer_idx]

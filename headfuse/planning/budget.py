@@ -42,10 +42,12 @@ class BudgetRules:
     """With `one_count`: channels of a fused head, or `auto`; None: the source's."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.total, tuple) and self.layerwise and not self.one_count:
+        apart = isinstance(self.total, tuple) and (len(set(self.total)) > 1 or not self.one_count)
+        if apart and (self.layerwise or self.one_count):
+            shape, where = ("layout gqa", "budget.total") if self.one_count else ("layerwise", "budget.layerwise")
             raise BudgetError(
-                "keys and values have budgets of their own, and layerwise gives both the same heads",
-                where="budget.layerwise", fix="give one total, or use layout decoupled without budget.layerwise",
+                f"keys and values have budgets of their own, and {shape} gives both the same heads",
+                where=where, fix="give one total, or use layout decoupled without budget.layerwise",
             )  # fmt: skip
 
     def channels(self, heads: HeadLayout) -> int:

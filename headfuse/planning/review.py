@@ -86,13 +86,16 @@ def _keeps_the_same(config: FuseConfig, plan: FusionPlan) -> bool:
 def _agrees(name: str, budget: BudgetConfig, plan: FusionPlan) -> bool:
     """Whether a plan has what an option beside the share asks for."""
     counts = plan.head_budget
-    reads = [(*layer.key_sources, *layer.value_sources, layer.layer_idx) for layer in plan.layers]
-    reach = max(layer - min(sources) for layer, sources in enumerate(reads))
+    reach = max(len(sources) for layer in plan.layers for sources in (layer.key_sources, layer.value_sources))
     return {
         "keep_layers": all(i < len(plan.layers) and plan.layers[i].untouched for i in budget.keep_layers),
         "min_key_heads": min(counts.key_heads) >= budget.min_key_heads,
         "min_value_heads": min(counts.value_heads) >= budget.min_value_heads,
         "allocator": budget.allocator in ("auto", plan.allocator.split("+")[0]),
+        "key_heads": budget.key_heads in (None, counts.key_heads),
+        "value_heads": budget.value_heads in (None, counts.value_heads),
+        "min_channels": min(*plan.key_channels, *plan.value_channels) >= (budget.min_channels or 0),
+        "layerwise": not budget.layerwise or plan.key_channels == plan.value_channels,
         "head_dim": budget.head_dim in (None, "auto", plan.head_width),
         "cross_layer": not budget.cross_layer or 0 < reach <= budget.cross_layer,
     }.get(name, True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import headfuse
 from headfuse.layouts.gguf import writer as gguf
@@ -202,6 +203,17 @@ def test_layers_of_families_that_deci_is_not(tmp_path: Path) -> None:
     (tmp_path / "options.yaml").write_text(options)
     fuse(model, tmp_path / "out", "--config", tmp_path / "options.yaml")
     assert "--layout gqa" in run("export", tmp_path / "out", "--to", "gguf", "-o", tmp_path / "m.gguf", code=1)
+
+
+def test_biases_that_the_architecture_lacks(tmp_path: Path) -> None:
+    """The file was written, and llama.cpp could not load it."""
+    model = tiny_model(tmp_path / "model", "qwen3")
+    config = AutoConfig.from_pretrained(model, attention_bias=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    said = " ".join(run("export", model, "--to", "gguf", "-o", tmp_path / "m.gguf", code=1).split())
+    assert "llama.cpp's architecture qwen3 has no tensor like model.layers.0.self_attn" in said
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_other_families_and_numbers_that_f16_does_not_hold(tmp_path: Path) -> None:

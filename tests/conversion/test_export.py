@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,36 @@ def test_a_stock_model_becomes_layerwise(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", query_heads=8)
     assert exported(model, "layerwise", tmp_path / "out")["num_key_value_heads"] == [4, 4]
     assert torch.equal(logits(tmp_path / "out"), logits(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_a_config_without_head_dim_becomes_layerwise(tmp_path: Path, family: str) -> None:
+    """Released models of qwen2 name none, and its config class has no such field."""
+    model = tiny_model(tmp_path / "model", family)
+    config = json.loads((model / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("head_dim", "sliding_window")}
+    (model / "config.json").write_text(json.dumps(config))
+    exported(model, "layerwise", tmp_path / "out")
+    assert torch.equal(logits(tmp_path / "out"), logits(model))
+
+
+def test_fields_of_the_fused_config_hide_those_of_the_source(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", query_heads=8)
+    options = ("--layout", "decoupled", "--allocator", "uniform", "--preset", "fast")
+    fuse(model, tmp_path / "fused", "--budget", 1, *options)
+    config = json.loads((tmp_path / "fused/config.json").read_text())
+    config |= {"rms_norm_eps": 0.1, "max_position_embeddings": 256}
+    (tmp_path / "fused/config.json").write_text(json.dumps(config))
+    exported(tmp_path / "fused", "gqa", tmp_path / "out")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "fused"))
+    assert json.loads((tmp_path / "out/config.json").read_text())["max_position_embeddings"] == 256
+    resized = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    resized.resize_token_embeddings(resized.config.vocab_size + 8)
+    resized.save_pretrained(tmp_path / "resized")
+    for name in ("plan.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "fused" / name, tmp_path / "resized" / name)
+    exported(tmp_path / "resized", "gqa", tmp_path / "larger")
+    torch.testing.assert_close(logits(tmp_path / "larger"), logits(tmp_path / "resized"))
 
 
 def test_the_tokenizer_stays_of_its_class(tmp_path: Path) -> None:

@@ -170,6 +170,12 @@ def test_vllms_backend_for_other_classes_is_refused(fused: Path, monkeypatch: py
 
 
 @one_family
+def test_continuous_batching_is_refused(fused: Path) -> None:
+    with pytest.raises(NotImplementedError, match="layout layerwise: generate_batch"):
+        headfuse.load(fused).generate_batch([[1, 2, 3]])
+
+
+@one_family
 def test_a_whole_model_can_be_pickled(fused: Path, tmp_path: Path) -> None:
     model, tokens = headfuse.load(fused), torch.arange(1, 9)[None]
     torch.save(model, tmp_path / "model.pt")

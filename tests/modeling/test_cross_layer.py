@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ def test_copies_do_not_share_states(model: Any) -> None:
         torch.testing.assert_close(copied(tokens()).logits, model(tokens()).logits)
         again = pickle.loads(pickle.dumps(model))
         torch.testing.assert_close(again(tokens()).logits, model(tokens()).logits)
-        assert not model.model.layers[0].self_attn.shared, "states of a pass without gradients do not outlive it"
+        assert not copied.model.layers[0].self_attn.shared, "states of a pass without gradients do not outlive it"
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
@@ -107,6 +108,48 @@ def test_gradients_reach_the_source_through_its_readers(checkpoints: bool) -> No
             weight.add_(move * direction)
             losses.append(model(tokens()).logits.square().mean())
     torch.testing.assert_close((weight.grad * direction).sum(), (losses[0] - losses[1]) / (2 * step), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_checkpoints_of_several_passes_before_one_backward_pass(copied: bool) -> None:
+    """Each computes its layers again with the states of its own pass; so does a copy of the model."""
+    model = random_model(config_of("instead of its own")).double().train()
+    gradients = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        trained = copy.deepcopy(model) if copied else model
+        trained.zero_grad()
+        first, second = tokens(), tokens().flip(1)
+        (trained(first, labels=first).loss + 2 * trained(second, labels=second).loss).backward()
+        gradients.append({name: weight.grad for name, weight in trained.named_parameters() if weight.grad is not None})
+        gradients[-1] = {name: gradient.clone() for name, gradient in gradients[-1].items()}
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_reentrant_checkpoints_are_refused() -> None:
+    with pytest.raises(ValueError, match="need use_reentrant=False"):
+        random_model(config_of("instead of its own")).gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_threads_have_passes_of_their_own() -> None:
+    model = random_model(config_of("instead of its own")).eval()
+    with torch.no_grad():
+        wanted = [model(tokens()[:, : 4 + i]).logits for i in range(4)]
+
+    @torch.no_grad()
+    def run(i: int) -> bool:
+        return all(torch.equal(model(tokens()[:, : 4 + i]).logits, wanted[i]) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
+
+
+def test_compiled_it_is_one_graph(model: Any) -> None:
+    with torch.no_grad():
+        assert torch._dynamo.explain(model)(tokens()).graph_break_count == 0
 
 
 BAD: dict[str, dict[str, Any]] = {

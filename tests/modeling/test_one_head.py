@@ -135,6 +135,14 @@ def test_a_runtime_of_one_kv_head_count_is_refused(
         model(torch.ones(1, 4, dtype=torch.long))
 
 
+@pytest.mark.parametrize("config", [fused_config(SOURCES["llama"](), "free"), latent.fused_config([latent.ONE_GROUP])])
+def test_continuous_batching_is_refused(config: HeadfuseConfig | LatentConfig) -> None:
+    """It would log an error for each request, and return no tokens."""
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(NotImplementedError, match=f"layout {config.layout}: generate_batch"):
+        model.generate_batch([[1, 2, 3]])
+
+
 def test_granites_scale_of_logits_has_the_name_that_vllm_reads(vllm: None) -> None:
     assert fused_config(AutoConfig.for_model("granite", num_hidden_layers=3, num_attention_heads=6,
                                              logits_scaling=4.0), "free").logit_scale == 0.25  # fmt: skip

@@ -40,6 +40,12 @@ def test_layerwise_has_one_total() -> None:
         BudgetRules(total=(share, share), layerwise=True).allocate("uniform", LAYOUT)
 
 
+def test_one_count_has_one_total() -> None:
+    """Both sides got the smaller share, without a word."""
+    with pytest.raises(BudgetError, match="layout gqa gives both the same heads"):
+        BudgetRules(total=(parse_budget("1"), parse_budget("1/4")), layerwise=True, one_count=True)
+
+
 @pytest.mark.parametrize(("total", "choice"), [("1/4", False), ("1", False), ("1/2", True)])
 def test_a_choice_is_left(total: str, choice: bool) -> None:
     assert BudgetRules(total=parse_budget(total)).leave_a_choice(LAYOUT) is choice

@@ -12,7 +12,7 @@ import yaml
 import headfuse
 from headfuse.choices import DEFAULT_LAYOUTS, Layout, Runtime
 from headfuse.config.fuse import FuseConfig
-from headfuse.errors import ConfigError, UnsupportedModelError
+from headfuse.errors import ConfigError, HeadfuseError, UnsupportedModelError
 from headfuse.models.families import ARCHITECTURES
 from headfuse.planning.layout_choice import with_layout
 from tests.support.commands import run
@@ -98,6 +98,8 @@ def test_a_layout_that_is_named_stays(model: Path) -> None:
 def test_no_layout_fits(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"latent \(model_type 'olmo' clamps .*; decoupled \(--cross-layer"):
         chosen({"budget": {"cross_layer": 1}}, "olmo")
+    with pytest.raises(HeadfuseError, match=r"no layout fits: .*and layout gqa gives both the same heads"):
+        chosen({"budget": {"total": {"key": "1/4", "value": "1/2"}}}, "llama", "vllm")
     with pytest.raises(UnsupportedModelError, match=r"no layout fits: latent .*it leaves out ALiBi"):
         chosen({}, "bloom", "vllm")
     assert "add --layout gqa" in run("fuse", model, "--head-dim", "16", "--dry-run", code=1)
@@ -111,7 +113,6 @@ def test_no_layout_fits(model: Path) -> None:
         ("vllm", "llama", {}, "latent"), ("vllm", "qwen3", {}, "latent"), ("vllm", "olmo", {}, "decoupled"),
         ("vllm", "gpt_oss", {}, "gqa"),
         ("vllm", "llama", {"budget": {"head_dim": "auto"}}, "gqa"),
-        ("vllm", "llama", {"budget": {"total": {"key": "1/4", "value": "1/2"}}}, "gqa"),
         ("llama.cpp", "llama", {}, "gqa"), ("sglang", "qwen3", {}, "gqa"),
         ("sglang", "llama", {"method": "mean"}, "gqa"),
     ],

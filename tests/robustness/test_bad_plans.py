@@ -61,7 +61,15 @@ def test_options_that_contradict_a_plan(model: Path, tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize(
     ("option", "fits", "contradicts"),
-    [("keep_layers", [], [0]), ("min_key_heads", 1, 4), ("min_value_heads", 1, 4), ("allocator", "auto", "uniform")],
+    [
+        ("keep_layers", [], [0]),
+        ("min_key_heads", 1, 4),
+        ("min_value_heads", 1, 4),
+        ("allocator", "auto", "uniform"),
+        ("min_channels", 1, 999),
+        ("key_heads", None, [4, 4]),
+        ("value_heads", None, [4, 4]),
+    ],
 )
 def test_the_budget_of_a_config_and_a_plan(
     model: Path, tmp_path: Path, option: str, fits: object, contradicts: object

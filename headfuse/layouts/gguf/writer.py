@@ -27,13 +27,15 @@ class GGUFArchitecture:
 
     name: str
     interleaved: bool
+    biases: bool = True
+    """Whether projections may have them."""
 
 
 FAMILIES = {
     "llama": GGUFArchitecture("llama", True),
     "mistral": GGUFArchitecture("llama", True),
     "qwen2": GGUFArchitecture("qwen2", False),
-    "qwen3": GGUFArchitecture("qwen3", False),
+    "qwen3": GGUFArchitecture("qwen3", False, biases=False),
 }
 PER_LAYER = GGUFArchitecture("deci", True)
 """The one Llama-like architecture of llama.cpp whose head counts may differ by layer."""
@@ -242,7 +244,7 @@ def _names(
     names = dict[str, str]()
     for source in shapes:
         target = names_of.get_name(source, try_suffixes=(".weight", ".bias"))
-        if target is None:
+        if target is None or (source.endswith(".bias") and not arch.biases):
             raise UnsupportedModelError(
                 f"llama.cpp's architecture {arch.name} has no tensor like {source}",
                 where=where,
