@@ -178,7 +178,7 @@ def test_every_command_reads_the_folder(half: tuple[Path, dict[str, Any]], tmp_p
     assert {path.name for path in out.glob("*.py")} == {
         "configuration_family.py", "configuration_headfuse.py", "configuration_latent.py", "modeling_stock.py",
         "modeling_decode_step.py", "modeling_headfuse.py", "modeling_one_head.py", "modeling_latent.py",
-        "modeling_cross_layer.py",
+        "modeling_cross_layer.py", "modeling_shared_states.py",
     }  # fmt: skip
     run("uptrain", out, "-o", tmp_path / "trained", *text, "--tokens", 64, "--batch-size", 1, "--loss", "ce", "-q")
     before, after = load_file(out / "model.safetensors"), load_file(tmp_path / "trained/model.safetensors")
