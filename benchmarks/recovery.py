@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--train", help="text to calibrate and to train on")
     parser.add_argument("--validation", help="text of the figures alone")
     parser.add_argument("--budget", nargs="+", default=["1/4", "1/2"])
-    parser.add_argument("--start", nargs="+", default=[*STARTS][:-1], choices=STARTS)
+    parser.add_argument("--start", nargs="+", default=[start for start in STARTS if start != "care"], choices=STARTS)
     parser.add_argument(
         "--care", type=Path, help="start care: `peers.py care --save` of the same share, and a tokenizer"
     )
@@ -85,6 +85,8 @@ def main() -> None:
     )
     parser.add_argument("--draw", action="store_true", help="run nothing")
     options = parser.parse_args()
+    if "care" in options.start and options.care is None and not options.draw:
+        parser.error("start care needs --care")
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     known = {tuple(row.get(name, MODEL if name == "model" else "") for name in KEY) for row in rows}
@@ -166,8 +168,10 @@ def spent(start: str, stages: list[dict[str, Any]]) -> int:
     """Tokens that were read before uptraining began, those of several passes as often as they were read."""
     if stages:
         return int(stages[-1]["tokens"])
-    if start in ("gqa", "care"):
-        return 0 if start == "gqa" else CALIBRATION_TOKENS
+    if start == "gqa":
+        return 0
+    if start == "care":
+        return CALIBRATION_TOKENS
     statistics = SAMPLES * LENGTH
     if STARTS[start].get("preset") != "balanced":
         return statistics

@@ -86,9 +86,6 @@ class SharedStates:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return SharedStates, ()
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, tuple[()]]:
-        return self.__reduce__()
-
 
 def checkpointing_options(shared: SharedStates, given: dict[str, Any] | None) -> dict[str, Any]:
     """Options of `torch.utils.checkpoint` with which layers are computed again with the states of their own pass.

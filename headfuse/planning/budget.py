@@ -42,8 +42,7 @@ class BudgetRules:
     """With `one_count`: channels of a fused head, or `auto`; None: the source's."""
 
     def __post_init__(self) -> None:
-        apart = isinstance(self.total, tuple) and (len(set(self.total)) > 1 or not self.one_count)
-        if apart and (self.layerwise or self.one_count):
+        if isinstance(self.total, tuple) and (len(set(self.total)) > 1 if self.one_count else self.layerwise):
             shape, where = ("layout gqa", "budget.total") if self.one_count else ("layerwise", "budget.layerwise")
             raise BudgetError(
                 f"keys and values have budgets of their own, and {shape} gives both the same heads",

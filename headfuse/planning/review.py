@@ -42,7 +42,8 @@ def reviewed_plan(path: Path, source: Source, config: FuseConfig) -> tuple[Fusio
     changed: list[str] = [name for name in _DECIDED if name in given and getattr(config, name) != getattr(plan, name)]
     if "budget" in given and not _keeps_the_same(config, plan):
         changed.append("budget")
-    changed += [f"budget.{name}" for name in config.budget.model_fields_set if not _agrees(name, config.budget, plan)]
+    budget_given = sorted(config.budget.model_fields_set)
+    changed += [f"budget.{name}" for name in budget_given if not _agrees(name, config.budget, plan)]
     if changed:
         raise ConfigError(
             f"the options contradict the plan in {', '.join(changed)}",
@@ -76,11 +77,9 @@ def _check_kinds(plan: FusionPlan, source: Source, path: Path) -> None:
 
 
 def _keeps_the_same(config: FuseConfig, plan: FusionPlan) -> bool:
-    """Whether the budget of the options is the plan's: by its counts, or by the share that the plan is named after."""
-    if config.budget.shares is not None:
-        return "total" not in config.budget.model_fields_set or config.budget.label == plan.budget
-    counts = plan.head_budget
-    return (config.budget.key_heads, config.budget.value_heads) == (counts.key_heads, counts.value_heads)
+    """Whether the share of the options is the one that the plan is named after; `_agrees` compares counts."""
+    budget = config.budget
+    return budget.shares is None or "total" not in budget.model_fields_set or budget.label == plan.budget
 
 
 def _agrees(name: str, budget: BudgetConfig, plan: FusionPlan) -> bool:

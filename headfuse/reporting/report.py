@@ -124,10 +124,11 @@ def _commands(folder: Path, plan: FusionPlan | None, document: Mapping[str, Any]
     lines = []
     if plan is not None:
         options = folder / FUSE_OPTIONS
-        first = options.read_text(encoding="utf-8").partition("\n")[0] if options.is_file() else ""
-        reviewed = "--plan plan.json" in first or not options.is_file()
-        settings = [f"--config {FUSE_OPTIONS}"] * options.is_file() + ["--plan plan.json"] * reviewed
-        lines.append(f"headfuse fuse {' '.join(settings)} {shlex.quote(plan.source.model)}")
+        settings = "--plan plan.json"
+        if options.is_file():
+            reviewed = settings in options.read_text(encoding="utf-8").partition("\n")[0]
+            settings = f"--config {FUSE_OPTIONS}" + f" {settings}" * reviewed
+        lines.append(f"headfuse fuse {settings} {shlex.quote(plan.source.model)}")
     if (folder / TRAIN_LOG).is_file():
         lines.append(f"# then trained: the options are in the first line of {TRAIN_LOG}")
     if document is not None:

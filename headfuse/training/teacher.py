@@ -16,7 +16,7 @@ from headfuse.checkpoint.plan_file import read_plan
 from headfuse.checkpoint.reader import DTYPE_NAMES, Checkpoint, fingerprint
 from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headfuse.models.config import read_config
-from headfuse.models.loading import guard_embeddings, load_model, load_tokenizer, model_name
+from headfuse.models.loading import guard_embeddings, load_model, load_tokenizer, loaded_dtype, model_name
 from headfuse.models.states import States, capped, document_positions, model_states, softcap
 
 logger = logging.getLogger(__name__)
@@ -48,19 +48,20 @@ class LiveTeacher:
         return States(found.last.to(self.device), *move)
 
 
-def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str]:
-    """The teacher's folder and name: the given one, else the plan's source, identified by its content.
+def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str, str]:
+    """The teacher's folder, name and fingerprint: the given one, else the plan's source, identified by its content.
 
     Raises:
         ConfigError: when there is none.
     """
     if teacher is not None:
         chosen, name = resolve_model(teacher), model_name(teacher)
+        content = fingerprint(chosen)
         if (folder / "plan.json").exists():
             source = read_plan(folder).source
-            if fingerprint(chosen) != source.fingerprint:
+            if content != source.fingerprint:
                 logger.warning("the teacher %s is not the source named in plan.json, %s", name, source.name)
-        return chosen, name
+        return chosen, name, content
     if not (folder / "plan.json").exists():
         fix = "give the source model with --teacher, or train without one with --loss ce"
         raise ConfigError("has no plan.json that names its source", where=folder, fix=fix)
@@ -70,13 +71,13 @@ def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str]:
     for candidate in dict.fromkeys((folder.resolve().parent / short, Path(short), Path(source.name))):
         if (candidate / "config.json").is_file():
             if fingerprint(candidate) == source.fingerprint:
-                return candidate, source.name
+                return candidate, source.name, source.fingerprint
             tried.append(f"{candidate} is another model")
     for revision in dict.fromkeys((source.revision, None)) if "/" in source.name else ():
         try:
             candidate = resolve_model(source.name, revision)
             if fingerprint(candidate) == source.fingerprint:
-                return candidate, source.name
+                return candidate, source.name, source.fingerprint
             tried.append(f"{source.name} on the hub is another model")
         except CheckpointError as error:
             tried.append(error.what)
@@ -121,17 +122,15 @@ def load_teacher(
 
 
 def computing_dtype(folder: Path, device: str) -> str:
-    """The default dtype in which `load_model` computes on a device."""
-    if device == "cpu":
-        return "float32"
-    stored = set(Checkpoint(folder).dtypes.values())
-    return next((name for name, kind in DTYPE_NAMES.items() if stored == {kind}), "float32")
+    """The default dtype in which `load_model` computes on a device; float32 where several are stored."""
+    loaded = loaded_dtype(Checkpoint(folder), device)
+    return next((name for name, kind in DTYPE_NAMES.items() if kind == loaded), "float32")
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, folder: Path) -> None:
     """Refuse a model whose logits are not the capped output embeddings of its scaled last hidden state."""
-    batch = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    batch = _some_tokens(model, 4)
     logits = capped(model.get_output_embeddings()(model_states(model, batch).last), softcap(model.config))
     if not _alike(model(batch).logits, logits):
         raise UnsupportedModelError(
@@ -144,13 +143,18 @@ def check_separation(model: PreTrainedModel, folder: Path) -> None:
     """Refuse a model in which positions that start anew do not keep documents apart: its family's mask does not read
     them (opt, gpt_oss, bloom).
     """
-    batch = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    batch = _some_tokens(model, 8)
     both = model_states(model, batch, torch.arange(8, device=model.device)[None] % 4).last
     if not _alike(both[:, 4:], model_states(model, batch[:, 4:]).last):
         raise UnsupportedModelError(
             "documents in a window see each other in this family, whatever their positions", where=folder,
             fix="leave packing at joined",
         )  # fmt: skip
+
+
+def _some_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
+    """Token ids `[1, count]` of the vocabulary."""
+    return torch.arange(count, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:

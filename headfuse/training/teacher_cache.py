@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from headfuse.checkpoint.disk import sync, write_whole
 from headfuse.checkpoint.locks import LOCK, locked
-from headfuse.checkpoint.reader import fingerprint
+from headfuse.checkpoint.reader import num_bytes
 from headfuse.checkpoint.writer import mapped_tensor
 from headfuse.config.uptrain import UptrainConfig
 from headfuse.errors import OutputError
@@ -40,6 +40,7 @@ class CachedTeacher:
     Args:
         folder: where it lies.
         teacher: the teacher's folder.
+        content: its fingerprint.
         dtype: in which the states are computed and kept.
         recipe: for how windows are made.
         validation: windows `[n, length]`.
@@ -51,6 +52,7 @@ class CachedTeacher:
         self,
         folder: Path,
         teacher: Path,
+        content: str,
         dtype: str,
         recipe: UptrainConfig,
         validation: torch.Tensor,
@@ -59,7 +61,7 @@ class CachedTeacher:
     ) -> None:
         self.folder, self.validation, self.device = folder, validation, device
         self.identity = {
-            "teacher": fingerprint(teacher),
+            "teacher": content,
             "hidden_size": read_config(teacher, trust_remote_code).get_text_config().hidden_size,
             "dtype": dtype,
             "sequence_length": recipe.sequence_length,
@@ -134,10 +136,14 @@ class CachedTeacher:
 
     def _whole(self, rows: int) -> bool:
         """Whether the files have their sizes: a mapped file that was cut off would be read as zeros."""
-        widths = 8, getattr(torch, self.identity["dtype"]).itemsize
-        sizes = [torch.Size(shape).numel() * width for shape, width in zip(self._shapes(rows), widths, strict=True)]
         files = [self.folder / name for name in (WINDOWS, HIDDEN)]
-        return all(file.exists() and file.stat().st_size >= size for file, size in zip(files, sizes, strict=True))
+        sizes = zip(files, self._sizes(rows), strict=True)
+        return all(file.exists() and file.stat().st_size >= size for file, size in sizes)
+
+    def _sizes(self, rows: int) -> tuple[int, int]:
+        """Bytes of the two files."""
+        windows, hidden = self._shapes(rows)
+        return num_bytes(torch.int64, windows), num_bytes(getattr(torch, self.identity["dtype"]), hidden)
 
     @contextlib.contextmanager
     def _locked(self, accelerator: Accelerator) -> Iterator[None]:
@@ -174,8 +180,7 @@ class CachedTeacher:
         accelerator: Accelerator,
         eos: int | None,
     ) -> None:
-        size = sum(torch.Size(shape).numel() * width for shape, width in zip(self._shapes(rows), (8, 4), strict=True))
-        logger.info("computing the teacher's states: %d windows, about %.1f GB", rows, size / 1e9)
+        logger.info("computing the teacher's states: %d windows, about %.1f GB", rows, sum(self._sizes(rows)) / 1e9)
         if accelerator.is_main_process:
             for name in (CACHE, WINDOWS, HIDDEN, HEAD):
                 (self.folder / name).unlink(missing_ok=True)

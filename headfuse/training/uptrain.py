@@ -16,7 +16,6 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 from headfuse.checkpoint.output_checks import check_output
-from headfuse.checkpoint.reader import fingerprint
 from headfuse.config.command import UPTRAIN
 from headfuse.config.machine import TrainingMachine
 from headfuse.config.uptrain import UptrainConfig
@@ -67,6 +66,7 @@ class _Job:
     """Copied to the output; read here so that a damaged file is refused before the training."""
     teacher: Path | None
     teacher_name: str | None
+    teacher_fingerprint: str | None
     output: Path
     config: UptrainConfig
     machine: TrainingMachine
@@ -125,7 +125,7 @@ def uptrain(
     with shared_folder(job.accelerator, job.output, overwrite=overwrite, resume=resume, reads=job.reads) as making:
         inputs = {
             "model": job.model.checkpoint.fingerprint(), "teacher": job.teacher_name,
-            "teacher_weights": None if job.teacher is None else fingerprint(job.teacher),
+            "teacher_weights": job.teacher_fingerprint,
             "teacher_dtype": machine.teacher_dtype, "compute_dtype": machine.compute_dtype,
             "processes": job.accelerator.num_processes,
         }  # fmt: skip
@@ -148,7 +148,7 @@ def _check(
         )
     folder = open_folder(model, machine.trust_remote_code)
     output = output or default_output(folder.path)
-    teacher_folder, teacher_name = find_teacher(folder.path, teacher) if config.distilled else (None, None)
+    found, name, content = find_teacher(folder.path, teacher) if config.distilled else (None, None, None)
     accelerator = make_accelerator(
         machine.device,
         unused=config.layerwise > 0,
@@ -163,7 +163,7 @@ def _check(
     if accelerator.is_main_process:
         folder.weights.report()
     _check_step(with_batch_size(config, accelerator.num_processes), accelerator)
-    return _Job(folder, folder.plan, teacher_folder, teacher_name, output, config, machine, accelerator)
+    return _Job(folder, folder.plan, found, name, content, output, config, machine, accelerator)
 
 
 def _check_step(recipe: UptrainConfig, accelerator: Accelerator) -> None:
@@ -265,8 +265,8 @@ def _make_teacher(
     job: _Job, recipe: UptrainConfig, student: PreTrainedModel, tokenizer: Any, text: TrainingText, eos: int | None
 ) -> LiveTeacher | CachedTeacher | None:
     """The teacher that the loss needs: in memory, or as cached states, computed now if they are missing."""
-    folder, machine, accelerator = job.teacher, job.machine, job.accelerator
-    if folder is None:
+    folder, content, machine, accelerator = job.teacher, job.teacher_fingerprint, job.machine, job.accelerator
+    if folder is None or content is None:
         return None
     layers = recipe.hidden > 0 or recipe.layerwise > 0
     check_teacher(folder, student, tokenizer, layers, machine.trust_remote_code)
@@ -282,9 +282,8 @@ def _make_teacher(
         if spread:
             shard_layers(model, accelerator)
         return LiveTeacher(model, accelerator.device, eos, layers)
-    cached = CachedTeacher(
-        machine.teacher_cache, folder, kept, recipe, text.validation, accelerator.device, machine.trust_remote_code
-    )
+    trusted, here = machine.trust_remote_code, accelerator.device
+    cached = CachedTeacher(machine.teacher_cache, folder, content, kept, recipe, text.validation, here, trusted)
     steps = divide(recipe, accelerator.num_processes, len(text.validation))
     training = partial(_first_windows, text, steps.windows, steps.number)
     cached.prepare(training, steps.number * steps.windows, load, accelerator, eos)
