@@ -14,10 +14,11 @@ from headfuse.checkpoint.disk import DISK_ERRORS, output_error, sync
 from headfuse.checkpoint.interrupted import RESUME, STATE
 from headfuse.checkpoint.locks import LOCK, OutputLock, locked
 from headfuse.checkpoint.output_checks import check_output, check_output_file, replaceable
-from headfuse.checkpoint.paths import absolute, partial_folder
+from headfuse.checkpoint.paths import absolute, partial_file, partial_folder
 from headfuse.errors import OutputError
 
-_OLD = ".old-"
+_OLD, _MARK = ".old-", ".headfuse"
+"""Of the folder that takes what gives way to a finished output: behind the output's name, and a file in it."""
 
 
 @contextlib.contextmanager
@@ -26,8 +27,8 @@ def output_folder(
 ) -> Iterator[Path]:
     """A folder that appears under its name only when it is complete.
 
-    Yields `<path>.partial/`, locked against a second process. On success `state/` and `resume.json` are removed and
-    the folder is renamed. After a failure it stays only where `resume.json` says that something can go on.
+    Yields `<path>.partial/`, locked against a second process. On success the folder is renamed, without `state/` and
+    `resume.json`. After a failure it stays only where `resume.json` says that something can go on.
 
     Args:
         path: the final name.
@@ -74,14 +75,14 @@ def output_folder(
 
 @contextlib.contextmanager
 def output_file(path: Path, *, overwrite: bool = False, reads: Iterable[Path] = ()) -> Iterator[Path]:
-    """A file that appears under its name only when it is complete; yields `<path>.partial`.
+    """A file that appears under its name only when it is complete; yields one with another name beside it.
 
     Raises:
         OutputError: as `check_output_file`, and when another process writes the same file or the disk refuses.
     """
     path = absolute(path)
     check_output_file(path, overwrite=overwrite, reads=reads)
-    partial = partial_folder(path)
+    partial = partial_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = partial.open("ab")
@@ -112,52 +113,59 @@ def _clear(partial: Path) -> None:
 
 
 def _publish(partial: Path, path: Path, overwrite: bool) -> None:
-    """Give a finished folder its name; the folder that it replaces is removed last."""
+    """Give a finished folder its name; what it replaces, and what it could go on from, is removed last."""
     for file in partial.rglob("*"):
         sync(file)
     if os.path.lexists(path) and not (overwrite and replaceable(path)):
         raise OutputError("the output appeared while this run was working", where=path, fix="choose another --output")
-    old = None
-    if os.path.lexists(path):
-        old = Path(tempfile.mkdtemp(prefix=f"{path.name}{_OLD}", dir=path.parent)) / path.name
-        try:
-            path.rename(old)
-        except BaseException:
-            if not os.path.lexists(old):
-                old.parent.rmdir()
-            raise
+    aside = Path(tempfile.mkdtemp(prefix=f"{path.name}{_OLD}", dir=path.parent))
+    moves = _aside(aside, partial, path)
     try:
-        shutil.rmtree(partial / STATE, ignore_errors=True)
-        (partial / RESUME).unlink(missing_ok=True)
+        (aside / _MARK).touch()
+        for origin, target in moves:
+            if os.path.lexists(origin):
+                origin.rename(target)
         sync(partial)
         partial.rename(path)  # with the lock: a folder without one would be in the way of the next run
     except BaseException:
-        if old is not None and not path.exists():
-            old.rename(path)
-            old.parent.rmdir()
+        if not os.path.lexists(partial):
+            path.rename(partial)
+        _put_back(moves)
+        _drop(aside, path)
         raise
     (path / LOCK).unlink(missing_ok=True)
     sync(path.parent)
-    if old is not None:
-        _drop(old)
+    _drop(aside, path)
 
 
-def _drop(old: Path) -> None:
-    """Remove an output that was replaced, and the folder that it was moved into."""
-    if old.is_symlink():  # what it points to is not ours
-        old.unlink(missing_ok=True)
-    shutil.rmtree(old.parent, ignore_errors=True)
+def _aside(aside: Path, partial: Path, path: Path) -> list[tuple[Path, Path]]:
+    """What gives way to a finished folder, and where it goes."""
+    return [(partial / RESUME, aside / f".{RESUME}"), (partial / STATE, aside / f".{STATE}"), (path, aside / path.name)]
+
+
+def _put_back(moves: list[tuple[Path, Path]]) -> None:
+    """Undo these moves, as far as they were made."""
+    for origin, target in reversed(moves):
+        if os.path.lexists(target) and not os.path.lexists(origin):
+            target.rename(origin)
+
+
+def _drop(aside: Path, path: Path) -> None:
+    """Remove the folder of what gave way."""
+    if (aside / path.name).is_symlink():  # what it points to is not ours
+        (aside / path.name).unlink(missing_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _recover(path: Path) -> bool:
-    """Finish an interrupted exchange: restore the old output if the new one is missing; return whether it did."""
+    """Finish an interrupted exchange: undo it if the new output is missing; return whether the old one came back."""
     back = False
-    for folder in path.parent.glob(f"{glob.escape(path.name)}{_OLD}{'[a-z0-9_]' * 8}"):
-        entries = [entry.name for entry in folder.iterdir()] if folder.is_dir() else None
-        if entries == [path.name] and not os.path.lexists(path):
-            (folder / path.name).rename(path)
-            folder.rmdir()
-            back = True
-        elif entries in ([], [path.name]):
-            _drop(folder / path.name)
+    for aside in path.parent.glob(f"{glob.escape(path.name)}{_OLD}{'[a-z0-9_]' * 8}"):
+        if (aside / _MARK).exists():  # folders of others may have such names
+            if not os.path.lexists(path):
+                _put_back(_aside(aside, partial_folder(path), path))
+                back = os.path.lexists(path)
+            _drop(aside, path)
+        elif aside.is_dir() and not any(aside.iterdir()):
+            aside.rmdir()
     return back

@@ -7,13 +7,16 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from headfuse.checkpoint.companions import COMPANION_FOLDERS
 from headfuse.checkpoint.disk import output_error
 from headfuse.checkpoint.hub import in_cache
-from headfuse.checkpoint.interrupted import RESUME
+from headfuse.checkpoint.inputs import read_json
+from headfuse.checkpoint.interrupted import RESUME, STATE
 from headfuse.checkpoint.locks import LOCK, locked
-from headfuse.checkpoint.paths import absolute, file_identity, partial_folder
-from headfuse.errors import OutputError
+from headfuse.checkpoint.paths import absolute, file_identity, partial_file, partial_folder
+from headfuse.errors import CheckpointError, OutputError
 
 
 def check_output(path: Path, *, overwrite: bool = False, resume: bool = False, reads: Iterable[Path] = ()) -> None:
@@ -30,7 +33,7 @@ def check_output(path: Path, *, overwrite: bool = False, resume: bool = False, r
                 )
             if not replaceable(path):
                 raise OutputError(
-                    "is not a model folder, so --overwrite leaves it alone",
+                    "is no model folder, or holds other folders, so --overwrite leaves it alone",
                     where=path,
                     fix="move it away yourself, or choose another --output",
                 )
@@ -62,7 +65,7 @@ def check_output_file(path: Path, *, overwrite: bool = False, reads: Iterable[Pa
     """Raise OutputError, before any work, when `path` cannot be the output file of a new run."""
     path = absolute(path)
     for folder in reads:
-        _check_apart(path, partial_folder(path), folder)
+        _check_apart(path, partial_file(path), folder)
     _check_outside_cache(path)
     if path.is_dir():
         raise OutputError("is a folder, and the output is a file", where=path, fix="give the name of a file")
@@ -83,10 +86,28 @@ def check_space(path: Path, nbytes: int) -> None:
 
 
 def replaceable(path: Path) -> bool:
-    """Whether --overwrite may replace this: an empty folder, or one with a config or a plan in it."""
+    """Whether --overwrite may replace this: a link, an empty folder, or one that holds a model or plan, and no others.
+
+    A folder inside it that no model has, such as `.git` or the checkpoints of a training, is somebody's work.
+    """
     if not path.is_dir():
         return path.is_symlink()
-    return any((path / name).exists() for name in ("config.json", "plan.json")) or not any(path.iterdir())
+    entries = list(path.iterdir())
+    known = {*COMPANION_FOLDERS, STATE, "__pycache__"}
+    if any(entry.is_dir() and not entry.is_symlink() and entry.name.lower() not in known for entry in entries):
+        return False
+    return (
+        not entries
+        or "model_type" in _fields(path / "config.json")
+        or "headfuse_version" in _fields(path / "plan.json")
+    )
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, "")
+    except CheckpointError:
+        return {}
 
 
 def _check_writable(path: Path, partial: Path) -> None:

@@ -12,9 +12,15 @@ def absolute(path: Path) -> Path:
 
 
 def partial_folder(path: Path) -> Path:
-    """Where an output is built."""
+    """Where an output folder is built."""
     path = absolute(path)
     return path.with_name(path.name + ".partial")
+
+
+def partial_file(path: Path) -> Path:
+    """Where an output that is one file is built; downloads end in `.partial` alone."""
+    path = absolute(path)
+    return path.with_name(path.name + ".headfuse.partial")
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:

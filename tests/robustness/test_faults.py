@@ -57,7 +57,8 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_any_file_operation(tmp_path: Path, overwrite: bool) -> None:
     """Under the output's name lies what was there, or what was to come, whole; the next run leaves nothing else."""
-    old, new = {"config.json": b"old"}, {"config.json": b"new", "weights": b"w" * 9}
+    config = b'{"model_type": "llama"}'
+    old, new = {"config.json": config}, {"config.json": config, "weights": b"w" * 9}
 
     def write(out: Path) -> None:
         with output_folder(out, overwrite=overwrite) as partial:
@@ -74,7 +75,7 @@ def test_killed_at_any_file_operation(tmp_path: Path, overwrite: bool) -> None:
         place.mkdir()
         if overwrite:
             out.mkdir()
-            (out / "config.json").write_bytes(b"old")
+            (out / "config.json").write_bytes(config)
         killed = killed_at(count, lambda out=out: write(out), place)  # type: ignore[misc]
         left = files(out) if out.exists() else None
         if left is not None:
@@ -93,6 +94,31 @@ def test_killed_at_any_file_operation(tmp_path: Path, overwrite: bool) -> None:
         pytest.fail("the run never came to its end")
     assert count > 20
     assert seen >= {len(new), len(old) if overwrite else None}
+
+
+def test_what_is_finished_is_not_done_again_after_a_kill(tmp_path: Path) -> None:
+    """Also while the output gets its name: `state/` and `resume.json` lie aside then."""
+    for count in range(1000):
+        place, finished = tmp_path / f"{count}", tmp_path / f"{count}.finished"
+        place.mkdir()
+
+        def write(place: Path = place, finished: Path = finished) -> None:
+            with output_folder(place / "out", resume=True) as partial:
+                if not (partial / "resume.json").exists() or not (partial / "state/done.json").exists():
+                    assert not finished.exists(), place
+                    (partial / "state").mkdir(exist_ok=True)
+                    (partial / "state/done.json").write_text("[]")
+                    write_resume(partial, "fuse", {})
+                    finished.touch()
+
+        killed = killed_at(count, write, place)
+        if not (place / "out").exists():
+            write()
+        if not killed:
+            break
+    else:
+        pytest.fail("the run never came to its end")
+    assert count > 10
 
 
 def test_a_run_whose_folder_was_removed_leaves_that_of_the_next_alone(tmp_path: Path) -> None:
@@ -136,10 +162,18 @@ def test_a_file_killed_at_any_operation(tmp_path: Path, overwrite: bool) -> None
     assert count > 2
 
 
+def test_a_download_beside_the_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf.partial").write_bytes(b"mine")
+    with output_file(tmp_path / "model.gguf") as partial:
+        partial.write_bytes(b"new")
+    assert files(tmp_path) == {"model.gguf": b"new", "model.gguf.partial": b"mine"}
+
+
 def test_an_exchange_that_was_cut_short_gives_the_old_output_back(tmp_path: Path) -> None:
     old = tmp_path / "out.old-a1b2c3d4" / "out"
     old.mkdir(parents=True)
     (old / "config.json").write_text("old")
+    (old.parent / ".headfuse").touch()
     with pytest.raises(OutputError, match="already exists"), output_folder(tmp_path / "out"):
         pass
     assert files(tmp_path) == {"out/config.json": b"old"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_outputs_appear_where_folders_cannot_be_opened_or_renamed_while_locked(
     monkeypatch.setattr(disk, "WINDOWS", True)
     monkeypatch.setattr("headfuse.checkpoint.locks.WINDOWS", True)
     monkeypatch.setattr(disk.os, "open", files_alone)
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)  # no removing through opened folders either
     with output_folder(tmp_path / "out") as partial:
         (partial / "config.json").write_text("{}")
     with output_file(tmp_path / "model.gguf") as partial:
