@@ -16,6 +16,7 @@ from headfuse.checkpoint.plan_file import write_plan
 from headfuse.plan import FusionPlan
 
 logger = logging.getLogger(__name__)
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def finish_folder(
@@ -82,17 +83,26 @@ def copy_companions(source: Path, target: Path, trust_remote_code: bool = False)
 
 
 def _name_tokenizer_class(source: Path, target: Path) -> None:
-    """Name the tokenizer's class in a folder of another model type, because transformers may pick it by model type."""
+    """Name the tokenizer's class in a folder of another model type, because transformers may pick it by model type.
+
+    A source without tokenizer_config.json gets one, with the special tokens that its class has. Whether BOS is added
+    stays with tokenizer.json: what the class says of it need not be what happens.
+    """
     from transformers import AutoTokenizer
 
     path = target / "tokenizer_config.json"
     fields = read_json(path, "restore the original file") if path.exists() else None
-    if fields is None or "auto_map" in fields:
+    if fields is not None and "auto_map" in fields:
         return
     try:
-        fields["tokenizer_class"] = type(AutoTokenizer.from_pretrained(source)).__name__
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception:  # of many kinds; it loads from the source no better than from the copy
         return
+    if fields is None:
+        if not any((source / file).exists() for file in tokenizer.vocab_files_names.values()):
+            return  # some classes load from nothing
+        fields = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKENS}
+    fields["tokenizer_class"] = type(tokenizer).__name__
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 

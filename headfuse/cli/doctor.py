@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +24,9 @@ SHOWN = ("torch", "transformers", "safetensors", "accelerate", "datasets", "hugg
 """Required packages whose versions are shown."""
 EXTRAS = {"tasks": "lm-eval", "gguf": "gguf", "lora": "peft", "trackers": "tensorboard"}
 """Extra -> the package that it brings."""
+_INSTALL = "install a torch build for this machine and its driver: https://pytorch.org/get-started/locally"
+Fault = dict[str, str]
+"""`what` is wrong, and the `fix`."""
 
 
 def doctor(json_output: options.Json = False, quiet: options.Quiet = False, verbose: options.Verbose = False) -> None:
@@ -40,7 +44,7 @@ def doctor(json_output: options.Json = False, quiet: options.Quiet = False, verb
 
 def examine() -> Document:
     """Collect facts about the machine and the environment."""
-    devices = _devices()
+    devices, faults = _devices()
     return {
         "schema_version": 1,
         "command": "doctor",
@@ -53,7 +57,7 @@ def examine() -> Document:
         "devices": devices,
         "memory_bytes": _memory(),
         "disk_bytes": shutil.disk_usage(Path.cwd()).free,
-        "faults": [*_package_faults(), *device_faults(devices)],
+        "faults": [*_package_faults(), *device_faults(devices), *faults],
     }
 
 
@@ -64,24 +68,43 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _devices() -> list[dict[str, Any]]:
-    """What torch can compute on, with the memory of each GPU, and how fast each multiplies matrices."""
-    try:
+def _devices() -> tuple[list[dict[str, Any]], list[Fault]]:
+    """What torch can compute on, with the memory of each GPU, and how fast each multiplies matrices; and the faults.
+
+    A speed is None where the device does not compute.
+    """
+    faults = list[Fault]()
+    with _as_fault(faults, "torch does not load", _INSTALL):
         import torch
-    except ImportError:
-        return []
-    from headfuse.models.speed import measured_speed
+    if faults:
+        return [], faults
+    from headfuse.models import speed
 
     found: list[dict[str, Any]] = [{"name": "cpu", "kind": f"{os.cpu_count()} cores", "memory_bytes": None}]
     for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        found.append({"name": f"cuda:{index}", "kind": gpu.name, "memory_bytes": gpu.total_memory})
+        found.append({"name": f"cuda:{index}", "kind": "NVIDIA GPU", "memory_bytes": None})
+        with _as_fault(faults, f"cuda:{index} does not answer", _INSTALL):
+            gpu = torch.cuda.get_device_properties(index)
+            found[-1] |= {"kind": gpu.name, "memory_bytes": gpu.total_memory}
     if torch.backends.mps.is_available():
         found.append({"name": "mps", "kind": "Apple GPU", "memory_bytes": None})
     for device in found:
-        where = torch.device(device["name"])
-        device["flops"] = {dtype: measured_speed(where, dtype) for dtype in get_args(choices.ComputeDtype)}
-    return found
+        speeds = device["flops"] = dict.fromkeys(get_args(choices.ComputeDtype))
+        for dtype in speeds:
+            what = f"{device['name']} does not multiply in {dtype}"
+            with _as_fault(faults, what, f"free its memory, or {_INSTALL}"):
+                speeds[dtype] = speed.measured_speed(torch.device(device["name"]), dtype)
+    return found, faults
+
+
+@contextlib.contextmanager
+def _as_fault(faults: list[Fault], what: str, fix: str) -> Iterator[None]:
+    """Turn an error into a fault, so that the report goes on; the first line of its message says enough."""
+    try:
+        yield
+    except Exception as error:  # those of drivers and of libraries are of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        faults.append({"what": f"{what}: {reason}", "fix": fix})
 
 
 def _memory() -> dict[str, int] | None:
@@ -94,7 +117,7 @@ def _memory() -> dict[str, int] | None:
     return {"total": memory.total, "available": memory.available}
 
 
-def _package_faults() -> list[dict[str, str]]:
+def _package_faults() -> list[Fault]:
     """Required packages that are missing, or outside the versions that headfuse works with."""
     from packaging.requirements import Requirement  # comes with transformers
 
@@ -113,14 +136,14 @@ def _package_faults() -> list[dict[str, str]]:
     return faults
 
 
-def device_faults(devices: list[dict[str, Any]]) -> list[dict[str, str]]:
+def device_faults(devices: list[dict[str, Any]]) -> list[Fault]:
     """An NVIDIA GPU that torch does not see."""
     if not Path("/dev/nvidia0").exists() or any(device["name"].startswith("cuda") for device in devices):
         return []
     return [
         {
             "what": f"this machine has an NVIDIA GPU, but torch {_version('torch')} does not see it",
-            "fix": "install a torch build for your CUDA driver: https://pytorch.org/get-started/locally",
+            "fix": _INSTALL,
         }
     ]
 
@@ -135,7 +158,7 @@ def render(document: Mapping[str, Any], console: Console) -> None:
     for device in document["devices"]:
         memory = f", {device['memory_bytes'] / 1e9:.1f} GB" if device["memory_bytes"] else ""
         table.add_row(device["name"], device["kind"] + memory)
-        speeds = (f"{speed / 1e12:.2g} in {dtype}" for dtype, speed in device["flops"].items())
+        speeds = (f"{speed / 1e12:.2g} in {d}" if speed else f"failed in {d}" for d, speed in device["flops"].items())
         table.add_row("", "products, TFLOP/s: " + ", ".join(speeds))
     memory = document["memory_bytes"]
     if memory:

@@ -15,7 +15,7 @@ from headfuse.conversion.export_plan import ExportPlan, moved_plan, plan_export,
 from headfuse.errors import ConfigError
 from headfuse.layouts import gqa
 from headfuse.layouts.gguf import writer as gguf
-from headfuse.models.attention import AttentionWeights
+from headfuse.models.attention import AttentionWeights, stored_tensors
 from headfuse.models.families import architecture_of
 from headfuse.models.loading import load_tokenizer, unembedded_tokens, warn_of_unembedded
 from headfuse.reporting.card import exported_section, extended_card
@@ -99,14 +99,13 @@ def write_export(
     return plan.output
 
 
-def _layer_of(plan: ExportPlan, name: str) -> int | None:
-    """The layer whose attention holds a stored tensor."""
-    arch = plan.folder.arch
+def _place(plan: ExportPlan, name: str) -> tuple[int | None, str]:
+    """The layer of a stored tensor, and its name in it; None and the whole name for what is in no layer."""
     for layer_idx in range(len(plan.layers)):
-        prefix = arch.layer_prefix(layer_idx) + "."
-        if name.startswith(prefix) and arch.owns(name.removeprefix(prefix)):
-            return layer_idx
-    return None
+        prefix = plan.folder.arch.layer_prefix(layer_idx) + "."
+        if name.startswith(prefix):
+            return layer_idx, name.removeprefix(prefix)
+    return None, name
 
 
 def _spec(plan: ExportPlan) -> dict[str, torch.Tensor]:
@@ -135,14 +134,14 @@ def _arranged(plan: ExportPlan, read: Callable[[str], torch.Tensor]) -> Iterator
     """The tensors of the output, by name; a layer's attention comes as a whole, at the place of its first tensor."""
     folder, seen = plan.folder, set[int]()
     arch, target = folder.arch, architecture_of(folder.heads.model_type)
-    owners = {name: _layer_of(plan, name) for name in folder.checkpoint.shapes}
-    for name, layer_idx in owners.items():
-        if layer_idx is None:
-            yield name, read(name)
+    places = {name: _place(plan, name) for name in folder.checkpoint.shapes}
+    for name, (layer_idx, inner) in places.items():
+        prefix = name.removesuffix(inner)
+        if layer_idx is None or not arch.owns(inner):
+            own = stored_tensors({inner: read(name)}, target)
         elif layer_idx not in seen:
             seen.add(layer_idx)
-            prefix = arch.layer_prefix(layer_idx) + "."
-            own = {n.removeprefix(prefix): read(n) for n, owner in owners.items() if owner == layer_idx}
+            own = {n: read(prefix + n) for owner, n in places.values() if owner == layer_idx and arch.owns(n)}
             layer = plan.layers[layer_idx]
             if plan.wide is not None:
                 weights = AttentionWeights.of_layer(own, arch, folder.heads)
@@ -151,4 +150,6 @@ def _arranged(plan: ExportPlan, read: Callable[[str], torch.Tensor]) -> Iterator
             elif not layer.unchanged or arch != target:
                 weights = layer.arrange(AttentionWeights.of_layer(own, arch, folder.heads))
                 own = weights.in_layer(own, arch, folder.heads, target)
-            yield from ((prefix + n, tensor) for n, tensor in own.items())
+        else:
+            continue
+        yield from ((prefix + n, tensor) for n, tensor in own.items())

@@ -18,7 +18,7 @@ from headfuse.choices import Layout
 from headfuse.errors import CheckpointError, UnsupportedModelError
 from headfuse.layouts import layerwise
 from headfuse.layouts.assignment import HeadAssignment
-from headfuse.models.config import config_of, raw_config, read_config
+from headfuse.models.config import config_of, raw_config, read_config, with_dtype
 from headfuse.models.families import Architecture
 from headfuse.models.heads import head_dim, head_layout
 from headfuse.models.model_code import warn_of_other_code
@@ -114,8 +114,9 @@ class ModelFolder:
         """config.json of the source's own class, whatever its number of KV heads."""
         raw = self.raw_config()
         if self.layout in ("decoupled", "latent"):  # whose models read a field of their own before the source's
-            source = raw["source_config"]
-            return {**source, **{name: raw[name] for name in source.keys() & raw.keys() - _OF_THE_FOLDER}}
+            source, dtype = raw["source_config"], raw.get("dtype") or raw.get("torch_dtype")
+            family = {**source, **{name: raw[name] for name in source.keys() & raw.keys() - _OF_THE_FOLDER}}
+            return with_dtype(family, dtype) if dtype else family
         if self.layout == "gqa":
             return raw
         model_type = str(getattr(self.config, "source_model_type", None))

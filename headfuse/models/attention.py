@@ -39,6 +39,20 @@ def module_tensors(tensors: Mapping[str, torch.Tensor], arch: Architecture) -> d
     return held
 
 
+def stored_tensors(tensors: Mapping[str, torch.Tensor], arch: Architecture) -> dict[str, torch.Tensor]:
+    """The inverse of `module_tensors`, of any of a layer's tensors: experts as checkpoints of the family hold them."""
+    stored = dict(tensors)
+    for parameter, sources in arch.stacked.items():
+        whole = stored.pop(parameter, None)
+        if whole is not None:
+            single = "{expert}" not in sources[0]
+            parts = [whole] if single else [part for expert in whole for part in expert.chunk(len(sources))]
+            count = len(parts) // len(sources)
+            names = [source.format(expert=expert) for expert in range(count) for source in sources]
+            stored |= zip(names, parts, strict=True)
+    return stored
+
+
 def _numbered(tensors: Mapping[str, torch.Tensor], pattern: str) -> list[str]:
     names = (pattern.format(expert=expert) for expert in itertools.count())
     return list(itertools.takewhile(tensors.__contains__, names))

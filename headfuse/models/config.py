@@ -87,10 +87,13 @@ def _check_class(raw: Mapping[str, Any], path: Path) -> None:
 
 
 def raw_config(folder: Path) -> dict[str, Any]:
-    """config.json for an output, without the source's path and without names of files that the output lacks.
+    """config.json for an output, with the class of the model, and without what an output lacks.
 
-    What headfuse writes is loaded by transformers' own classes, or by code that comes with headfuse.
+    That is the source's path, names of its files, and the layers that predict further tokens. What headfuse writes is
+    loaded by transformers' own classes, or by code that comes with headfuse.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     raw = read_json(folder / "config.json", "this is not a model folder")
     for part in (raw, raw.get("source_config")):
         if isinstance(part, dict):
@@ -98,7 +101,17 @@ def raw_config(folder: Path) -> dict[str, Any]:
                 part.pop(field, None)
             if "headfuse_format" not in part:
                 part.pop("auto_map", None)
+            if part.get("num_nextn_predict_layers"):
+                part["num_nextn_predict_layers"] = 0
+            stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(part.get("model_type")))
+            if not part.get("architectures") and stock is not None:
+                part["architectures"] = [stock]
     return raw
+
+
+def with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json that names this dtype of the weights, and not by the field's older name."""
+    return {**{name: value for name, value in raw.items() if name != "torch_dtype"}, "dtype": dtype}
 
 
 def config_of(raw: Mapping[str, Any]) -> PreTrainedConfig:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from headfuse.checkpoint.folder import resolve_model
 from headfuse.checkpoint.generation import generation_config
 from headfuse.checkpoint.hub import folder_name, repository_of
@@ -17,7 +19,7 @@ from headfuse.models.config import raw_config, read_config
 from headfuse.models.families import architecture_of
 from headfuse.models.heads import head_layout
 from headfuse.models.loading import check_tokens, load_tokenizer, unembedded_tokens, warn_of_unembedded
-from headfuse.models.weights import ModelWeights, untie
+from headfuse.models.weights import ModelWeights, further_layers, untie
 from headfuse.plan import HeadLayout, SourceModel
 from headfuse.text.bos import start_token
 from headfuse.text.calibration import CalibrationText
@@ -48,7 +50,7 @@ class Source:
         config = read_config(folder, trust_remote_code)
         generation_config(folder)  # before any work
         heads, checkpoint = head_layout(config, folder / "config.json"), Checkpoint(folder)
-        _check_heads(checkpoint, heads)
+        _check_heads(checkpoint, heads, config)
         weights = ModelWeights.choose(checkpoint, config)
         weights.report()
         if weights.untied:
@@ -102,13 +104,16 @@ class Source:
         return replace(text, random=drawn)
 
 
-def _check_heads(checkpoint: Checkpoint, heads: HeadLayout) -> None:
+def _check_heads(checkpoint: Checkpoint, heads: HeadLayout, config: PreTrainedConfig) -> None:
     """Compare the layers and heads of config.json with the weights, before anything is planned.
 
     A wrong count may mean millions of layers, and a budget for them would fill the memory.
     """
     arch, stored, problem = architecture_of(heads.model_type), 0, None
-    shapes = {name: checkpoint.shapes[own] for own, name in arch.model_names(checkpoint.shapes).items()}
+    names = arch.model_names(checkpoint.shapes)
+    for own in further_layers(names, arch, config):
+        del names[own]
+    shapes = {name: checkpoint.shapes[own] for own, name in names.items()}
     while any(name.startswith(arch.layer_prefix(stored) + ".") for name in shapes):
         stored += 1
     if stored != heads.num_hidden_layers:

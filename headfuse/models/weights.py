@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.errors import CheckpointError
@@ -58,7 +59,10 @@ class ModelWeights:
         arch = stored_architecture(config, checkpoint.folder / "config.json")
         model = model_without_weights(config, checkpoint.folder, "eager")
         names = arch.model_names(checkpoint.shapes)
-        shapes = {names[stored]: shape for stored, shape in checkpoint.shapes.items()}
+        further = further_layers(names, arch, config)
+        for stored in further:
+            del names[stored]
+        shapes = {name: checkpoint.shapes[stored] for stored, name in names.items()}
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         ties = dict(model.all_tied_weights_keys)
         for target, source in ties.items():
@@ -73,8 +77,8 @@ class ModelWeights:
         unknown = held.keys() - expected.keys()
         checkpoint.show({stored: name for stored, name in names.items() if name not in unknown | same})
         computed = re.compile("|".join((_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))))
-        left_out = (stored for stored, name in names.items() if name in unknown and not computed.search(name))
-        return cls(checkpoint, len(same) < len(both), tuple(left_out))
+        left_out = [stored for stored, name in names.items() if name in unknown and not computed.search(name)]
+        return cls(checkpoint, len(same) < len(both), (*further, *left_out))
 
     def report(self) -> None:
         """Log once which tensors are left out or untied."""
@@ -120,6 +124,24 @@ def stored_architecture(config: Any, where: object = None) -> Architecture:
     return architecture_of(getattr(config, "source_model_type", None) or config.model_type, where)
 
 
+def further_layers(names: Mapping[str, str], arch: Architecture, config: PreTrainedConfig) -> tuple[str, ...]:
+    """The stored tensors, of `names[stored]`, in layers behind the model's last one that its class ignores.
+
+    Such as the layer of GLM-4.5 that predicts a further token, which transformers does not compute.
+    """
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ("(?!)",)))
+    numbers = _layer_numbers(names.values(), arch)
+    beyond = {name for name, number in numbers.items() if number >= config.num_hidden_layers}
+    return tuple(stored for stored, name in names.items() if name in beyond and ignored.search(name))
+
+
+def _layer_numbers(names: Iterable[str], arch: Architecture) -> dict[str, int]:
+    """The number of the layer of each name in a layer."""
+    layer = re.compile(re.escape(arch.layer).replace(r"\{layer_idx\}", r"(\d+)") + r"\.")
+    return {name: int(match[1]) for name in names if (match := layer.match(name))}
+
+
 def _held(shapes: dict[str, tuple[int, ...]], arch: Architecture, num_layers: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a checkpoint's tensors as the modules hold them: experts stacked."""
     held = dict(shapes)
@@ -152,11 +174,9 @@ def _check(
         for name, dtype in checkpoint.dtypes.items()
         if not dtype.is_floating_point and (name in expected or name not in held)  # not held: a part of one that is
     ]
-    layer = re.compile(re.escape(arch.layer).replace(r"\{layer_idx\}", r"(\d+)") + r"\.")
-    numbers = {name: int(match[1]) for name in held if (match := layer.match(name))}
     problems += [
         f"{name} is not in the model of config.json"
-        for name, number in numbers.items()
+        for name, number in _layer_numbers(held, arch).items()
         if number >= config.num_hidden_layers
     ]
     if problems:

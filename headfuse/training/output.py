@@ -19,6 +19,7 @@ from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.config.machine import TrainingMachine
 from headfuse.errors import HeadfuseError
 from headfuse.layouts.folder import ModelFolder
+from headfuse.models.config import with_dtype
 from headfuse.plan import FusionPlan
 from headfuse.reporting.card import extended_card, uptrained_section
 from headfuse.training.result import UptrainResult
@@ -78,14 +79,10 @@ def write_trained(
         if not torch.isfinite(tensor).all():
             raise HeadfuseError(f"{name} is beyond the range of {kind}", fix="write another --dtype, such as bfloat16")
         writer.write(name, tensor)
-    config = model.raw_config()
-    if dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
     finish_folder(
         partial,
         model.path,
-        config=config,
+        config=with_dtype(model.raw_config(), dtype) if dtype else model.raw_config(),
         card=extended_card(model.path, result.output.name, uptrained_section(result)),
         options={CONFIG: f"# headfuse uptrain --config {CONFIG} MODEL\n{result.recipe.to_yaml()}"},
         plan=plan,

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeForCausalLM
 
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
 from tests.support.commands import fuse, run
 from tests.support.model_edits import EMBEDDING, HEAD, edit_json, edit_tensors
 from tests.support.model_outputs import TOKENS, in_transformers, logits
-from tests.support.tiny_models import VOCABULARY
+from tests.support.tiny_models import VOCABULARY, tiny_model
 
 
 def other_head(model: Path) -> None:
@@ -145,6 +145,33 @@ def test_what_transformers_ignores_is_left_out(model: Path, tmp_path: Path, capl
     for folder in ("out", "up", "export"):
         assert not set(IGNORED) & load_file(tmp_path / folder / "model.safetensors").keys()
     torch.testing.assert_close(logits(tmp_path / "out"), before, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As GLM-4.5 has one behind its last layer, whose number its class in transformers names (here a smaller one)."""
+    monkeypatch.setattr(Glm4MoeForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*"])
+    model = tiny_model(tmp_path / "model", "glm4_moe", query_heads=8)
+    edit_json(model / "config.json", num_nextn_predict_layers=1)
+    before = in_transformers(model)
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.1.")}
+        tensors.update({name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in last.items()})
+        tensors["model.layers.2.eh_proj.weight"] = torch.ones(32, 64)
+
+    edit_tensors(model, add)
+    for layout in ("gqa", "decoupled"):
+        caplog.clear()
+        fuse(model, tmp_path / layout, "--budget", 1, "--layout", layout, "--preset", "fast")
+        assert "left out, as transformers does" in caplog.text
+        torch.testing.assert_close(logits(tmp_path / layout), before, rtol=1e-4, atol=1e-4)
+        raw = json.loads((tmp_path / layout / "config.json").read_text())
+        assert raw.get("source_config", raw)["num_nextn_predict_layers"] == 0
+        assert not [name for name in load_file(tmp_path / layout / "model.safetensors") if "layers.2." in name]
+    edit_tensors(model, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.ones(32, 64)}))
+    assert "model.layers.3.eh_proj.weight is not in the model" in run("fuse", model, "--dry-run", code=1)
 
 
 def test_a_needed_tensor_under_another_name_is_missing(model: Path, tmp_path: Path) -> None:

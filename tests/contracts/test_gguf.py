@@ -103,6 +103,18 @@ def test_what_the_config_says_reaches_llama_cpp(tmp_path: Path, changes: dict[st
     assert_same(model, tmp_path / "m.gguf", length=100)
 
 
+def test_scaled_rope_where_the_architecture_has_no_factors(tmp_path: Path) -> None:
+    """The file was written, and llama.cpp could not load it."""
+    model = adapted(tiny_model(tmp_path / "model", "qwen2"), rope_parameters=LLAMA3)
+    assert export(model, tmp_path / "m.gguf", "--type", "f32")["architecture"] == "deci"
+    assert_same(model, tmp_path / "m.gguf", length=100)
+    model = adapted(tiny_model(tmp_path / "other" / "model", "qwen3"), rope_parameters=LLAMA3)
+    said = " ".join(run("export", model, "--to", "gguf", "-o", tmp_path / "n.gguf", code=1).split())
+    assert "llama.cpp has no architecture for model_type 'qwen3' with factors of rotary frequencies" in said
+    assert "rope_type 'llama3'" in said
+    assert not (tmp_path / "n.gguf").exists()
+
+
 def test_tied_embeddings_are_there_once(tmp_path: Path) -> None:
     reader = pytest.importorskip("gguf").GGUFReader
     model = adapted(tiny_model(tmp_path / "model"), tie_word_embeddings=True)
@@ -165,10 +177,10 @@ def test_the_file_appears_whole_or_not_at_all(model: Path, tmp_path: Path, monke
 def test_two_exports_to_one_file(model: Path, tmp_path: Path) -> None:
     import fcntl
 
-    with (tmp_path / "m.gguf.partial").open("w") as other:
+    with (tmp_path / "m.gguf.headfuse.partial").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert "another process" in run("export", model, "--to", "gguf", "-o", tmp_path / "m.gguf", code=1)
-    assert (tmp_path / "m.gguf.partial").exists()
+    assert (tmp_path / "m.gguf.headfuse.partial").exists()
 
 
 def test_without_the_package(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

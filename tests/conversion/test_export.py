@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from headfuse.plan import FusionPlan
 from tests.support.commands import fuse, run
-from tests.support.model_outputs import logits
+from tests.support.model_outputs import in_transformers, logits
+from tests.support.plans import plan_of, with_layers
 from tests.support.tiny_models import tiny_model
 
 Groups = Sequence[Sequence[int]]
@@ -113,6 +114,26 @@ def test_families_that_store_their_heads_otherwise(tmp_path: Path, family: str) 
     torch.testing.assert_close(logits(tmp_path / "out"), logits(folder), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["granitemoe", "mixtral", "qwen3_moe"])
+def test_experts_are_stored_as_the_stock_layout_has_them(tmp_path: Path, family: str) -> None:
+    """The folder holds them stacked, as modules of transformers do; runtimes read the names of released checkpoints."""
+    model, quick = tiny_model(tmp_path / "model", family, query_heads=8), ("--preset", "fast", "--method", "mean")
+    fuse(model, tmp_path / "gqa", "--layout", "gqa", "--budget", "1/2", *quick)
+    plan = {**plan_of(tmp_path / "gqa"), "layout": "decoupled"}
+    fuse(model, tmp_path / "decoupled", "--plan", with_layers(plan, tmp_path / "plan.json", *plan["layers"]), *quick)
+    exported(tmp_path / "decoupled", "gqa", tmp_path / "out")
+    stacked, source, stock, out = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("decoupled", "model", "gqa", "out")
+    )
+    assert out.keys() == stock.keys() == source.keys()
+    assert out.keys() - stacked.keys(), "the folder has other names"
+    for name in out:
+        torch.testing.assert_close(out[name], stock[name], rtol=1e-6, atol=1e-6)
+        if ".self_attn." not in name:
+            assert torch.equal(out[name], source[name]), name
+    torch.testing.assert_close(in_transformers(tmp_path / "out"), logits(tmp_path / "decoupled"), rtol=1e-4, atol=1e-4)
+
+
 def test_a_norm_over_all_keys_needs_each_of_them_as_often(tmp_path: Path) -> None:
     keys, values = [[0, 1, 2, 3], [4, 5], [6, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]
     folder = planned(tmp_path, [(keys, values)], "olmo2", kv_heads=8)
@@ -180,11 +201,52 @@ def test_the_tokenizer_stays_of_its_class(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["tokenizer_class"] == name
 
 
+def test_a_tokenizer_whose_class_only_the_model_type_tells(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
+    (model / "tokenizer_config.json").unlink()
+    exported(model, "layerwise", tmp_path / "out")
+    fuse(model, tmp_path / "latent", "--layout", "latent", "--budget", "1/2", "--preset", "fast")
+    before = AutoTokenizer.from_pretrained(model)
+    assert before.eos_token is not None
+    for folder in ("out", "latent"):
+        after = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert type(after) is type(before)
+        assert after.special_tokens_map == before.special_tokens_map
+        assert after("the head").input_ids == before("the head").input_ids
+    (model / "tokenizer.json").unlink()
+    exported(model, "layerwise", tmp_path / "without")
+    assert not (tmp_path / "without/tokenizer_config.json").exists(), "there is no tokenizer"
+
+
 def test_the_dtype_stays(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", query_heads=8)
     fuse(model, tmp_path / "fused", "--budget", 0.5, "--layout", "layerwise", "--preset", "fast", "--dtype", "bfloat16")
     exported(tmp_path / "fused", "gqa", tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_dtype_is_that_of_the_trained_weights(tmp_path: Path) -> None:
+    folder = planned(tmp_path, [(PAIRS, PAIRS)], method="mean")
+    training = ("--loss", "ce", "--tokens", 64, "--sequence-length", 16, "--batch-size", 1, "--dtype", "bfloat16")
+    run("uptrain", folder, "--data", tmp_path / "text.txt", *training, "-o", tmp_path / "trained")
+    exported(tmp_path / "trained", "gqa", tmp_path / "out")
+    assert {t.dtype for t in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert {name: config[name] for name in ("dtype", "torch_dtype") if name in config} == {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("architectures", [{}, {"architectures": None}])
+def test_a_config_that_names_no_class(tmp_path: Path, architectures: dict[str, None]) -> None:
+    model, quick = tiny_model(tmp_path / "model", "qwen2", query_heads=8), ("--preset", "fast", "--method", "mean")
+    config = json.loads((model / "config.json").read_text())
+    del config["architectures"]
+    (model / "config.json").write_text(json.dumps(config | architectures))
+    fuse(model, tmp_path / "gqa", "--layout", "gqa", "--budget", "1/2", *quick)
+    plan = {**plan_of(tmp_path / "gqa"), "layout": "decoupled"}
+    fuse(model, tmp_path / "decoupled", "--plan", with_layers(plan, tmp_path / "plan.json", *plan["layers"]), *quick)
+    assert exported(tmp_path / "decoupled", "gqa", tmp_path / "out")["architecture"] == "Qwen2ForCausalLM"
+    for folder in ("gqa", "out"):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
 
 
 def test_what_will_be_written_is_said_before_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

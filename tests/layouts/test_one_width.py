@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from headfuse.layouts.slot_table import FAMILIES
 from headfuse.models.families import ARCHITECTURES
@@ -150,13 +151,15 @@ def test_what_cannot_be_is_said(tmp_path: Path, options: tuple[str, ...], words:
     assert not list(tmp_path.glob("model-headfuse*"))
 
 
-def test_export_of_latent_gives_the_same_logits(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model", "qwen2", query_heads=8)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2"])
+def test_export_of_latent_gives_the_same_logits(tmp_path: Path, family: str) -> None:
+    model = tiny_model(tmp_path / "model", family, query_heads=8)
     fuse(model, tmp_path / "out", "--budget", "1/2", "--head-dim", "16", *WIDE)
     latent = tmp_path / "latent"
     fuse(model, latent, "--plan", as_latent(tmp_path / "out", tmp_path / "plan.json"), "--preset", "fast")
     run("export", latent, "--to", "gqa", "-o", tmp_path / "stock")
-    assert config_of(tmp_path / "stock")["model_type"] == "qwen2"
+    assert config_of(tmp_path / "stock")["model_type"] == family
+    assert load_file(tmp_path / "stock/model.safetensors").keys() == load_file(model / "model.safetensors").keys()
     assert not list((tmp_path / "stock").glob("*.py"))
     torch.testing.assert_close(logits(tmp_path / "stock"), logits(latent), rtol=1e-4, atol=1e-4)
     plans = [json.loads((tmp_path / name / "plan.json").read_text()) for name in ("stock", "out")]

@@ -29,13 +29,15 @@ class GGUFArchitecture:
     interleaved: bool
     biases: bool = True
     """Whether projections may have them."""
+    factors: bool = True
+    """Whether it reads factors of the rotary frequencies."""
 
 
 FAMILIES = {
     "llama": GGUFArchitecture("llama", True),
     "mistral": GGUFArchitecture("llama", True),
-    "qwen2": GGUFArchitecture("qwen2", False),
-    "qwen3": GGUFArchitecture("qwen3", False, biases=False),
+    "qwen2": GGUFArchitecture("qwen2", False, factors=False),
+    "qwen3": GGUFArchitecture("qwen3", False, biases=False, factors=False),
 }
 PER_LAYER = GGUFArchitecture("deci", True)
 """The one Llama-like architecture of llama.cpp whose head counts may differ by layer."""
@@ -53,7 +55,7 @@ def architecture(
     """The architecture for a model of a family and the head counts of its layers.
 
     Raises:
-        UnsupportedModelError: for families that are not written.
+        UnsupportedModelError: for families that are not written, and where llama.cpp has no fitting architecture.
     """
     model_type = config.model_type
     if model_type not in FAMILIES:
@@ -64,13 +66,17 @@ def architecture(
             "convert_hf_to_gguf.py",
         )
     wide = config.num_attention_heads * head_dim(config) != config.hidden_size  # llama.cpp's qwen2 has no such heads
-    if len(set(num_key_value_heads)) == 1 and not (wide and model_type == "qwen2"):
-        return FAMILIES[model_type]
+    family, uniform = FAMILIES[model_type], len(set(num_key_value_heads)) == 1
+    scaled = not family.factors and rope_factors(config) is not None
+    if uniform and not scaled and not (wide and model_type == "qwen2"):
+        return family
     if model_type not in layerwise.FAMILIES:
+        what, fix = "head counts that differ by layer", "fuse the source with --layout gqa"
+        if scaled:
+            kind = config.rope_parameters["rope_type"]
+            what, fix = "factors of rotary frequencies", f"this model cannot run in llama.cpp with rope_type {kind!r}"
         raise UnsupportedModelError(
-            f"llama.cpp has no architecture for model_type {model_type!r} with head counts that differ by layer",
-            where=where,
-            fix="fuse the source with --layout gqa",
+            f"llama.cpp has no architecture for model_type {model_type!r} with {what}", where=where, fix=fix
         )
     return PER_LAYER
 
