@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from headfuse.checkpoint.reader import Checkpoint
-from headfuse.errors import ConfigError
 
 FORMULA = "weight bytes + batch x context x KV bytes per token <= memory; activations and the runtime's own not counted"
 
@@ -30,19 +29,16 @@ class Fit:
 
 
 def fit(memory_bytes: int, weight_bytes: int, kv_bytes: int, context: int, max_context: int | None) -> Fit:
-    """The longest context and the largest batch that fit by `FORMULA`.
-
-    Raises:
-        ConfigError: where the weights alone do not fit.
-    """
-    room = memory_bytes - weight_bytes
-    if room < 0:
-        raise ConfigError(
-            f"{memory_bytes:,} bytes are too few for {weight_bytes:,} bytes of weights",
-            where="--memory",
-            fix="give the memory of one device that holds the whole model",
-        )
+    """The longest context and the largest batch that fit by `FORMULA`: 0 where the weights alone do not fit."""
+    room = max(0, memory_bytes - weight_bytes)
     return Fit(memory_bytes, weight_bytes, room // kv_bytes, max_context, context, room // (kv_bytes * context))
+
+
+def shortage(memory_bytes: int, weight_bytes: int) -> str | None:
+    """In words that the weights alone do not fit; None where they do."""
+    if memory_bytes >= weight_bytes:
+        return None
+    return f"{memory_bytes:,} bytes are too few for {weight_bytes:,} bytes of weights"
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from headfuse.config.values import data_name
 from headfuse.errors import CheckpointError, ConfigError
 from headfuse.estimates import clustered_mean
 from headfuse.evaluation.agreement import agreement
-from headfuse.evaluation.capacity import FORMULA
+from headfuse.evaluation.capacity import FORMULA, shortage
 from headfuse.evaluation.figures import compared, model_figures, retrieved, with_fit
 from headfuse.evaluation.passkey import Retrieval, passkey_prompts, retrieve
 from headfuse.evaluation.perplexity import (
@@ -66,6 +67,12 @@ class _Model:
     def folder(self) -> Path:
         return self.opened.path
 
+    @property
+    def context(self) -> int | None:
+        """Its own limit of tokens, if its config names one."""
+        limit: int | None = getattr(self.opened.config.get_text_config(), "max_position_embeddings", None)
+        return limit
+
 
 @dataclass(frozen=True)
 class _Measured:
@@ -104,7 +111,10 @@ def evaluate(
 
 
 def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callable[[str], None]) -> EvaluationResult:
-    _check(config)
+    if config.data == DEFAULT_DATA:
+        logger.warning(
+            "Evaluating on bundled prose and code. Pass --data with text like your inputs for figures that count."
+        )
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     models = _open([name for name in (model, config.baseline) if name is not None], config, machine)
@@ -117,7 +127,7 @@ def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callab
         for task in config.ruler_tasks
         for question in ruler_questions(models[0].tokenizer, task, length, config.ruler_trials, config.seed or 0)
     ]
-    harness = Harness(config.tasks, config.tasks_path, config.limit) if config.tasks else None
+    harness = _harness(models, config) if config.tasks else None
 
     measured: list[_Measured] = []
     for one in models:
@@ -153,34 +163,9 @@ def _evaluate(model: str, config: EvalConfig, machine: Machine, on_stage: Callab
         memory_formula=FORMULA if config.memory is not None else None,
         limit=config.limit,
         seed=config.seed,
+        dtype=machine.dtype,
+        tasks_path=[data_name(folder) for folder in config.tasks_path],
     )
-
-
-def _check(config: EvalConfig) -> None:
-    """Refuse options that do not go together."""
-    if config.samples < 1 or config.sequence_length < 2:
-        raise ConfigError(
-            f"{config.samples} samples of {config.sequence_length} tokens hold no prediction",
-            fix="give 1 and 2 or more",
-        )
-    if not 1 <= config.step <= config.sequence_length:
-        raise ConfigError(
-            f"{config.stride} is not between 1 and the window's {config.sequence_length} tokens",
-            where="--stride",
-            fix="leave it out for independent windows",
-        )
-    if config.speed and config.baseline is None:
-        raise ConfigError("there is nothing to compare the speed with", where="--speed", fix="give --baseline")
-    if config.speed and config.cache_dtype is not None:
-        raise ConfigError(
-            "a simulated cache says nothing about speed",
-            where="--cache-dtype",
-            fix="measure --speed in a run of its own, without --cache-dtype",
-        )
-    if config.data == DEFAULT_DATA:
-        logger.warning(
-            "Evaluating on bundled prose and code. Pass --data with text like your inputs for figures that count."
-        )
 
 
 def _open(names: list[str], config: EvalConfig, machine: Machine) -> list[_Model]:
@@ -192,9 +177,14 @@ def _open(names: list[str], config: EvalConfig, machine: Machine) -> list[_Model
             check_context(folder.config, length, "--passkey")
         for length in config.ruler:
             check_context(folder.config, length, "--ruler")
-    models = []
+    models = list[_Model]()
     for name, folder in zip(names, folders, strict=True):
         folder.weights.report()
+        lack = None if config.memory is None else shortage(config.memory, folder.checkpoint.nbytes)
+        if lack and not models:
+            raise ConfigError(lack, where="--memory", fix="give the memory of one device that holds the whole model")
+        if lack:
+            logger.warning("%s: %s; nothing fits beside them", model_name(name), lack)
         tokenizer = load_tokenizer(folder.path, machine.trust_remote_code)
         beyond = unembedded_tokens(tokenizer, folder.config.get_text_config().vocab_size)
         models.append(_Model(model_name(name), folder, tokenizer, beyond))
@@ -205,7 +195,7 @@ def _read_text(models: list[_Model], config: EvalConfig) -> EvaluationText:
     """The windows, which must be the same for all models."""
     texts = [
         evaluation_text(
-            read_documents(config.data, seed=config.seed, tokenizer=model.tokenizer),
+            read_documents(config.data, seed=config.seed, tokenizer=model.tokenizer, in_pieces=True),
             model.tokenizer,
             config.sequence_length,
             config.samples,
@@ -231,6 +221,15 @@ def _read_text(models: list[_Model], config: EvalConfig) -> EvaluationText:
     return text
 
 
+def _harness(models: list[_Model], config: EvalConfig) -> Harness:
+    """The tasks; all models read prompts of one length, the smallest of their contexts."""
+    limits = [model.context for model in models if model.context]
+    harness = Harness(config.tasks, config.tasks_path, config.limit, min(limits, default=None))
+    for model in models:
+        harness.check(model.tokenizer)
+    return harness
+
+
 def _load(model: _Model, machine: Machine) -> PreTrainedModel:
     return load_model(
         model.folder, device=machine.device, dtype=machine.dtype, trust_remote_code=machine.trust_remote_code
@@ -252,16 +251,20 @@ def _measure(
     guard_embeddings(loaded, model.beyond, model.folder)
     predictions = predict(loaded, text.windows)
     losses = token_nll(predictions, text.windows)
-    if not torch.isfinite(losses).all():
+    retrievals = retrieve(loaded, model.tokenizer, config.passkey, config.passkey_trials, config.seed or 0)
+    if not torch.isfinite(losses).all() or not all(math.isfinite(one.nll) for one in retrievals):
+        narrow = loaded.dtype == torch.float16
         raise CheckpointError(
-            "the model's predictions are not finite", where=model.folder, fix="its weights are damaged"
+            f"the model's predictions are not finite{' in float16' * narrow}",
+            where=model.folder,
+            fix="compute with --dtype bfloat16 or float32" if narrow else "its weights are damaged",
         )
     return _Measured(
         figures=_figures(model, loaded, losses, text, config, caches),
         predictions=predictions,
         nll=losses,
         scores=harness.run(loaded, model.tokenizer) if harness else {},
-        retrievals=retrieve(loaded, model.tokenizer, config.passkey, config.passkey_trials, config.seed or 0),
+        retrievals=retrievals,
         answers=answer(loaded, model.tokenizer, questions),
     )
 
@@ -276,8 +279,7 @@ def _figures(
     figures = model_figures(model.name, model.opened, loaded, nll, quantised)
     if config.memory is None:
         return figures
-    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-    return with_fit(figures, config.memory, config.sequence_length, context)
+    return with_fit(figures, config.memory, config.sequence_length, model.context)
 
 
 def _decode_speed(models: list[_Model], text: EvaluationText, machine: Machine) -> DecodeSpeed:

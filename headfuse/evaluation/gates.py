@@ -33,6 +33,11 @@ _GATE = re.compile(
 )
 
 
+def _digits(number: float) -> str:
+    """Every digit of a number: a rounded limit would be another one."""
+    return repr(number).removesuffix(".0")
+
+
 @dataclass(frozen=True)
 class Gate:
     """One limit: `metric`, or its `part`, against `limit`, or against `limit` times the baseline's figure."""
@@ -45,7 +50,8 @@ class Gate:
 
     def __str__(self) -> str:
         part = f"@{self.part}" if self.part else ""
-        return f"{self.metric}{part}{'<=' if self.at_most else '>='}{self.limit:g}{'*baseline' * self.times_baseline}"
+        limit = f"{_digits(self.limit)}{'*baseline' * self.times_baseline}"
+        return f"{self.metric}{part}{'<=' if self.at_most else '>='}{limit}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class GateResult:
             value = "no such figure here"
         else:
             value = f"{self.value:.4f}" + ("" if self.stderr is None else f" ± {self.stderr:.4f}")
-        threshold = "none" if self.threshold is None else f"{self.threshold:.6g}"
+        threshold = "none" if self.threshold is None else _digits(self.threshold)
         size = "" if self.samples is None else f", {self.samples} {self.unit}"
         return f"gate {self.gate}: {'passed' if self.passed else 'FAILED'}, {value} against {threshold}{size}"
 
@@ -128,7 +134,7 @@ def _parse(lines: Sequence[str], where: str, only: Sequence[str] | None) -> list
             limit = float(match[4]) if match else math.nan
         except ValueError:
             limit = math.nan
-        if match is None or math.isnan(limit):
+        if match is None or not math.isfinite(limit):
             problems.append(f"{line.strip()!r} is not FIGURE<=NUMBER, FIGURE>=NUMBER or FIGURE<=NUMBER*baseline")
         elif match[1] not in own and (only or difflib.get_close_matches(match[1], own, 1, 0.8)):
             near = difflib.get_close_matches(match[1], own, 1)
@@ -146,19 +152,43 @@ def _parse(lines: Sequence[str], where: str, only: Sequence[str] | None) -> list
 
 
 def judge(gates: Sequence[Gate], document: Mapping[str, Any]) -> list[GateResult]:
-    """Judge the document of `headfuse eval` or `fuse`; what is missing or not a number fails."""
-    results = []
-    for gate in gates:
-        figure = _figure(gate, document) or _Figure(None, None, None, "")
-        reference = figure.baseline if gate.times_baseline else 1.0
-        threshold = None if reference is None else gate.limit * reference
-        passed, error = False, figure.stderr
-        if figure.value is not None and threshold is not None:
-            passed = figure.value <= threshold if gate.at_most else figure.value >= threshold
-        if gate.times_baseline:
-            error = paired_stderr(figure.stderr, figure.baseline_stderr, figure.difference_stderr, gate.limit)
-        results.append(GateResult(str(gate), figure.value, threshold, error, figure.samples, figure.unit, passed))
-    return results
+    """Judge the document of `headfuse eval` or `fuse`; what is missing or not a number fails.
+
+    Where a gate names several tasks or lengths of prompts, each has its own threshold; the worst verdict is given.
+    """
+    return [
+        min((_verdict(gate, figure) for figure in _figures(gate, document)), key=lambda result: _margin(gate, result))
+        for gate in gates
+    ]
+
+
+def _verdict(gate: Gate, figure: _Figure) -> GateResult:
+    reference = figure.baseline if gate.times_baseline else 1.0
+    threshold = None if reference is None else gate.limit * reference
+    passed, error = False, figure.stderr
+    if figure.value is not None and threshold is not None:
+        passed = figure.value <= threshold if gate.at_most else figure.value >= threshold
+    if gate.times_baseline:
+        error = paired_stderr(figure.stderr, figure.baseline_stderr, figure.difference_stderr, gate.limit)
+    return GateResult(str(gate), figure.value, threshold, error, figure.samples, figure.unit, passed)
+
+
+def _margin(gate: Gate, result: GateResult) -> float:
+    """How far a value is within its limit: negative beyond it, minus infinity where there is none to compare."""
+    if result.value is None or result.threshold is None:
+        return -math.inf
+    margin = result.value - result.threshold
+    return -math.inf if math.isnan(margin) else -margin if gate.at_most else margin
+
+
+def _figures(gate: Gate, document: Mapping[str, Any]) -> list[_Figure]:
+    """The figures that a gate names: of prompts those of every task and length that match, else one."""
+    if gate.metric in PROMPT_METRICS:
+        entries = [entry for entry in document.get(gate.metric, []) if gate.part in (None, *_parts(entry))]
+        figures = [_paired(entry, _prompts(entry)) for entry in entries]
+    else:
+        figures = [figure for figure in [_figure(gate, document)] if figure]
+    return figures or [_Figure(None, None, None, "")]
 
 
 def _figure(gate: Gate, document: Mapping[str, Any]) -> _Figure | None:
@@ -181,18 +211,17 @@ def _figure(gate: Gate, document: Mapping[str, Any]) -> _Figure | None:
         )  # fmt: skip
     if name in COMPARISON_METRICS:
         return _Figure(comparison.get(name), comparison.get(f"{name}_stderr"), windows, "windows")
-    if name in PROMPT_METRICS:
-        entries = [entry for entry in document.get(name, []) if gate.part in (None, *_parts(entry))]
-        entry = min(entries, key=lambda entry: entry["model"]["value"], default=None)  # the worst of them
-        unit = "prompts"
-    elif name == "tasks_mean":
-        entry, unit = document.get("tasks_mean"), "questions"
+    if name == "tasks_mean":
+        entry = document.get("tasks_mean")
     else:
         wanted = [entry for entry in document.get("tasks", []) if entry["task"] == name]
-        entry = next((e for e in wanted if (e["metric"] == gate.part if gate.part else e["main"])), None)
-        unit = "questions"
-    if entry is None:
-        return None
+        named = (e for e in wanted if gate.part in (e["metric"], e["metric"].partition("/")[0]))  # or without filter
+        entry = next(named if gate.part else (e for e in wanted if e["main"]), None)
+    return None if entry is None else _paired(entry, "questions")
+
+
+def _paired(entry: Mapping[str, Any], unit: str) -> _Figure:
+    """The figure of an entry whose questions, or prompts, both models answered."""
     mine, theirs, difference = entry["model"], entry["baseline"] or {}, entry["difference"] or {}
     return _Figure(
         mine["value"], mine["stderr"], mine["samples"], unit,
@@ -204,3 +233,8 @@ def _parts(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """How a gate may name an entry of passkey or ruler: its length, its task, or `task/length`."""
     length, task = str(entry["length"]), entry.get("task")
     return (length,) if task is None else (length, task, f"{task}/{length}")
+
+
+def _prompts(entry: Mapping[str, Any]) -> str:
+    """What the sample of an entry of passkey or ruler consists of."""
+    return f"prompts{' of ' + entry['task'] if entry.get('task') else ''} at {entry['length']}"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.errors import ConfigError
 from headfuse.evaluation.perplexity import Predictions
-from headfuse.models.states import model_states
+from headfuse.models.states import model_states, softcap
 from headfuse.text.bos import start_token
 
 _INTRO = "There is an important fact hidden in a lot of irrelevant text. Find it and memorise it.\n"
@@ -51,8 +51,10 @@ def passkey_prompts(
     prompts = []
     for trial in range(trials):
         key = str(generator.randrange(10_000, 100_000))
-        fact, answer = ids(_FACT.format(key=key)), ids(" " + key)
-        room = length - len(intro) - len(fact) - len(question) - len(answer)
+        fact, asked = ids(_FACT.format(key=key)), ids(f"{_QUESTION} {key}")
+        # some tokenizers put a space before a text, so the key alone would begin with two, and not as in the fact
+        size = len(asked) - next((i for i, token in enumerate(asked) if question[i : i + 1] != [token]), len(asked))
+        room = length - len(intro) - len(fact) - len(asked)
         if room < 0:
             raise ConfigError(
                 f"{length} tokens are too few: the test needs {length - room} without any filler",
@@ -61,7 +63,7 @@ def passkey_prompts(
             )
         padding = (filler * (room // len(filler) + 1))[:room]
         depth = round(room * (trial + 0.5) / trials)
-        prompts.append(([*intro, *padding[:depth], *fact, *padding[depth:], *question, *answer], len(answer)))
+        prompts.append(([*intro, *padding[:depth], *fact, *padding[depth:], *asked], size))
     return prompts
 
 
@@ -70,7 +72,7 @@ def retrieve(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], trials: int, seed: int = 0
 ) -> list[Retrieval]:
     """Ask a model for the key in `trials` prompts of each length; one forward pass a prompt."""
-    head = Predictions(torch.empty(0), model.get_output_embeddings(), None)  # a softcap keeps the order of logits
+    head = Predictions(torch.empty(0), model.get_output_embeddings(), softcap(model.config))
     results = []
     for length in lengths:
         for tokens, size in passkey_prompts(tokenizer, length, trials, seed):

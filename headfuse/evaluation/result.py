@@ -92,6 +92,10 @@ class EvaluationResult:
     memory_formula: str | None
     limit: int | None
     seed: int | None
+    dtype: str | None
+    """The dtype that was asked for; None for the default."""
+    tasks_path: list[str]
+    """Names of the folders of local task files."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headfuse.errors import ConfigError, DataError, MissingExtraError
 from headfuse.estimates import Estimate, mean, mean_of
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One metric of one task: the mean over its questions, the baseline's, and that of the paired differences."""
+    """One metric of one task: the mean over its questions, the baseline's, and that of the paired differences.
+
+    Of a task with several filters, `metric` is `METRIC/FILTER`.
+    """
 
     task: str
     metric: str
@@ -46,6 +52,8 @@ Scores = Mapping[tuple[str, str], Mapping[int, float]]
 STANDARD = "standard"
 """Tag of the tasks that scripts/get_tasks.py writes."""
 _ACCURACIES = ("acc", "acc_norm")
+_MEANS = ("mean", "nanmean", "median", "perplexity")
+"""Ways of the harness to make one figure of the scores of questions; its others take no scores, but pairs."""
 _WRITE = (
     "`python scripts/get_tasks.py FOLDER` of headfuse's repository writes them, from PyPI alone; "
     "then give --tasks-path FOLDER"
@@ -60,14 +68,18 @@ class Harness:
         folders: of local task files; names there win over the harness's own. Data files that a task names are looked
             for from the folder of `--tasks-path` that has the task.
         limit: how many questions of each, from the first; None for all.
+        context: tokens that every model reads; of longer requests the beginning is cut. None for the harness's choice.
 
     Raises:
         MissingExtraError: where lm-eval is not installed.
-        ConfigError: for names that are no tasks, `standard` where no folder has it.
+        ConfigError: for names that are no tasks, `standard` where no folder has it; for a task that has no score for
+            each question, as far as its file says so.
         DataError: for a task whose data cannot be loaded.
     """
 
-    def __init__(self, names: Sequence[str], folders: Sequence[str] = (), limit: int | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str], folders: Sequence[str] = (), limit: int | None = None, context: int | None = None
+    ) -> None:
         if importlib.util.find_spec("lm_eval") is None:
             raise MissingExtraError(
                 "lm-evaluation-harness is not installed", where="--tasks", fix='pip install "headfuse[tasks]"'
@@ -77,41 +89,70 @@ class Harness:
                 raise ConfigError("no such folder", where=folder, fix="give the folder of the task files")
         with _calm():
             self.tasks = _load_tasks(names, [str(Path(folder).resolve()) for folder in folders])
-        self.limit = limit
+        _refuse_pairs(self.tasks)
+        self.limit, self.context, self._counted = limit, context, False
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise ConfigError for a tokenizer without the tokens that the harness begins and ends texts with."""
+        generates = any(task.OUTPUT_TYPE == "generate_until" for task in self.tasks.values())
+        if tokenizer.eos_token_id is None and (generates or tokenizer.bos_token_id is None):
+            raise ConfigError(
+                "the tokenizer has no EOS token, which the harness needs", where="--tasks",
+                fix="set eos_token in tokenizer_config.json, or leave --tasks out",
+            )  # fmt: skip
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8) -> Scores:
         """The score of each question in each metric that is a mean over questions."""
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+
+        from headfuse.evaluation.harness_model import CountingModel
 
         with _calm():
-            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+            wrapped = CountingModel(
+                pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal", max_length=self.context
+            )
             found: Any = simple_evaluate(
                 wrapped, tasks=list(self.tasks.values()), limit=self.limit, bootstrap_iters=0, log_samples=True
             )
+        if wrapped.cut and not self._counted:  # every model is asked the same
+            logger.warning(
+                "Requests of --tasks that are longer than %d tokens and lose their beginning, for every model: %d",
+                wrapped.max_length, wrapped.cut,
+            )  # fmt: skip
+        self._counted = True
         scores: dict[tuple[str, str], dict[int, float]] = {}
         for task, samples in found["samples"].items():
+            filtered = len({sample["filter"] for sample in samples}) > 1
             for sample in samples:
                 for metric in sample["metrics"]:
                     if isinstance(sample[metric], int | float):
                         name, score = _named(metric, float(sample[metric]))
+                        name += f"/{sample['filter']}" * filtered
                         scores.setdefault((task, name), {}).setdefault(sample["doc_id"], score)
         return scores
 
     def compare(self, model: Scores, baseline: Scores | None) -> list[TaskResult]:
-        """Means and paired differences; the first metric of a task's file is its main one."""
+        """Means and paired differences; the first metric of a task's file is its main one.
+
+        What is not a number for some question is left out, with a warning.
+        """
         results, seen = list[TaskResult](), set[str]()
         for (task, metric), scores in self._in_order(model):
-            other = None if baseline is None else baseline[task, metric]
-            higher = metric != "nll" and self.tasks[task].higher_is_better().get(metric, True)
+            other, main = None if baseline is None else baseline[task, metric], task not in seen
+            seen.add(task)
+            if not all(map(math.isfinite, [*scores.values(), *(other or {}).values()])):
+                logger.warning("%s of task %s is left out: it is not a number for some question", metric, task)
+                continue
+            higher = metric != "nll" and self.tasks[task].higher_is_better().get(_unfiltered(metric), True)
             results.append(
                 TaskResult(
-                    task, metric, task not in seen, higher, mean(list(scores.values())),
+                    task, metric, main, higher, mean(list(scores.values())),
                     None if other is None else mean(list(other.values())),
                     None if other is None else mean([score - other[doc] for doc, score in scores.items()]),
                 )
             )  # fmt: skip
-            seen.add(task)
+        for task in self.tasks.keys() - seen:
+            logger.warning("task %s has no score for each question, and is left out", task)
         return results
 
     def _in_order(self, scores: Scores) -> list[tuple[tuple[str, str], Mapping[int, float]]]:
@@ -120,7 +161,8 @@ class Harness:
 
         def place(key: tuple[str, str]) -> tuple[int, int]:
             metrics = [_named(metric, 0.0)[0] for metric in self.tasks[key[0]].higher_is_better()]
-            return tasks.index(key[0]), metrics.index(key[1]) if key[1] in metrics else len(metrics)
+            metric = _unfiltered(key[1])
+            return tasks.index(key[0]), metrics.index(metric) if metric in metrics else len(metrics)
 
         return sorted(scores.items(), key=lambda item: place(item[0]))
 
@@ -130,9 +172,14 @@ def _named(metric: str, score: float) -> tuple[str, float]:
     return ("nll", -score) if metric == "perplexity" else (metric, score)
 
 
+def _unfiltered(metric: str) -> str:
+    """The metric in `METRIC/FILTER`."""
+    return metric.partition("/")[0]
+
+
 def mean_accuracy(results: Sequence[TaskResult]) -> TasksMean | None:
     """The mean over the tasks whose main metric is an accuracy, each weighing the same; None of fewer than two."""
-    parts = [result for result in results if result.main and result.metric in _ACCURACIES]
+    parts = [result for result in results if result.main and _unfiltered(result.metric) in _ACCURACIES]
     if len(parts) < 2:
         return None
     differences = [part.difference for part in parts if part.difference is not None]
@@ -180,6 +227,23 @@ def _load_tasks(names: Sequence[str], folders: Sequence[str]) -> dict[str, Any]:
             fix="leave it out, or run it with lm-eval itself, which can be told to",
         )  # fmt: skip
     return tasks
+
+
+def _refuse_pairs(tasks: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a task whose metrics are all of its questions together, as the perplexity of words is."""
+    for name, task in tasks.items():
+        ways = task.aggregation()
+        together = [
+            metric for metric, way in ways.items()
+            if way.__module__ == "lm_eval.api.metrics" and way.__name__ not in _MEANS
+        ]  # fmt: skip
+        own = callable(task.get_config("process_results"))  # its metrics may be anything
+        if len(together) == len(ways) and not own:
+            raise ConfigError(
+                f"task {name} has no score for each question, only figures of all of them: {', '.join(ways)}",
+                where="--tasks",
+                fix="leave it out: models are compared question by question",
+            )
 
 
 def _without_tags(names: Sequence[str], index: Mapping[str, Any]) -> list[str]:

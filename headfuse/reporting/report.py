@@ -19,6 +19,11 @@ from headfuse.reporting.tables import figure_rows, gate_rows, kept, protocol
 from headfuse.reporting.templating import render
 
 
+def plan_of(folder: Path) -> FusionPlan | None:
+    """The plan of a model folder, None without one; raises HeadfuseError for one that cannot be read."""
+    return read_plan(folder) if (folder / "plan.json").is_file() else None
+
+
 def write_report(
     path: Path,
     folder: Path,
@@ -38,7 +43,7 @@ def write_report(
     Raises:
         HeadfuseError: for a folder of which there is nothing to report, and files that cannot be read.
     """
-    plan = read_plan(folder) if (folder / "plan.json").is_file() else None
+    plan = plan_of(folder)
     if plan is None and document is None:
         raise CheckpointError("holds no plan.json", where=folder, fix="give a folder that `headfuse fuse` wrote")
     options = folder / FUSE_OPTIONS
@@ -145,6 +150,7 @@ def eval_command(document: Mapping[str, Any]) -> str:
     words += ["--sequence-length", document["sequence_length"], "--stride", document["stride"]]
     if document["tasks"]:
         words += ["--tasks", ",".join(dict.fromkeys(entry["task"] for entry in document["tasks"]))]
+        words += [word for folder in document.get("tasks_path", []) for word in ("--tasks-path", folder)]
         words += [] if document["limit"] is None else ["--limit", document["limit"]]
     words += [] if document["seed"] is None else ["--seed", document["seed"]]
     if document["passkey"]:
@@ -158,6 +164,7 @@ def eval_command(document: Mapping[str, Any]) -> str:
     if document["model"]["fit"]:
         words += ["--memory", document["model"]["fit"]["memory_bytes"]]
     words += ["--speed"] if document["speed"] else []
+    words += ["--dtype", document["dtype"]] if document.get("dtype") else []
     if document["gates"]:
         words += ["--gate", ",".join(gate["gate"] for gate in document["gates"])]
     return shlex.join(str(word) for word in words)

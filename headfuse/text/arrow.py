@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ _HUB_TIMEOUT = 10
 def read_parquet(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
     """The documents of a Parquet file; raises DataError, while reading, for one that is damaged."""
     try:
-        rows = _load_dataset("parquet", data_files=str(path), split="train")
+        rows = _load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
         for number, row in enumerate(rows, 1):
             yield text_of(row, f"{path}, row {number}", tokenizer)
     except DataError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headfuse.errors import DataError
+from headfuse.text import windows
 from headfuse.text.arrow import read_hub
 from headfuse.text.files import SUFFIXES, file_kind, listed, read_file, read_folder
 
@@ -25,7 +26,7 @@ _SHUFFLED_CHARACTERS = 2**26
 
 
 def read_documents(
-    data: str, *, seed: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    data: str, *, seed: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None, in_pieces: bool = False
 ) -> Iterator[str]:
     """Read documents one by one; empty ones are left out.
 
@@ -40,11 +41,14 @@ def read_documents(
             `org/name/config:split` (split `train` by default). All but Parquet may be compressed: .gz, .bz2, .xz, .zst.
         seed: shuffle the documents (through a buffer, see `shuffled`); None keeps their order.
         tokenizer: has the chat template.
+        in_pieces: give a long .txt file in the pieces that are tokenised, read one after the other, so that a few
+            windows do not take the whole file; with a seed it is whole, as documents are shuffled.
 
     Raises:
         DataError: at once when there is no such data, while reading when it cannot be understood or holds no text.
     """
-    documents = not_empty(open_document(data, tokenizer), data)
+    piece = windows.TOKENISED_CHARACTERS if in_pieces and seed is None else None
+    documents = not_empty(open_document(data, tokenizer, piece), data)
     return documents if seed is None else shuffled(documents, seed)
 
 

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from headfuse.checkpoint.inputs import begins_as_pointer
 from headfuse.errors import DataError
 from headfuse.text.arrow import read_parquet, read_saved
-from headfuse.text.records import reason_of, text_of
+from headfuse.text.records import Continued, reason_of, text_of
 from headfuse.text.windows import cut
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 """Suffix after those above, and the name of the compression in fsspec."""
+_BLOCK = 2**20
+"""Characters of a text file that are read at a time."""
 _METADATA = re.compile(
     r"(dataset_infos?|dataset_dict|state|croissant)\.json|(readme|license|notice|checksums|.*sha256.*|.*md5.*)\.txt",
     re.I,
@@ -169,20 +171,22 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _read_text(path: Path, limit: int | None) -> Iterator[str]:
-    """One document; with a limit, in pieces of this many characters."""
+    """One document; with a limit, in pieces of at most this many characters, all but the first `Continued`."""
     with _opened(path) as stream:
         if limit is None:
             yield _without_nul(_decoded(stream.read(), str(path)).removeprefix("\ufeff"), path)
             return
-        text, rest = io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), ""
+        text, rest, kind = io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), "", str
         try:
-            while block := text.read(64 * limit):
+            while block := text.read(_BLOCK):
                 *pieces, rest = cut(rest + _without_nul(block, path), limit)
-                yield from pieces
+                for piece in pieces:
+                    yield kind(piece)
+                    kind = Continued
         except UnicodeDecodeError:
             with _opened(path) as again:
                 _decoded(again.read(), str(path))  # the message tells the place in the file
-        yield rest
+        yield kind(rest)
 
 
 def _without_nul(text: str, path: Path) -> str:

@@ -22,6 +22,12 @@ class Document(str):
     source: str
 
 
+class Continued(str):
+    """A further piece of the document before it, so that no EOS stands between them."""
+
+    __slots__ = ()
+
+
 def text_of(record: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """The document of a record, with its source."""
     if not isinstance(record, dict):

@@ -84,7 +84,9 @@ class TrainingText:
         self._whole = whole
         self._start = start_token(tokenizer)
         self._room = sequence_length - (self._start is not None)
-        documents = self._hold_out() if validation is None else read_documents(validation, tokenizer=tokenizer)
+        documents = (
+            self._hold_out() if validation is None else read_documents(validation, tokenizer=tokenizer, in_pieces=True)
+        )
         self.validation = token_windows(documents, tokenizer, sequence_length, validation_windows, required=0)
         if not len(self.validation):
             logger.warning(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from headfuse.errors import DataError
 from headfuse.text.bos import start_token
-from headfuse.text.records import Document
+from headfuse.text.records import Continued, Document
 
 if TYPE_CHECKING:
     import torch
@@ -159,17 +159,10 @@ def labelled_tokens(
     import torch
 
     ids, places, names = list[int](), list[int](), dict[str, int]()
-    current = ""
-
-    def noted() -> Iterator[str]:
-        nonlocal current
-        for document in documents:
-            current = document.source if isinstance(document, Document) else ""
-            yield document
-
-    for more in _token_lists(noted(), tokenizer):
+    for more, document in _with_documents(documents, tokenizer):
+        source = document.source if isinstance(document, Document) else ""
         ids += more
-        places += [names.setdefault(current, len(names))] * len(more)
+        places += [names.setdefault(source, len(names))] * len(more)
         if len(ids) >= limit:
             break
     return torch.tensor(ids[:limit], dtype=torch.long), torch.tensor(places[:limit], dtype=torch.long), list(names)
@@ -177,12 +170,19 @@ def labelled_tokens(
 
 def _token_lists(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Token ids, document by document, EOS between two; a long one is tokenised in pieces cut at line ends."""
-    for number, document in enumerate(documents):
-        if number:
+    return (ids for ids, _ in _with_documents(documents, tokenizer))
+
+
+def _with_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], str]]:
+    """Token ids as `_token_lists` gives them, each with its document; an EOS is of the document that it ends."""
+    before: str | None = None
+    for document in documents:
+        if before is not None and not isinstance(document, Continued):
             if tokenizer.eos_token_id is None:
                 fix = "give one .txt file, or set eos_token in tokenizer_config.json"
                 where = tokenizer.name_or_path
                 raise DataError("the tokenizer has no EOS token to join documents with", where=where, fix=fix)
-            yield [tokenizer.eos_token_id]
+            yield [tokenizer.eos_token_id], before
         for piece in cut(document, TOKENISED_CHARACTERS):
-            yield tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+            yield tokenizer(piece, add_special_tokens=False, verbose=False).input_ids, document
+        before = document

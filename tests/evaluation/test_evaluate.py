@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from typer.testing import CliRunner
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.cli.app import app
 from headfuse.cli.eval import render
+from headfuse.config.command import EVALUATE
 from headfuse.errors import CheckpointError, ConfigError, DataError, HeadfuseError
+from headfuse.evaluation import passkey
 from headfuse.evaluation.capacity import stored_dtype
 from headfuse.evaluation.evaluate import evaluate
 from headfuse.evaluation.perplexity import nll_per_window
 from headfuse.layouts.folder import kv_bytes_per_token
 from headfuse.modeling import HeadfuseConfig, HeadfuseForCausalLM
 from headfuse.models.loading import load_model
+from tests.support.tiny_models import tiny_model
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -222,6 +226,31 @@ def test_bad_options(model: Path, data: str) -> None:
     check_error(CheckpointError, "no such folder", "missing", data=data)
 
 
+@pytest.mark.parametrize(
+    ("option", "parent"),
+    [
+        ({"ruler_tasks": "vt"}, "--ruler"),
+        ({"ruler_trials": 3}, "--ruler"),
+        ({"passkey_trials": 3}, "--passkey"),
+        ({"limit": 5}, "--tasks"),
+        ({"tasks_path": ["folder"]}, "--tasks"),
+    ],
+)
+def test_options_of_another_option_that_is_not_given(
+    model: Path, data: str, option: dict[str, Any], parent: str
+) -> None:
+    (name,) = option
+    message = f"--{name.replace('_', '-')}: is for {parent}, which is not given"
+    check_error(ConfigError, message, model, data=data, **option)
+
+
+def test_what_is_given_twice_is_measured_once(tmp_path: Path) -> None:
+    given = {"passkey": "700,600,700", "ruler": "512,512", "ruler_tasks": "vt,cwe,vt", "tasks": ["a", "b", "a"]}
+    config, _ = EVALUATE.read(None, given)
+    assert (config.passkey, config.ruler) == ((700, 600), (512,))
+    assert (config.ruler_tasks, config.tasks) == (("vt", "cwe"), ("a", "b"))
+
+
 def test_baseline_needs_the_same_tokenizer(model: Path, data: str, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", words=WORDS[::-1])
     check_error(ConfigError, "tokenises the text differently", model, data=data, baseline=str(other))
@@ -240,3 +269,31 @@ def test_predictions_that_are_not_finite(model: Path, data: str) -> None:
     tensors["model.norm.weight"] *= 1e4
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     check_error(CheckpointError, "not finite", model, data=data)
+
+
+def test_float16_that_overflows_is_no_damage(model: Path, data: str) -> None:
+    tensors = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
+    tensors["lm_head.weight"] *= 1e5
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    options: dict[str, Any] = {"data": data, "samples": 2, "sequence_length": 16, "device": "cpu"}
+    with pytest.raises(CheckpointError, match="not finite") as caught:
+        evaluate(str(model), dtype="float16", **options)
+    assert "--dtype bfloat16 or float32" in str(caught.value.fix)
+    assert evaluate(str(model), **options).dtype is None
+    assert evaluate(str(model), dtype="bfloat16", **options).dtype == "bfloat16"
+
+
+def test_a_passkey_beyond_the_finite_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt may overflow where the windows of text do not."""
+    folder = tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    whole = passkey.model_states
+
+    def overflowing(*args: Any, **kwargs: Any) -> Any:
+        return replace(whole(*args, **kwargs), last=torch.full_like(whole(*args, **kwargs).last, math.inf))
+
+    monkeypatch.setattr(passkey, "model_states", overflowing)
+    options: dict[str, Any] = {"samples": 2, "sequence_length": 16, "device": "cpu"}
+    with pytest.raises(CheckpointError, match="not finite"):
+        evaluate(str(folder), data=str(tmp_path / "text.txt"), passkey="400", passkey_trials=1, **options)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +41,70 @@ def test_a_gate(gate: str, passed: bool, threshold: float | None) -> None:
     assert result.passed is passed
     assert result.threshold == pytest.approx(threshold)
     assert result.samples == (None if gate.startswith("kv_ratio") else 24)  # a count has no sample
+
+
+def estimate(value: float) -> dict[str, Any]:
+    return {"value": value, "stderr": 0.1, "samples": 5}
+
+
+def prompts(scores: dict[tuple[str, int], tuple[float, float]]) -> dict[str, Any]:
+    """A document with these scores of a model and its baseline, by task and length."""
+    entries = [
+        {"task": task, "length": length, "model": estimate(a), "baseline": estimate(b), "difference": estimate(a - b)}
+        for (task, length), (a, b) in scores.items()
+    ]
+    passkey = [{**entry, "task": None} for entry in entries if entry["task"] == "vt"]
+    return {"model": {}, "ruler": entries, "passkey": passkey}
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "threshold", "passed"),
+    [
+        ("ruler>=0.9*baseline", 0.2, 0.72, False),  # cwe, which neither model solves, says nothing of vt
+        ("ruler@512>=0.9*baseline", 0.7, 0.72, False),
+        ("ruler@cwe>=0.9*baseline", 0.0, 0.0, True),
+        ("ruler@vt>=0.5*baseline", 0.2, 0.4, False),
+        ("passkey>=0.9*baseline", 0.2, 0.72, False),
+        ("ruler>=0", 0.0, 0.0, True),
+        ("ruler<=0.5", 0.7, 0.5, False),
+        ("ruler<=1*baseline", 0.0, 0.0, True),  # nearest to its limit
+        ("ruler@niah_single>=0.9", math.nan, 0.9, False),
+        ("ruler>=0.1", math.nan, 0.1, False),  # worse than any number
+    ],
+)
+def test_a_gate_judges_each_task_and_length_against_its_own_limit(
+    gate: str, value: float, threshold: float, passed: bool
+) -> None:
+    scores = {("cwe", 512): (0.0, 0.0), ("vt", 512): (0.7, 0.8), ("vt", 1024): (0.2, 0.8)}
+    document = prompts(scores | ({("niah_single", 512): (math.nan, 1.0)} if math.isnan(value) else {}))
+    (result,) = judge(read_gates(gate), document)
+    assert result.value == pytest.approx(value, nan_ok=True)
+    assert (result.threshold, result.passed) == (pytest.approx(threshold), passed)
+
+
+def test_a_gate_names_the_prompts_that_decided() -> None:
+    document = prompts({("cwe", 512): (0.0, 0.0), ("vt", 1024): (0.2, 0.8)})
+    ruler, passkey = judge(read_gates("ruler>=0.9*baseline,passkey>=0.5"), document)
+    assert "5 prompts of vt at 1024" in str(ruler)
+    assert "5 prompts at 1024" in str(passkey)
+
+
+@pytest.mark.parametrize("text", ["ppl_ratio<=1.0000001", "parameters<=1234567891", "kl<=1e-12", "nll<=1.5*baseline"])
+def test_a_gate_keeps_every_digit(text: str) -> None:
+    (gate,) = read_gates(text)
+    assert read_gates(str(gate)) == [gate]
+    assert str(gate) == text
+
+
+def test_a_threshold_keeps_every_digit() -> None:
+    document = {**DOCUMENT, "model": {"parameters": 1234567892}, "baseline": {"parameters": 1234567891}}
+    (result,) = judge(read_gates("parameters<=1*baseline"), document)
+    assert "against 1234567891" in str(result)
+
+
+def test_a_limit_that_no_float_holds_is_refused() -> None:
+    with pytest.raises(ConfigError, match="1e999"):
+        read_gates("nll<=1e999")
 
 
 def test_a_comparison_without_baseline_fails() -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import string
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import headfuse
 from headfuse.config.values import parse_memory
 from headfuse.estimates import clustered_mean, mean, paired_stderr
 from headfuse.evaluation.capacity import fit
-from headfuse.evaluation.passkey import passkey_prompts
+from headfuse.evaluation.passkey import passkey_prompts, retrieve
 from headfuse.evaluation.perplexity import predict
 from tests.support.commands import run
 from tests.support.tiny_models import tiny_model
@@ -114,6 +116,48 @@ def test_passkey(folder: Path) -> None:
         assert tokenizer.decode(ids[-size:]).strip() in text[: text.rindex("What is")]
 
 
+def llama_like(scheme: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters and of two spaces, which puts a space before a text, as that of Llama-2 does."""
+    letters = ["▁", "▁▁", "\n", *string.ascii_letters, *string.digits, *".?,"]
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [("▁", "▁")]))
+    if scheme == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "metaspace"])
+def test_the_answer_has_the_tokens_of_the_fact(scheme: str) -> None:
+    """The key by itself begins with two spaces there, which no model sees before a key."""
+    tokenizer = llama_like(scheme)
+    for ids, size in passkey_prompts(tokenizer, 600, 3):
+        assert len(ids) == 600
+        words = tokenizer.convert_ids_to_tokens(ids)
+        assert words[-size] == "▁"
+        assert size == 6
+        answer = "".join(words[-size:])
+        assert f"is{answer}." in "".join(words[: -size - 40])
+
+
+def test_the_key_of_a_tokenizer_that_puts_nothing_before_a_text_is_as_it_was() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples/mha-6m")
+    for seed in range(3):
+        for ids, size in passkey_prompts(tokenizer, 300, 2, seed):
+            key = tokenizer.decode(ids[-size:])
+            assert ids[-size:] == tokenizer(key, add_special_tokens=False).input_ids
+
+
+def test_the_nll_of_a_key_is_that_of_logits_within_their_bound(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model", "gemma2")  # whose logits are within 5
+    model, tokenizer = headfuse.load(folder), AutoTokenizer.from_pretrained(folder)
+    (found,) = retrieve(model, tokenizer, [400], 1)
+    ((ids, size),) = passkey_prompts(tokenizer, 400, 1)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -size - 1 : -1]
+    assert found.nll == pytest.approx(F.cross_entropy(logits, torch.tensor(ids[-size:])).item(), rel=1e-5)
+
+
 def test_memory(folder: Path) -> None:
     document = evaluate(folder, "--memory", "1MB", "--baseline", folder / "other")
     fits, kv = document["model"]["fit"], document["model"]["kv_bytes_per_token"]
@@ -126,6 +170,25 @@ def test_memory(folder: Path) -> None:
         with pytest.raises(ValueError, match="is not a size"):
             parse_memory(bad)
     assert fit(100, 20, 8, 5, None).largest_batch == 2
+
+
+def test_memory_is_compared_with_the_weights_before_a_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headfuse.evaluation.evaluate.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    assert "are too few for" in evaluate(folder, "--memory", "1KB", code=1)["error"]["what"]
+
+
+def test_a_baseline_that_does_not_fit_leaves_room_for_nothing(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = tiny_model(tmp_path / "large", layers=8)
+    size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+    document = evaluate(folder, "--memory", f"{size + 1000}", "--baseline", large)
+    mine, theirs = document["model"]["fit"], document["baseline"]["fit"]
+    assert (theirs["longest_context"], theirs["largest_batch"]) == (0, 0)
+    assert mine["longest_context"] > 0
+    assert f"large: {size + 1000:,} bytes are too few for {theirs['weight_bytes']:,} bytes of weights" in caplog.text
 
 
 def test_speed(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,125 @@ def test_fused_models_of_every_layout_against_their_source(tmp_path: Path, tasks
     assert (entry["metric"], entry["main"], entry["model"]["samples"]) == ("acc", True, 4)
     assert entry["difference"]["value"] == pytest.approx(entry["model"]["value"] - entry["baseline"]["value"])
     assert [gate["unit"] for gate in document["gates"]] == ["questions", "questions"]
+
+
+def write_task(folder: Path, name: str, **fields: Any) -> None:
+    """A task of four questions with the answer `a key`; functions of `scores.py` are named as `!function`."""
+    questions = [json.dumps({"question": f"what was it {i}", "answer": "a key", "choices": ["a key", "no"], "gold": 0})
+                 for i in range(4)]  # fmt: skip
+    (folder / f"{name}.jsonl").write_text("\n".join(questions))
+    task: dict[str, Any] = {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
+        "test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "answer", **fields,
+    }  # fmt: skip
+    metrics = [{"metric": m, "aggregation": a, "higher_is_better": True} for m, a in task.pop("metrics").items()]
+    text = json.dumps({**task, "metric_list": metrics})  # JSON is YAML, too
+    (folder / f"{name}.yaml").write_text(re.sub(r'"(!function [\w.]+)"', r"\1", text))
+
+
+CHOICES = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"output_type": "loglikelihood_rolling", "metrics": {"word_perplexity": "weighted_perplexity"}},
+        {**CHOICES, "metrics": {"mcc": "matthews_corrcoef", "f1": "f1"}},
+        {"output_type": "generate_until", "generation_kwargs": {"until": ["x"]}, "metrics": {"bleu": "bleu"}},
+    ],
+)
+def test_a_task_without_a_score_for_each_question_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    model, text = tiny_model(tmp_path / "model"), ("--data", tmp_path / "text.txt", "--sequence-length", 16)
+    write_task(tmp_path, "whole", **fields)
+    monkeypatch.setattr("headfuse.evaluation.evaluate.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    output = " ".join(run("eval", model, *text, "--tasks", "whole", "--tasks-path", tmp_path, code=1).split())
+    assert "task whole has no score for each question" in output
+    assert next(iter(fields["metrics"])) in output
+
+
+@needs_harness
+@pytest.mark.long
+def test_a_score_that_is_no_number_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(tmp_path / "model")
+    (tmp_path / "scores.py").write_text(
+        "def pairs(doc, results):\n    return {'pair': (1, 2)}\n\n\n"
+        "def odd(doc, results):\n    number = 1.0 if '3' in doc['question'] else float('nan')\n"
+        "    return {'odd': number, 'even': 1.0}\n"
+    )
+    log = {"output_type": "loglikelihood"}
+    write_task(tmp_path, "pairs", **log, process_results="!function scores.pairs", metrics={"pair": "f1"})
+    write_task(tmp_path, "odd", **log, process_results="!function scores.odd", metrics={"odd": "mean", "even": "mean"})
+    found = evaluate(model, "--tasks", "pairs,odd", "--tasks-path", tmp_path, "--baseline", model)["tasks"]
+    assert [(one["task"], one["metric"], one["main"]) for one in found] == [("odd", "even", False)]
+    assert "task pairs has no score for each question" in caplog.text
+    assert "odd of task odd is left out" in caplog.text
+
+
+@needs_harness
+@pytest.mark.long
+def test_every_filter_of_a_task_has_its_score(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    filters: list[dict[str, Any]] = [
+        {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern}, {"function": "take_first"}]}
+        for name, pattern in (("strict-match", "(never)"), ("flexible-extract", "(a key|)"))
+    ]
+    write_task(
+        tmp_path, "filtered", output_type="generate_until", metrics={"exact_match": "mean"}, filter_list=filters,
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 2, "do_sample": False}, doc_to_target="",
+    )  # fmt: skip
+    gates = "filtered>=0,filtered@exact_match>=0,filtered@exact_match/flexible-extract>=0"
+    document = evaluate(model, "--tasks", "filtered", "--tasks-path", tmp_path, "--gate", gates)
+    names = [(entry["metric"], entry["main"]) for entry in document["tasks"]]
+    assert names == [("exact_match/strict-match", True), ("exact_match/flexible-extract", False)]
+    scores = [entry["model"]["value"] for entry in document["tasks"]]
+    assert [gate["value"] for gate in document["gates"]] == [scores[0], scores[0], scores[1]]
+
+
+def shorten(model: Path, folder: Path, **changes: object) -> Path:
+    """A copy of a model with changes of its config.json."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@needs_harness
+@pytest.mark.long
+def test_both_models_read_prompts_of_one_length(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The smaller context of the two; what is cut is counted."""
+    model = tiny_model(tmp_path / "model")
+    short = shorten(model, tmp_path / "short", max_position_embeddings=40)
+    write_task(
+        tmp_path, "long", output_type="loglikelihood", metrics={"perplexity": "perplexity"},
+        doc_to_text="{% if '3' in question %}{{question * 9}}{% else %}{{question}}{% endif %}",
+    )  # fmt: skip
+    arguments = ("--tasks", "long", "--tasks-path", tmp_path)
+    (cut,) = evaluate(short, *arguments, "--baseline", model)["tasks"]
+    assert cut["difference"]["value"] == 0
+    assert caplog.text.count("longer than 40 tokens and lose their beginning, for every model: 1\n") == 1
+    (whole,) = evaluate(model, *arguments)["tasks"]
+    assert whole["model"]["value"] != cut["model"]["value"]
+    assert caplog.text.count("longer than") == 1
+
+
+@needs_harness
+@pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
+def test_a_tokenizer_without_special_tokens_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = tiny_model(tmp_path / "model")
+    file = model / "tokenizer_config.json"
+    settings = {**json.loads(file.read_text()), "eos_token": None}
+    settings |= {"bos_token": "<eos>"} if kind == "generate_until" else {}  # what generates must know an end
+    file.write_text(json.dumps(settings))
+    write_task(tmp_path, "one", output_type=kind, metrics={"acc" if kind == "loglikelihood" else "exact_match": "mean"})
+    monkeypatch.setattr("headfuse.evaluation.evaluate.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    text = ("--data", tmp_path / "text.txt", "--sequence-length", 16)
+    output = " ".join(run("eval", model, *text, "--tasks", "one", "--tasks-path", tmp_path, code=1).split())
+    assert "set eos_token in tokenizer_config.json" in output
 
 
 @needs_harness

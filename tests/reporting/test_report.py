@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from headfuse.reporting.report import eval_command
 from tests.support.commands import fuse, run
 from tests.support.tiny_models import tiny_model
 
@@ -119,3 +122,44 @@ def test_analyze_writes_a_report_of_its_plan(tmp_path: Path) -> None:
     assert "<title>headfuse report: plan for model</title>" in page
     assert page.count("data:image/png;base64,") == 2
     assert "partial" not in page
+
+
+def measure(folder: Path, *args: object, model: str = "fused", code: int = 0) -> str:
+    text = ("--data", folder / "text.txt", "--samples", 2, "--sequence-length", 16, "--json")
+    return run("eval", folder / model, *text, *args, code=code)
+
+
+def test_a_plan_that_cannot_be_read_stops_eval_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder / "fused", folder / "broken")
+    (folder / "broken" / "plan.json").write_text("{")
+    monkeypatch.setattr("headfuse.evaluation.evaluate.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    assert "plan.json" in measure(folder, "--report", folder / "b.html", model="broken", code=1)
+    assert not (folder / "b.html").exists()
+
+
+def test_figures_are_printed_even_where_a_file_beside_them_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    side = ("--report", folder / "full.html", "--junit", folder / "v.xml", "--gate", "nll<=0")
+    assert "gates failed" in measure(folder, *side, code=3)
+    assert 'failures="1"' in (folder / "v.xml").read_text()
+    assert (folder / "full.html").is_file()
+    monkeypatch.setattr("headfuse.reporting.report.write_whole", full)
+    lines = measure(folder, *side, code=1).splitlines()
+    (document,) = [json.loads(line) for line in lines if line.startswith("{")]
+    assert document["model"]["nll"] > 0
+    assert "No space left on device" in " ".join(lines)
+
+
+def test_the_command_of_a_report_measures_in_the_same_way(folder: Path) -> None:
+    """It names the dtype and the folders of tasks, without their path."""
+    document = json.loads(measure(folder, "--dtype", "bfloat16").splitlines()[-1])
+    assert "--dtype bfloat16" in eval_command(document)
+    tasks = [{"task": "piqa", "metric": "acc"}, {"task": "piqa", "metric": "acc_norm"}]
+    document |= {"tasks": tasks, "tasks_path": ["tasks", "more tasks"]}
+    assert "--tasks piqa --tasks-path tasks --tasks-path 'more tasks'" in eval_command(document)
+    for key in ("dtype", "tasks_path"):  # as in a document of an older version
+        document.pop(key)
+    assert "--dtype" not in eval_command(document)
+    assert "--tasks-path" not in eval_command(document)

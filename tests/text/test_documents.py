@@ -43,6 +43,16 @@ def test_parquet_and_folder(tmp_path: Path) -> None:
     assert list(read_documents(str(tmp_path))) == ["t", "p1", "p2", "j"]
 
 
+def test_a_parquet_file_is_that_of_its_name(tmp_path: Path) -> None:
+    """Not a pattern of names."""
+    datasets = pytest.importorskip("datasets")
+    for number, name in enumerate(("a[1].parquet", "a1.parquet", "b*.parquet", "bc.parquet", "c?.parquet")):
+        datasets.Dataset.from_dict({"text": [str(number)]}).to_parquet(str(tmp_path / name))
+    assert list(read_documents(str(tmp_path / "a[1].parquet"))) == ["0"]
+    assert list(read_documents(str(tmp_path / "b*.parquet"))) == ["2"]
+    assert sorted(read_documents(str(tmp_path))) == ["0", "1", "2", "3", "4"]
+
+
 def test_packaged_text_is_divided_at_form_feeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "prose.txt").write_text("one\ftwo\f", encoding="utf-8")

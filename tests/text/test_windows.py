@@ -3,13 +3,19 @@
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+import headfuse
 from headfuse.errors import DataError
-from headfuse.text.windows import iter_windows, token_windows, varied_windows
+from headfuse.text.documents import read_documents
+from headfuse.text.records import text_of
+from headfuse.text.windows import iter_windows, labelled_tokens, token_windows, varied_windows
+from tests.support.tiny_models import tiny_model
 from tests.text.corpus import SENTENCES, packed
 
 
@@ -80,3 +86,42 @@ def test_documents_need_an_eos_token_and_one_document_does_not(tokenizer: PreTra
         token_windows(SENTENCES[:2], without, 2)
     with pytest.raises(DataError, match="no EOS token"):
         varied_windows(SENTENCES[:2], without, 2, 9, seed=0)
+
+
+def test_every_token_has_the_source_of_its_document(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The EOS that ends a document is its own, not the next one's."""
+    documents = [
+        text_of({"text": text, "source": source}, "", None) for text, source in zip(SENTENCES[:4], "aabc", strict=True)
+    ]
+    ids, places, names = labelled_tokens(documents, tokenizer, 1000)
+    assert ids.tolist() == packed([str(document) for document in documents], tokenizer)
+    expected: list[str] = []
+    for document, source in zip(documents, "aabc", strict=True):
+        count = len(tokenizer.encode(str(document), add_special_tokens=False)) + 1
+        expected += [source] * count
+    assert [names[place] for place in places] == expected[:-1]
+
+
+def test_a_long_text_file_is_read_as_far_as_it_must_to_the_same_tokens(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headfuse.text.windows.TOKENISED_CHARACTERS", 100)
+    text = "\r\n".join(SENTENCES) + "a" * 250 + "\n" + " ".join(SENTENCES)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.txt").write_bytes(b"The dog")
+    pieces = list(read_documents(str(tmp_path / "a.txt"), in_pieces=True))
+    assert max(map(len, pieces)) <= 100
+    assert torch.equal(token_windows(pieces, tokenizer, 8), token_windows([text], tokenizer, 8))
+    folder = list(read_documents(str(tmp_path), in_pieces=True))
+    assert torch.equal(token_windows(folder, tokenizer, 1), token_windows([text, "The dog"], tokenizer, 1))
+    assert set(read_documents(str(tmp_path), in_pieces=True, seed=0)) == {text, "The dog"}  # whole: they are shuffled
+
+
+def test_evaluation_reads_no_further_than_its_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headfuse.text.windows.TOKENISED_CHARACTERS", 1000)
+    model = tiny_model(tmp_path / "model")
+    text = (tmp_path / "text.txt").read_bytes()
+    (tmp_path / "long.txt").write_bytes(text * 400 + b"\xff")  # what is not UTF-8 is 4 MB away
+    options: dict[str, Any] = {"samples": 2, "sequence_length": 16}
+    found = headfuse.evaluate(str(model), data=str(tmp_path / "long.txt"), **options)
+    assert found.model == headfuse.evaluate(str(model), data=str(tmp_path / "text.txt"), **options).model
