@@ -16,6 +16,7 @@ from headfuse.checkpoint.plan_file import write_plan
 from headfuse.plan import FusionPlan
 
 logger = logging.getLogger(__name__)
+_RESTORE = "restore the original file"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -68,12 +69,26 @@ def code_files(config: Mapping[str, Any]) -> tuple[Path, ...]:
     return CODE.get(str(config.get("model_type")), ()) if "headfuse_format" in config else ()
 
 
+def companions(folder: Path) -> list[str]:
+    """The files that an output keeps of its source."""
+    return [name for name in files_of(folder) if is_companion(name)]
+
+
+def check_companions(folder: Path) -> None:
+    """Raise CheckpointError for a file of settings that could not be copied in the end."""
+    for name in companions(folder):
+        if name.endswith("_config.json"):
+            read_json(folder / name, _RESTORE)
+
+
 def copy_companions(source: Path, target: Path, trust_remote_code: bool = False) -> None:
     """Copy what belongs to the model besides its weights: tokenizer, chat templates, generation config, licence, page.
 
     The source's code is copied if a tokenizer or processor names it and the source is trusted.
     """
-    names = [name for name in files_of(source) if is_companion(name)]
+    names = companions(source)
+    for stale in set(companions(target)) - set(names):  # of the run that is resumed
+        (target / stale).unlink()
     for name in names:
         (target / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copyfile(source / name, target / name)
@@ -91,7 +106,7 @@ def _name_tokenizer_class(source: Path, target: Path) -> None:
     from transformers import AutoTokenizer
 
     path = target / "tokenizer_config.json"
-    fields = read_json(path, "restore the original file") if path.exists() else None
+    fields = read_json(path, _RESTORE) if path.exists() else None
     if fields is not None and "auto_map" in fields:
         return
     try:
@@ -111,7 +126,7 @@ def _settle_code(source: Path, target: Path, name: str, trust_remote_code: bool)
 
     Names of code in other repositories, `org/name--module.Class`, stay.
     """
-    raw = read_json(target / name, "restore the original file")
+    raw = read_json(target / name, _RESTORE)
     auto_map = raw.get("auto_map")
     if not auto_map:
         return

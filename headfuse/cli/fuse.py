@@ -99,7 +99,7 @@ def fuse(  # a parameter an option: Typer reads them
             return {**_dry_run(source, settings, place), "why_layout": why}
         result = _fuse(source, settings, place, log_console(quiet or json_output))
         document = {**_document(result), "why_layout": why, **_sizes(source, result.output)}
-        document["next"] = _next(model, result.output, runtime)
+        document["next"] = _next(source, result.output, runtime, machine.trust_remote_code)
         document["gates"] = [judged.to_dict() for judged in judge(gates, _gated(result))]
         write_verdicts(document, junit, github_summary)
         return document
@@ -160,12 +160,13 @@ def _sizes(model: str, output: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def _next(model: str, output: Path, runtime: str | None) -> list[str]:
-    """Suggested next commands."""
+def _next(model: str, output: Path, runtime: str | None, trust_remote_code: bool) -> list[str]:
+    """Suggested next commands, on the same revision of the source."""
     fused, source = shlex.quote(str(output)), shlex.quote(model)
+    trust = " --trust-remote-code" * trust_remote_code
     return [
-        f"headfuse eval {fused} --baseline {source} --data TEXT",
-        f"headfuse uptrain {fused} --teacher {source} --data TEXT --tokens 50M",
+        f"headfuse eval {fused} --baseline {source} --data TEXT{trust}",
+        f"headfuse uptrain {fused} --teacher {source} --data TEXT --tokens 50M{trust}",
         *([f"headfuse export {fused} --to gguf --output {fused}.gguf"] if runtime == "llama.cpp" else []),
     ]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from headfuse.checkpoint.finish import check_companions
 from headfuse.checkpoint.folder import resolve_model
 from headfuse.checkpoint.generation import generation_config
 from headfuse.checkpoint.hub import folder_name, repository_of
@@ -48,7 +49,8 @@ class Source:
         """Open and check a source model: config, family, weight files."""
         folder = resolve_model(model)
         config = read_config(folder, trust_remote_code)
-        generation_config(folder)  # before any work
+        check_companions(folder)  # before any work
+        generation_config(folder)
         heads, checkpoint = head_layout(config, folder / "config.json"), Checkpoint(folder)
         _check_heads(checkpoint, heads, config)
         weights = ModelWeights.choose(checkpoint, config)

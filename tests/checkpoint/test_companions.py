@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from headfuse.checkpoint.companions import is_companion, is_read
+from headfuse.checkpoint.finish import copy_companions
 from tests.support.commands import fuse, run
 from tests.support.listed_companions import entries
 from tests.support.model_outputs import logits
@@ -211,3 +212,21 @@ def test_an_adapter_merged_as_the_message_says(model: Path, tmp_path: Path) -> N
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model / name, merged)
     fuse(merged, tmp_path / "out", "--budget", 0.5)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_damaged_settings_are_refused_before_the_work(model: Path, tmp_path: Path, name: str) -> None:
+    (model / name).write_text('{"temperature": 0.7,')
+    error = failure(run("fuse", model, "-o", tmp_path / "out", "--dry-run", "--json", code=1))
+    assert error["where"] == str(model / name)
+    assert "is not valid JSON" in error["what"]
+
+
+def test_a_run_that_goes_on_keeps_no_file_that_the_source_has_lost(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial/preprocessor_config.json").write_text("{}")
+    shutil.copyfile(model / "tokenizer.json", source / "tokenizer.json")
+    copy_companions(source, tmp_path / "partial")
+    assert [path.name for path in (tmp_path / "partial").iterdir()] == ["tokenizer.json"]

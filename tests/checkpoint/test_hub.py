@@ -99,6 +99,14 @@ def test_a_revision_with_every_command(hub: FakeHub, tmp_path: Path) -> None:
     assert Path(exported) == tmp_path / "work/tiny-layerwise"
 
 
+def test_the_next_commands_name_the_revision(hub: FakeHub, tmp_path: Path) -> None:
+    line = ["acme/tiny", "--revision", "v1", "--trust-remote-code", "--data", tmp_path / "text.txt", *QUICK]
+    of_eval, of_uptrain = document("fuse", *line, "--preset", "fast")["next"]
+    assert "--baseline acme/tiny@v1 " in of_eval
+    assert "--teacher acme/tiny@v1 " in of_uptrain
+    assert of_eval.endswith("--trust-remote-code")
+
+
 def test_a_revision_in_the_name(hub: FakeHub, tmp_path: Path) -> None:
     assert document("fuse", "acme/tiny@v1", "--dry-run", *QUICK)["heads"]["source"] == 8
     measures = ["--data", tmp_path / "text.txt", "--samples", 2, "--sequence-length", 16]
