@@ -87,8 +87,6 @@ def copy_companions(source: Path, target: Path, trust_remote_code: bool = False)
     The source's code is copied if a tokenizer or processor names it and the source is trusted.
     """
     names = companions(source)
-    for stale in set(companions(target)) - set(names):  # of the run that is resumed
-        (target / stale).unlink()
     for name in names:
         (target / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copyfile(source / name, target / name)

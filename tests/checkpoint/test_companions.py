@@ -10,7 +10,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from headfuse.checkpoint.companions import is_companion, is_read
-from headfuse.checkpoint.finish import copy_companions
 from tests.support.commands import fuse, run
 from tests.support.listed_companions import entries
 from tests.support.model_outputs import logits
@@ -220,13 +219,3 @@ def test_damaged_settings_are_refused_before_the_work(model: Path, tmp_path: Pat
     error = failure(run("fuse", model, "-o", tmp_path / "out", "--dry-run", "--json", code=1))
     assert error["where"] == str(model / name)
     assert "is not valid JSON" in error["what"]
-
-
-def test_a_run_that_goes_on_keeps_no_file_that_the_source_has_lost(model: Path, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    (tmp_path / "partial").mkdir()
-    (tmp_path / "partial/preprocessor_config.json").write_text("{}")
-    shutil.copyfile(model / "tokenizer.json", source / "tokenizer.json")
-    copy_companions(source, tmp_path / "partial")
-    assert [path.name for path in (tmp_path / "partial").iterdir()] == ["tokenizer.json"]
