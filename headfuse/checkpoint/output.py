@@ -131,7 +131,9 @@ def _publish(partial: Path, path: Path, overwrite: bool) -> None:
         if not os.path.lexists(partial):
             path.rename(partial)
         _put_back(moves)
-        _drop(aside, path)
+        with contextlib.suppress(OSError):  # not empty: what could not go back stays there
+            (aside / _MARK).unlink(missing_ok=True)
+            aside.rmdir()
         raise
     (path / LOCK).unlink(missing_ok=True)
     sync(path.parent)

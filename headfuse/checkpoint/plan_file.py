@@ -25,6 +25,11 @@ def read_plan(path: Path) -> FusionPlan:
     return FusionPlan.from_json(text, str(path))
 
 
+def plan_in(folder: Path) -> FusionPlan | None:
+    """The plan of a model folder; None for one without plan.json."""
+    return read_plan(folder) if (folder / "plan.json").exists() else None
+
+
 def write_plan(folder: Path, plan: FusionPlan, known: Mapping[str, str] | None = None) -> FusionPlan:
     """Write plan.json with the checksums of the files that are in the folder now; `known` ones are not read again."""
     known = known or {}

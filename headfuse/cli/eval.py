@@ -131,12 +131,11 @@ def evaluate(  # a parameter an option: Typer reads them
 ) -> None:
     """Measure perplexity, agreement with a baseline, tasks, retrieval, memory and speed; judge gates."""
 
-    found: Document = {}
-
     def work() -> Document:
         from headfuse.checkpoint.folder import resolve_model
         from headfuse.checkpoint.hub import at_revision
         from headfuse.checkpoint.inputs import check_exists, check_model, check_writable
+        from headfuse.checkpoint.plan_file import plan_in
         from headfuse.config.command import EVALUATE
         from headfuse.evaluation.ci_reports import check_summary
         from headfuse.evaluation.gates import judge, read_gates
@@ -154,32 +153,24 @@ def evaluate(  # a parameter an option: Typer reads them
         check_summary(github_summary)
         calm_libraries(verbose)
         if report is not None:
-            from headfuse.reporting.report import plan_of
-
-            plan_of(resolve_model(source))  # an error now, and not after the work
+            plan_in(resolve_model(source))  # an error now, and not after the work
         silent = quiet or json_output or (verbose and is_live(log_console(False)))  # a live line and a log do not mix
         document = _evaluate(source, verify, log_console(silent), config=settings, **dict(machine))
         document["gates"] = [judged.to_dict() for judged in judge(gates, document)]
-        found.update(document)
         return document
 
-    def files() -> Document:
+    def files(document: Document) -> None:
         from headfuse.checkpoint.folder import resolve_model
         from headfuse.checkpoint.hub import at_revision
         from headfuse.evaluation.ci_reports import write_verdicts
 
-        write_verdicts(found, junit, github_summary)
+        write_verdicts(document, junit, github_summary)
         if report is not None:
             from headfuse.reporting.report import write_report
 
-            write_report(report, resolve_model(at_revision(model, revision)), found)
-        return {}
+            write_report(report, resolve_model(at_revision(model, revision)), document)
 
-    try:
-        execute(work, render, json_output, quiet, verbose)
-    finally:  # a file that cannot be written must not take the figures with it
-        if found:
-            execute(files, render, as_json=False, quiet=True, verbose=verbose)
+    execute(work, render, json_output, quiet, verbose, files)
 
 
 def _evaluate(model: str, verified: bool, log: Console, **arguments: Any) -> Document:

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from headfuse.errors import HeadfuseError
 
 Document = dict[str, Any]
 """What `--json` prints."""
+_Result = TypeVar("_Result")
 
 
 def execute(
@@ -26,13 +27,29 @@ def execute(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    files: Callable[[Document], None] | None = None,
 ) -> None:
-    """Run a command, print its result, and turn every failure into one message and an exit code."""
+    """Run a command, print its result, and turn every failure into one message and an exit code.
+
+    `files` writes what goes beside the printed result, and comes after it: one that fails takes no figures with it.
+    """
     first = is_first_process()
     with _log(verbose and first):
-        document = _document(work, as_json and first, verbose)
+        document = _done(work, as_json and first, verbose)
     if not first:
         return
+    try:
+        _show(document, render, as_json, quiet)
+    finally:
+        if files is not None:
+            _done(lambda: files(document), as_json=False, verbose=verbose)
+    failed = [gate["gate"] for gate in document.get("gates", []) if not gate["passed"]]
+    if failed:
+        typer.echo(f"error: gates failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(3)
+
+
+def _show(document: Document, render: Callable[[Document, Console], None], as_json: bool, quiet: bool) -> None:
     if as_json:
         typer.echo(json.dumps(document))
     elif quiet:
@@ -40,10 +57,6 @@ def execute(
             typer.echo(document["output"])
     else:
         render(document, Console(markup=False, emoji=False))  # names may hold brackets and colons
-    failed = [gate["gate"] for gate in document.get("gates", []) if not gate["passed"]]
-    if failed:
-        typer.echo(f"error: gates failed: {', '.join(failed)}", err=True)
-        raise typer.Exit(3)
 
 
 def is_first_process() -> bool:
@@ -101,7 +114,7 @@ def _terminated(number: int, frame: object) -> None:
     raise _Terminated
 
 
-def _document(work: Callable[[], Document], as_json: bool, verbose: bool) -> Document:
+def _done(work: Callable[[], _Result], as_json: bool, verbose: bool) -> _Result:
     """The result of the work; a failure is printed and becomes an exit code."""
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -79,7 +79,7 @@ def fuse(  # a parameter an option: Typer reads them
         from headfuse.checkpoint.hub import at_revision
         from headfuse.checkpoint.inputs import check_exists, check_model, check_writable
         from headfuse.config.command import FUSE
-        from headfuse.evaluation.ci_reports import check_summary, write_verdicts
+        from headfuse.evaluation.ci_reports import check_summary
         from headfuse.evaluation.gates import FUSE_METRICS, judge, read_gates
         from headfuse.text.documents import check_data
 
@@ -101,10 +101,15 @@ def fuse(  # a parameter an option: Typer reads them
         document = {**_document(result), "why_layout": why, **_sizes(source, result.output)}
         document["next"] = _next(source, result.output, runtime, machine.trust_remote_code)
         document["gates"] = [judged.to_dict() for judged in judge(gates, _gated(result))]
-        write_verdicts(document, junit, github_summary)
         return document
 
-    execute(work, render, json_output, quiet, verbose)
+    def files(document: Document) -> None:
+        from headfuse.evaluation.ci_reports import write_verdicts
+
+        if not dry_run:
+            write_verdicts(document, junit, github_summary)
+
+    execute(work, render, json_output, quiet, verbose, files)
 
 
 def _fuse(model: str, settings: FuseConfig, place: Mapping[str, Any], log: Console) -> FuseResult:

@@ -60,11 +60,12 @@ def report(
 
 
 def _report(folder: Path, figures: Path | None, analysis: Path | None, output: Path) -> Document:
-    from headfuse.reporting.report import plan_of, read_document
+    from headfuse.checkpoint.plan_file import plan_in
+    from headfuse.reporting.report import read_document
     from headfuse.reporting.written import report
 
     written = report(folder, figures=figures, analysis=analysis, output=output)
-    plan = plan_of(folder)
+    plan = plan_in(folder)
     kv_ratio = plan.kv_ratio if plan else None if figures is None else read_document(figures)["kv_ratio"]
     return {"schema_version": 1, "command": "report", "output": str(written), "kv_ratio": kv_ratio}
 

@@ -199,12 +199,13 @@ def uptrain(  # a parameter an option: Typer reads them
 
 def _uptrain(model: str, log: Console, **arguments: Any) -> Document:
     """Train, and show the steps."""
-    from headfuse.checkpoint.plan_file import read_plan
+    from headfuse.checkpoint.plan_file import plan_in
     from headfuse.training.uptrain import uptrain
 
     with _shown(log) as on_progress:
         result = uptrain(model, on_progress=on_progress, **arguments)
-    kv_ratio = read_plan(result.output).kv_ratio if (result.output / "plan.json").exists() else None
+    plan = plan_in(result.output)
+    kv_ratio = None if plan is None else plan.kv_ratio
     return {"schema_version": 1, "command": "uptrain", "kv_ratio": kv_ratio, **result.to_dict()}
 
 

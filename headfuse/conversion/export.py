@@ -99,15 +99,6 @@ def write_export(
     return plan.output
 
 
-def _place(plan: ExportPlan, name: str) -> tuple[int | None, str]:
-    """The layer of a stored tensor, and its name in it; None and the whole name for what is in no layer."""
-    for layer_idx in range(len(plan.layers)):
-        prefix = plan.folder.arch.layer_prefix(layer_idx) + "."
-        if name.startswith(prefix):
-            return layer_idx, name.removeprefix(prefix)
-    return None, name
-
-
 def _spec(plan: ExportPlan) -> dict[str, torch.Tensor]:
     """Every tensor of the output, without data, in the order in which `_tensors` reads them."""
     checkpoint = plan.folder.checkpoint
@@ -134,7 +125,7 @@ def _arranged(plan: ExportPlan, read: Callable[[str], torch.Tensor]) -> Iterator
     """The tensors of the output, by name; a layer's attention comes as a whole, at the place of its first tensor."""
     folder, seen = plan.folder, set[int]()
     arch, target = folder.arch, architecture_of(folder.heads.model_type)
-    places = {name: _place(plan, name) for name in folder.checkpoint.shapes}
+    places = {name: arch.place(name) for name in folder.checkpoint.shapes}
     for name, (layer_idx, inner) in places.items():
         prefix = name.removesuffix(inner)
         if layer_idx is None or not arch.owns(inner):

@@ -21,6 +21,7 @@ from headfuse.conversion.resume import FinishedLayers, layers_done
 from headfuse.layouts import LAYOUTS
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.canonical import CanonicalCheckpoint
+from headfuse.models.config import with_dtype
 from headfuse.models.families import Architecture
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
@@ -83,11 +84,7 @@ def _written_tensors(
 
 def fused_config(source: Source, plan: FusionPlan, dtype: str | None) -> dict[str, Any]:
     """The config.json of the fused model; `dtype` is that of the written weights, None the source's."""
-    raw = source.raw_config()
-    if dtype is not None:
-        raw.pop("torch_dtype", None)
-        raw["dtype"] = dtype
-    return LAYOUTS[plan.layout].config(raw, plan)
+    return LAYOUTS[plan.layout].config(with_dtype(source.raw_config(), dtype), plan)
 
 
 def write_beside_weights(

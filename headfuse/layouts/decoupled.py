@@ -7,6 +7,7 @@ from typing import Any
 from headfuse.errors import UnsupportedModelError
 from headfuse.layouts.assignment import head_of_query
 from headfuse.models.attention import AttentionWeights
+from headfuse.models.config import dtype_of
 from headfuse.models.families import Architecture
 from headfuse.plan import FusionPlan, LayerPlan
 
@@ -21,7 +22,7 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
         "model_type": "headfuse",
         "architectures": ["HeadfuseForCausalLM"],
         "auto_map": dict(AUTO_MAP),
-        "dtype": source.get("dtype") or source.get("torch_dtype"),
+        "dtype": dtype_of(source),
         "headfuse_format": 1,
         "source_config": source,
         "num_key_heads": list(budget.key_heads),

@@ -12,13 +12,13 @@ from transformers import PreTrainedConfig
 
 from headfuse.checkpoint.folder import resolve_model
 from headfuse.checkpoint.hub import folder_name
-from headfuse.checkpoint.plan_file import read_plan
+from headfuse.checkpoint.plan_file import plan_in
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.choices import Layout
 from headfuse.errors import CheckpointError, UnsupportedModelError
 from headfuse.layouts import layerwise
 from headfuse.layouts.assignment import HeadAssignment
-from headfuse.models.config import config_of, raw_config, read_config, with_dtype
+from headfuse.models.config import config_of, dtype_of, raw_config, read_config, with_dtype
 from headfuse.models.families import Architecture
 from headfuse.models.heads import head_dim, head_layout
 from headfuse.models.model_code import warn_of_other_code
@@ -88,7 +88,7 @@ class ModelFolder:
     @cached_property
     def plan(self) -> FusionPlan | None:
         """Its plan.json; None where there is none."""
-        return read_plan(self.path) if (self.path / "plan.json").exists() else None
+        return plan_in(self.path)
 
     @property
     def arch(self) -> Architecture:
@@ -114,9 +114,9 @@ class ModelFolder:
         """config.json of the source's own class, whatever its number of KV heads."""
         raw = self.raw_config()
         if self.layout in ("decoupled", "latent"):  # whose models read a field of their own before the source's
-            source, dtype = raw["source_config"], raw.get("dtype") or raw.get("torch_dtype")
+            source = raw["source_config"]
             family = {**source, **{name: raw[name] for name in source.keys() & raw.keys() - _OF_THE_FOLDER}}
-            return with_dtype(family, dtype) if dtype else family
+            return with_dtype(family, dtype_of(raw))
         if self.layout == "gqa":
             return raw
         model_type = str(getattr(self.config, "source_model_type", None))

@@ -9,6 +9,7 @@ import torch
 
 from headfuse.errors import UnsupportedModelError
 from headfuse.models.attention import AttentionWeights
+from headfuse.models.config import dtype_of
 from headfuse.models.families import Architecture
 from headfuse.plan import FusionPlan, HeadLayout, LayerPlan
 
@@ -22,7 +23,7 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
         "model_type": "headfuse_latent",
         "architectures": ["LatentForCausalLM"],
         "auto_map": dict(AUTO_MAP),
-        "dtype": source.get("dtype") or source.get("torch_dtype"),
+        "dtype": dtype_of(source),
         "headfuse_format": 1,
         "source_config": _with_positions(source, plan.max_positions),
         "groups": [[list(group) for group in layer.key_groups] for layer in plan.layers],

@@ -27,7 +27,7 @@ def config(source: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
 def layerwise_config(source: dict[str, Any], num_key_value_heads: tuple[int, ...]) -> dict[str, Any]:
     """The config.json of a model with these KV heads in its layers, given that of its source."""
     from headfuse.modeling.configuration_layerwise import AUTO_MAP, FORMAT
-    from headfuse.models.config import config_of
+    from headfuse.models.config import config_of, dtype_of
 
     whole = config_of(source)
     biases = getattr(whole, "attention_bias", False)
@@ -39,7 +39,7 @@ def layerwise_config(source: dict[str, Any], num_key_value_heads: tuple[int, ...
         "model_type": "nemotron-nas",
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": dict(AUTO_MAP),
-        "dtype": source.get("dtype") or source.get("torch_dtype"),
+        "dtype": dtype_of(source),
         "headfuse_format": FORMAT,
         "source_model_type": source["model_type"],
         **{name: head_dim(whole) if name == "head_dim" else getattr(whole, name) for name in KEPT},

@@ -109,8 +109,15 @@ def raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json that names this dtype of the weights, and not by the field's older name."""
+def dtype_of(raw: Mapping[str, Any]) -> str | None:
+    """The dtype of the weights that a config.json names."""
+    return raw.get("dtype") or raw.get("torch_dtype")
+
+
+def with_dtype(raw: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config.json that names this dtype of the weights, and not by the field's older name; None: as it is."""
+    if dtype is None:
+        return dict(raw)
     return {**{name: value for name, value in raw.items() if name != "torch_dtype"}, "dtype": dtype}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -67,6 +68,12 @@ class Architecture:
     def layer_prefix(self, layer_idx: int) -> str:
         """Name of one decoder layer."""
         return self.layer.format(layer_idx=layer_idx)
+
+    def place(self, name: str) -> tuple[int | None, str]:
+        """The layer of a tensor, and its name in it; None and the whole name for one in no layer."""
+        layer = re.escape(self.layer).replace(r"\{layer_idx\}", r"(\d+)")
+        match = re.match(layer + r"\.", name)
+        return (None, name) if match is None else (int(match[1]), name[match.end() :])
 
     def attention_prefix(self, layer_idx: int) -> str:
         """Name of one layer's attention module."""

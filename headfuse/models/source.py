@@ -20,7 +20,7 @@ from headfuse.models.config import raw_config, read_config
 from headfuse.models.families import architecture_of
 from headfuse.models.heads import head_layout
 from headfuse.models.loading import check_tokens, load_tokenizer, unembedded_tokens, warn_of_unembedded
-from headfuse.models.weights import ModelWeights, further_layers, untie
+from headfuse.models.weights import ModelWeights, model_names, untie
 from headfuse.plan import HeadLayout, SourceModel
 from headfuse.text.bos import start_token
 from headfuse.text.calibration import CalibrationText
@@ -112,9 +112,7 @@ def _check_heads(checkpoint: Checkpoint, heads: HeadLayout, config: PreTrainedCo
     A wrong count may mean millions of layers, and a budget for them would fill the memory.
     """
     arch, stored, problem = architecture_of(heads.model_type), 0, None
-    names = arch.model_names(checkpoint.shapes)
-    for own in further_layers(names, arch, config):
-        del names[own]
+    names, _ = model_names(checkpoint, arch, config)
     shapes = {name: checkpoint.shapes[own] for own, name in names.items()}
     while any(name.startswith(arch.layer_prefix(stored) + ".") for name in shapes):
         stored += 1

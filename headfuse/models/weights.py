@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +57,7 @@ class ModelWeights:
         """As `open`, of an opened checkpoint that shows its tensors as they are stored."""
         arch = stored_architecture(config, checkpoint.folder / "config.json")
         model = model_without_weights(config, checkpoint.folder, "eager")
-        names = arch.model_names(checkpoint.shapes)
-        further = further_layers(names, arch, config)
-        for stored in further:
-            del names[stored]
+        names, further = model_names(checkpoint, arch, config)
         shapes = {name: checkpoint.shapes[stored] for stored, name in names.items()}
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         ties = dict(model.all_tied_weights_keys)
@@ -124,22 +120,26 @@ def stored_architecture(config: Any, where: object = None) -> Architecture:
     return architecture_of(getattr(config, "source_model_type", None) or config.model_type, where)
 
 
-def further_layers(names: Mapping[str, str], arch: Architecture, config: PreTrainedConfig) -> tuple[str, ...]:
-    """The stored tensors, of `names[stored]`, in layers behind the model's last one that its class ignores.
+def model_names(
+    checkpoint: Checkpoint, arch: Architecture, config: PreTrainedConfig
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The model's name of each stored tensor, and the stored tensors of layers behind its last one.
 
-    Such as the layer of GLM-4.5 that predicts a further token, which transformers does not compute.
+    These are layers that its class ignores, such as the one of GLM-4.5 that predicts a further token, which
+    transformers does not compute.
     """
+    names = arch.model_names(checkpoint.shapes)
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ("(?!)",)))
-    numbers = _layer_numbers(names.values(), arch)
-    beyond = {name for name, number in numbers.items() if number >= config.num_hidden_layers}
-    return tuple(stored for stored, name in names.items() if name in beyond and ignored.search(name))
+    beyond = {stored for stored, name in names.items() if _beyond(name, arch, config) and ignored.search(name)}
+    own = {stored: name for stored, name in names.items() if stored not in beyond}
+    return own, tuple(stored for stored in names if stored in beyond)
 
 
-def _layer_numbers(names: Iterable[str], arch: Architecture) -> dict[str, int]:
-    """The number of the layer of each name in a layer."""
-    layer = re.compile(re.escape(arch.layer).replace(r"\{layer_idx\}", r"(\d+)") + r"\.")
-    return {name: int(match[1]) for name in names if (match := layer.match(name))}
+def _beyond(name: str, arch: Architecture, config: PreTrainedConfig) -> bool:
+    """Whether a tensor is in a layer behind the model's last one."""
+    layer_idx, _ = arch.place(name)
+    return layer_idx is not None and layer_idx >= config.num_hidden_layers
 
 
 def _held(shapes: dict[str, tuple[int, ...]], arch: Architecture, num_layers: int) -> dict[str, tuple[int, ...]]:
@@ -174,11 +174,7 @@ def _check(
         for name, dtype in checkpoint.dtypes.items()
         if not dtype.is_floating_point and (name in expected or name not in held)  # not held: a part of one that is
     ]
-    problems += [
-        f"{name} is not in the model of config.json"
-        for name, number in _layer_numbers(held, arch).items()
-        if number >= config.num_hidden_layers
-    ]
+    problems += [f"{name} is not in the model of config.json" for name in held if _beyond(name, arch, config)]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(f"tensor {problems[0]}{more}", where=checkpoint.folder, fix=fix)

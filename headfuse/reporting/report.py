@@ -11,17 +11,12 @@ from typing import Any
 
 from headfuse.checkpoint.companions import FUSE_OPTIONS, TRAIN_LOG
 from headfuse.checkpoint.disk import write_whole
-from headfuse.checkpoint.plan_file import read_plan
+from headfuse.checkpoint.plan_file import plan_in
 from headfuse.errors import CheckpointError, ConfigError, OutputError
 from headfuse.plan import FusionPlan
 from headfuse.reporting.charts import agreement_chart, heads_chart, training_chart
 from headfuse.reporting.tables import figure_rows, gate_rows, kept, protocol
 from headfuse.reporting.templating import render
-
-
-def plan_of(folder: Path) -> FusionPlan | None:
-    """The plan of a model folder, None without one; raises HeadfuseError for one that cannot be read."""
-    return read_plan(folder) if (folder / "plan.json").is_file() else None
 
 
 def write_report(
@@ -43,7 +38,7 @@ def write_report(
     Raises:
         HeadfuseError: for a folder of which there is nothing to report, and files that cannot be read.
     """
-    plan = plan_of(folder)
+    plan = plan_in(folder)
     if plan is None and document is None:
         raise CheckpointError("holds no plan.json", where=folder, fix="give a folder that `headfuse fuse` wrote")
     options = folder / FUSE_OPTIONS

@@ -82,7 +82,7 @@ def write_trained(
     finish_folder(
         partial,
         model.path,
-        config=with_dtype(model.raw_config(), dtype) if dtype else model.raw_config(),
+        config=with_dtype(model.raw_config(), dtype),
         card=extended_card(model.path, result.output.name, uptrained_section(result)),
         options={CONFIG: f"# headfuse uptrain --config {CONFIG} MODEL\n{result.recipe.to_yaml()}"},
         plan=plan,

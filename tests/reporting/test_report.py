@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from headfuse.errors import OutputError
 from headfuse.reporting.report import eval_command
 from tests.support.commands import fuse, run
 from tests.support.tiny_models import tiny_model
@@ -149,6 +150,21 @@ def test_figures_are_printed_even_where_a_file_beside_them_fails(folder: Path, m
     lines = measure(folder, *side, code=1).splitlines()
     (document,) = [json.loads(line) for line in lines if line.startswith("{")]
     assert document["model"]["nll"] > 0
+    assert "No space left on device" in " ".join(lines)
+
+
+def test_a_conversion_is_printed_even_where_a_file_beside_it_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OutputError("No space left on device", where=folder / "j.xml", fix="free some")
+
+    monkeypatch.setattr("headfuse.evaluation.ci_reports._write", full)
+    text = ("--data", folder / "text.txt", "--samples", 4, "--sequence-length", 32, "--preset", "fast")
+    side = ("--gate", "kv_ratio<=0.5", "--junit", folder / "j.xml", "--json")
+    lines = run("fuse", folder / "model", "-o", folder / "beside", "--budget", 0.5, *text, *side, code=1).splitlines()
+    (document,) = [json.loads(line) for line in lines if line.startswith("{")]
+    assert Path(document["output"], "plan.json").is_file()
     assert "No space left on device" in " ".join(lines)
 
 

@@ -77,3 +77,23 @@ def test_overwriting_a_link_leaves_what_it_points_to(source: Workplace, place: W
     place.assert_whole()
     assert not place.out.is_symlink()
     assert (target / "plan.json").exists()
+
+
+def test_an_old_output_that_cannot_go_back_stays_aside(
+    source: Workplace, place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes the name in the moment of the exchange."""
+    shutil.copytree(source.whole, place.out)
+    (place.out / "mine").write_text("mine")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self == place.partial:
+            place.out.mkdir()
+            raise PermissionError(errno.EACCES, "taken")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    place.fuse("--overwrite", code=1)
+    (old,) = place.out.parent.glob("out.old-*")
+    assert (old / "out/mine").read_text() == "mine"
