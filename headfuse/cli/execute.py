@@ -15,6 +15,7 @@ from rich.console import Console
 
 from headfuse.cli.say import say
 from headfuse.errors import HeadfuseError
+from headfuse.models.heap import use_huge_pages
 
 Document = dict[str, Any]
 """What `--json` prints."""
@@ -72,6 +73,7 @@ def log_console(silent: bool) -> Console:
 def calm_libraries(verbose: bool) -> None:
     """Silence log messages and progress bars of libraries, unless asked for; imports the heavy libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    use_huge_pages()
     if verbose:
         return
     import transformers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 import weakref
@@ -111,6 +112,41 @@ def test_freed_blocks_leave_no_gaps() -> None:
     """128 MiB of tensors with small ones between them: they are a layer's, and the next layer's come on top."""
     result = subprocess.run([sys.executable, "-c", GAPS], check=True, capture_output=True, text=True)
     assert float(result.stdout) < 16
+
+
+HUGE_PAGES = """
+from headfuse.models.heap import use_huge_pages
+use_huge_pages()
+import torch
+tensor = torch.ones(2**26, dtype=torch.uint8)
+with open("/proc/self/smaps_rollup") as maps:
+    print(next(int(line.split()[1]) for line in maps if line.startswith("AnonHugePages")))
+"""
+_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not _ENABLED.exists() or "[madvise]" not in _ENABLED.read_text(), reason="the system gives no huge pages on request"
+)
+@pytest.mark.parametrize(("decided", "least"), [({}, 32 * 1024), ({"THP_MEM_ALLOC_ENABLE": "0"}, 0)])
+def test_large_tensors_lie_in_huge_pages(decided: dict[str, str], least: int) -> None:
+    """Half of 64 MiB at least, as free memory may be in pieces; none where the user wants none."""
+    free = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    command = [sys.executable, "-c", HUGE_PAGES]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, env=free | decided)
+    assert int(result.stdout) >= least
+    assert bool(least) == bool(int(result.stdout))
+
+
+def test_commands_ask_for_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headfuse.models.heap._HUGE_PAGES", tmp_path / "enabled")
+    model = tiny_model(tmp_path / "model")
+    for text, asked in (("always [madvise] never", "1"), ("[always] madvise never", None)):
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")  # put back after the test
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+        (tmp_path / "enabled").write_text(text)
+        fuse(model, tmp_path / "out", "--budget", "0.5", "--dry-run")
+        assert os.environ.get("THP_MEM_ALLOC_ENABLE") == asked
 
 
 def test_one_layer_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
