@@ -19,6 +19,7 @@ from headfuse import __version__, choices
 from headfuse.cli import options
 from headfuse.cli.execute import Document, execute
 from headfuse.cli.say import say
+from headfuse.models.host_memory import free_host_bytes
 
 SHOWN = ("torch", "transformers", "safetensors", "accelerate", "datasets", "huggingface_hub")
 """Required packages whose versions are shown."""
@@ -108,13 +109,12 @@ def _as_fault(faults: list[Fault], what: str, fix: str) -> Iterator[None]:
 
 
 def _memory() -> dict[str, int] | None:
-    """Main memory in bytes: all of it, and what is free for a new process."""
+    """Main memory in bytes: all of it, and what is free for a new process, within limits of its container."""
     try:
         import psutil  # comes with accelerate
     except ImportError:
         return None
-    memory = psutil.virtual_memory()
-    return {"total": memory.total, "available": memory.available}
+    return {"total": psutil.virtual_memory().total, "available": free_host_bytes() or 0}
 
 
 def _package_faults() -> list[Fault]:

@@ -207,7 +207,7 @@ def _dry_run(model: str, settings: FuseConfig, place: Mapping[str, Any]) -> Docu
     prepared = prepare(model, settings, **place)
     source, settings, kept = prepared.source, prepared.config, prepared.kv_channels
     machine, dtype = prepared.machine, prepared.machine.dtype
-    cost = estimate(source, settings, prepared.speed)
+    cost = estimate(source, settings, prepared.speed, prepared.device, machine.placement)
     device = on_device(source, prepared.device, machine.placement)
     itemsize = next(iter(source.checkpoint.dtypes.values())).itemsize if dtype is None else DTYPE_NAMES[dtype].itemsize
     heads = source.heads

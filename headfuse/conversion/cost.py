@@ -15,7 +15,7 @@ from headfuse.dha.loop import training_memory
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
 from headfuse.models.families import architecture_of
-from headfuse.models.placement import DeviceMemory, batch_tokens
+from headfuse.models.placement import DeviceMemory, batch_tokens, optimizer_device
 from headfuse.models.source import Source
 from headfuse.models.speed import Speed
 from headfuse.plan import HeadLayout
@@ -53,15 +53,22 @@ class Cost:
     seconds: float
 
 
-def estimate(source: Source, config: FuseConfig, speed: Speed) -> Cost:
-    """Memory and time of a conversion.
+def estimate(source: Source, config: FuseConfig, speed: Speed, device: torch.device, placement: Placement) -> Cost:
+    """Main memory and time of a conversion, on a machine with as much free memory as this one.
 
     Args:
         source: the opened source.
         config: the options of the conversion.
         speed: of matrix products.
+        device: where layers are computed.
+        placement: what stays there.
     """
-    return Cost(count(source, config)[0], seconds_at(speed, source, config))
+    memory = count(source, config)[0]
+    if _refines(config):
+        needed = _device_memory(source, device)
+        place = optimizer_device(needed.choose(placement, device), device, needed.optimizer)
+        memory += needed.optimizer if place is not None and place.type == "cpu" else 0
+    return Cost(memory, seconds_at(speed, source, config))
 
 
 def seconds_at(speed: Speed, source: Source, config: FuseConfig) -> float:
@@ -89,8 +96,8 @@ def count(source: Source, config: FuseConfig, price: float = 1.0) -> tuple[int, 
         work += _comparing_work(sizes, len(candidates))
     if config.budget.cross_layer:
         work += _reading_work(sizes, _channels_read(config, sizes.heads))
-    passes = PRESETS[config.preset].model_passes
-    if passes and method.refits_output:
+    if _refines(config):
+        passes = PRESETS[config.preset].model_passes
         work += passes * sizes.text * (REFINED * sizes.once + 3 * 2 * sizes.price * sizes.head)
         work += sizes.held_out * (sizes.once + 2 * sizes.head)
         states = (sizes.layers * sizes.length + sizes.seen + 16 * sizes.length) * sizes.width
@@ -98,15 +105,23 @@ def count(source: Source, config: FuseConfig, price: float = 1.0) -> tuple[int, 
     return int(memory), work
 
 
+def _refines(config: FuseConfig) -> bool:
+    return bool(PRESETS[config.preset].model_passes) and FUSION_METHODS[config.method].refits_output
+
+
+def _device_memory(source: Source, device: torch.device) -> DeviceMemory:
+    heads, checkpoint = source.heads, source.checkpoint
+    return DeviceMemory.of(
+        checkpoint.shapes, checkpoint.dtypes, architecture_of(heads.model_type), heads.num_hidden_layers,
+        batch_tokens(device, heads.hidden_size) * heads.hidden_size,
+    )  # fmt: skip
+
+
 def on_device(source: Source, device: torch.device, placement: Placement) -> dict[str, Any] | None:
     """The placement on a device other than the CPU, and the bytes that it takes there."""
     if device.type == "cpu":
         return None
-    heads, checkpoint = source.heads, source.checkpoint
-    memory = DeviceMemory.of(
-        checkpoint.shapes, checkpoint.dtypes, architecture_of(heads.model_type), heads.num_hidden_layers,
-        batch_tokens(device, heads.hidden_size) * heads.hidden_size,
-    )  # fmt: skip
+    memory = _device_memory(source, device)
     chosen = memory.choose(placement, device)
     return {"name": str(device), "placement": chosen, "memory_bytes": memory.needed(chosen)}
 

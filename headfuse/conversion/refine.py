@@ -23,6 +23,7 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.models.decoder_layers import DecoderLayers
 from headfuse.models.heap import release_freed_blocks
 from headfuse.models.logits import kl_divergence
+from headfuse.models.placement import optimizer_device
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
 
@@ -52,10 +53,11 @@ class Adam:
     Args:
         folder: for the weights' files; those of an earlier process are used as they are.
         shapes: of the weights, by name.
-        device: where all of it lies: on a CPU in mapped files, elsewhere zeros to begin with.
+        device: in whose memory all of it lies, zeros to begin with; None: in mapped files, which the system writes
+            to disk again and again.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]], device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]], device: torch.device | None = None) -> None:
         def mapped(part: str) -> dict[str, torch.Tensor]:
             return {name: mapped_tensor(folder / f"{name}.{part}", shape) for name, shape in shapes.items()}
 
@@ -63,7 +65,7 @@ class Adam:
             return {name: torch.zeros(tuple(shape), device=device) for name, shape in shapes.items()}
 
         self.folder, self.files = folder, mapped("weight")
-        if torch.device(device).type == "cpu":
+        if device is None:
             self.weights, self.means, self.squares = self.files, mapped("mean"), mapped("square")
         else:
             self.weights, self.means, self.squares = zeros(), zeros(), zeros()
@@ -196,7 +198,9 @@ def refine(
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    optimizer = Adam(folder, shapes, "cpu" if conversion.streamed.placement == "host" else conversion.streamed.device)
+    size = 12 * sum(map(math.prod, shapes.values()))
+    place = optimizer_device(conversion.streamed.placement, conversion.streamed.device, size)
+    optimizer = Adam(folder, shapes, place)
     if not record.exists():
         for name, weight in optimizer.weights.items():
             weight.copy_(fused.layers.tensor(name))

@@ -7,7 +7,7 @@ between two uses is the placement:
 |---|---|---|
 | `resident` | stay on the device, in their stored dtype | on the device |
 | `streamed` | are copied to the device at every use | on the device |
-| `host` | are copied to the device at every use | on the host, in mapped files |
+| `host` | are copied to the device at every use | on the host: in half of its free memory, else in mapped files |
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from headfuse.choices import Placement
 from headfuse.models.families import Architecture
+from headfuse.models.host_memory import free_host_bytes
 
 HOST_TOKENS = 512
 """Tokens that go through a layer at once on a CPU; a longer window goes alone."""
@@ -75,6 +76,14 @@ def has_room(device: torch.device, size: int) -> bool:
     """Whether this many bytes fit on a device beside the work on them: in half of the free memory."""
     free = free_bytes(device)
     return free is None or size <= free // 2
+
+
+def optimizer_device(placement: Placement, device: torch.device, size: int) -> torch.device | None:
+    """In whose memory refined weights and their moments lie, `size` bytes; None: in mapped files on the host."""
+    if placement != "host":
+        return device
+    free = free_host_bytes()
+    return torch.device("cpu") if free is not None and size <= free // 2 else None
 
 
 def batch_tokens(device: torch.device, hidden_size: int) -> int:

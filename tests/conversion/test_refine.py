@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,27 @@ def test_refinement_lowers_the_held_out_loss(tmp_path: Path) -> None:
     for name in before.shapes:
         if ".self_attn." not in name:
             assert torch.equal(before.read(name), after.read(name)), name
+
+
+def test_weights_and_moments_lie_in_memory_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else in mapped files; both give the same bytes, and a dry run counts the memory."""
+    mapped = refine_model.mapped_tensor
+    parts, needed = dict[str, set[str]](), dict[str, int]()
+    for name, free in (("memory", 2**40), ("files", 0)):
+        monkeypatch.setattr("headfuse.models.placement.free_host_bytes", lambda free=free: free)
+        seen = parts.setdefault(name, set())
+        monkeypatch.setattr(
+            refine_model, "mapped_tensor", lambda path, *of, seen=seen: (seen.add(path.suffix), mapped(path, *of))[1]
+        )
+        options = ("--allocator", "uniform", "--preset", "balanced", "--samples", 6)
+        fuse_example(tmp_path / name, *options)
+        needed[name] = fuse_example(tmp_path / "dry", *options, "--dry-run")["estimate"]["memory_bytes"]
+    assert parts == {"memory": {".weight"}, "files": {".weight", ".mean", ".square"}}
+    memory, files = Checkpoint(tmp_path / "memory"), Checkpoint(tmp_path / "files")
+    assert all(torch.equal(memory.read(name), files.read(name)) for name in memory.shapes)
+    source = Checkpoint(EXAMPLE)
+    attention = sum(math.prod(shape) for name, shape in source.shapes.items() if ".self_attn." in name)
+    assert needed["memory"] - needed["files"] == 3 * 4 * attention
 
 
 @pytest.mark.long
