@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,16 @@ class AttentionCapture:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     gain: torch.Tensor | None = None
+
+    def windows(self) -> list[AttentionCapture]:
+        """Each window alone."""
+        shared = {"mask", "sinks"}
+        split = {
+            part.name: value.split(1)
+            for part in fields(self)
+            if isinstance(value := getattr(self, part.name), torch.Tensor) and part.name not in shared
+        }
+        return [replace(self, **dict(zip(split, parts, strict=True))) for parts in zip(*split.values(), strict=True)]
 
     @property
     def plain_softmax(self) -> bool:

@@ -54,15 +54,17 @@ def measured_counts(heads: int, every: bool) -> list[int]:
 
 
 def _between(lost: Sequence[float], measured: Mapping[int, float]) -> list[float]:
-    """Measured costs; at counts that were not measured, the lost energy scaled like the nearest measured counts."""
+    """Measured costs; at counts that were not measured, the lost energy scaled like the nearest measured counts
+    (docs/how-it-works/mathematics.md 8.5).
+    """
     scale = {c: math.log((cost + TINY) / (lost[c - 1] + TINY)) for c, cost in measured.items() if cost > 0}
     costs = []
     for count, energy in enumerate(lost, start=1):
-        below = max((c for c in scale if c <= count), default=None)
-        above = min((c for c in scale if c >= count), default=below)
-        if count in measured or below is None or above is None:
+        if count in measured or not scale:
             costs.append(measured.get(count, energy))
             continue
+        below = max((c for c in scale if c <= count), default=min(scale))
+        above = min((c for c in scale if c >= count), default=max(scale))
         share = 0.0 if above == below else (count - below) / (above - below)
         costs.append((energy + TINY) * math.exp(scale[below] * (1 - share) + scale[above] * share))
     return costs

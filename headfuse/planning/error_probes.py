@@ -73,6 +73,7 @@ class ErrorProbes:
         layer_idx, tensors, captures = source.index, source.tensors, source.captures
         output, hidden = source.weights.output, source.inputs[0].hidden
         ordinary = [capture for capture in captures if capture.weight == 1]
+        ordinary = ordinary[0].windows() if len(ordinary) == 1 else ordinary
         seen = ordinary[: max(1, len(ordinary) // 4)]
         others = ordinary[len(seen) :] + [c for c in captures if c.weight != 1] if len(ordinary) > 1 else captures
         fitted = captures_for_refit(others, output)

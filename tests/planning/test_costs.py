@@ -111,6 +111,23 @@ def test_errors_are_scaled_to_the_end_loss_of_their_side(tmp_path: Path, refit: 
     assert all(row[4] == 0 < row[2] for row in table.values())
 
 
+def test_errors_are_not_measured_where_the_output_was_fitted(tmp_path: Path) -> None:
+    """Windows of one batch are divided as those of several batches are."""
+    _, streamed = opened(tiny_model(tmp_path / "model", "llama"))
+    text, found = torch.randint(300, (8, 16), generator=torch.Generator().manual_seed(5)), []
+    for batch in (16, 128):
+        streamed.layers.batch_tokens = batch
+        probes = ErrorProbes(streamed, WINDOWS, HeadBudget(key_heads=(1, 1), value_heads=(1, 1)), refit=True)
+        for layer in streamed.walk([streamed.embed(text)]):
+            assert len(layer.captures) == len(text) * 16 // batch
+            probes.advance(layer, {(side, 1): (random_maps(), ((0, 1, 2, 3),)) for side in probes.equal})
+        found.append(probes.errors)
+    one, several = found
+    assert one.keys() == several.keys()
+    for place, row in one.items():
+        assert row == pytest.approx(several[place], rel=1e-3)
+
+
 def test_a_token_of_massive_energy_hides_no_error(tmp_path: Path) -> None:
     """An error of a token counts by that token's own energy, not by the mean over all."""
     _, streamed = opened(tiny_model(tmp_path / "model", "llama"))
@@ -185,6 +202,14 @@ def test_a_row_is_the_mean_of_its_measurements() -> None:
     """Counts that a measurement left out lie between its neighbours, as the lost energy does."""
     measured = [(1.0, {1: 4.0, 2: 2.0, 4: 0.0}), (3.0, {1: 1.0, 2: 1.0, 3: 0.5, 4: 0.0})]
     assert cost_row([8.0, 4.0, 2.0, 0.0], measured) == pytest.approx([1.75, 1.25, 0.625, 0.0])
+
+
+def test_costs_outside_what_was_measured_keep_its_unit() -> None:
+    """They are the lost energy times the factor of the nearest measured count, whatever unit that energy has."""
+    for unit in (1e-3, 1.0, 1e3):
+        lost = [unit * energy for energy in (8.0, 4.0, 3.0, 2.0, 1.0, 0.0)]
+        assert cost_row(lost, [(1.0, {3: 0.3, 6: 0.0})]) == pytest.approx([0.8, 0.4, 0.3, 0.2, 0.1, 0.0])
+        assert cost_row(lost, [(1.0, {1: 0.0, 3: 0.3, 6: 0.0})]) == pytest.approx([0.0, 0.4, 0.3, 0.2, 0.1, 0.0])
 
 
 @pytest.mark.parametrize(("heads", "every", "counts"), [(8, False, [1, 2, 4]), (4, True, [1, 2, 3]), (1, True, [])])
