@@ -146,7 +146,8 @@ class TrainingLoop:
         """Measure the student and its teacher before the first step, and open the log and the trackers."""
         run, teacher, windows = self.run, self.teacher, self.text.validation
         if not run.figures:
-            run.figures = {"nll_before": student_nll(self.accelerator, self.wrapped, windows), "nll_teacher": None}
+            before = student_nll(self.accelerator, self.wrapped, windows, self.eos)
+            run.figures = {"nll_before": before, "nll_teacher": None}
             if teacher is not None:
                 cap = self.accelerator.unwrap_model(self.wrapped, keep_torch_compile=False).softcap
                 run.figures["nll_teacher"] = mean_nll(
@@ -247,10 +248,10 @@ class TrainingLoop:
 
     def _validate(self, step: int) -> None:
         with averaged(self.optimizer):
-            nll = student_nll(self.accelerator, self.wrapped, self.text.validation)
+            nll = student_nll(self.accelerator, self.wrapped, self.text.validation, self.eos)
         assert nll is not None
         _check_finite(self.run, step, nll, 0.0)
-        self.run.validated(step, nll)
+        self.run.validated(step, nll, self.steps.layerwise)
         self._track({"validation_nll": nll}, step)
         self.validation = nll
 

@@ -190,12 +190,15 @@ class Run:
                     shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
-    def validated(self, step: int, nll: float) -> None:
-        """Record a validation: it may be the best one, or exceed the patience."""
+    def validated(self, step: int, nll: float, layerwise: int) -> None:
+        """Record a validation: it may be the best one, or exceed the patience.
+
+        Those of the first `layerwise` steps, in which each layer learns alone, do not count against it.
+        """
         self.validations[step] = nll
         if not self.best or nll < self.validations[self.best]:
             self.best = step
-        since = sum(later > self.best for later in self.validations)
+        since = sum(later > max(self.best, layerwise) for later in self.validations)
         self.stopped = self.recipe.patience is not None and since >= self.recipe.patience
         self.log("validation", step=step, nll=nll, best=self.best == step)
 

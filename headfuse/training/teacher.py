@@ -40,9 +40,9 @@ class LiveTeacher:
 
     @torch.no_grad()
     def states(self, batch: torch.Tensor, place: int | None, layers: bool = True) -> States:
-        """The states of windows; `place` is None for windows of validation, which are read as one document."""
+        """The states of windows; see `loop.Teacher`."""
         batch = batch.to(self.model.device)
-        positions = None if self.eos is None or place is None else document_positions(batch, self.eos)
+        positions = None if self.eos is None else document_positions(batch, self.eos)
         found = model_states(self.model, batch, positions, layers=self.layers and layers)
         move = [tuple(t.to(self.device) for t in part) for part in (found.inputs, found.outputs)]
         return States(found.last.to(self.device), *move)

@@ -66,6 +66,8 @@ class CachedTeacher:
             "dtype": dtype,
             "sequence_length": recipe.sequence_length,
             "packing": recipe.packing,
+            # an earlier version read the validation windows as one document, whatever the packing
+            **({"validation": "separate"} if recipe.packing == "separate" else {}),
         }
         self.head: nn.Module
 
@@ -194,8 +196,7 @@ class CachedTeacher:
         for number, batch in enumerate((*self.validation.split(8), *training())):
             if number % accelerator.num_processes == accelerator.process_index:
                 self.windows[place : place + len(batch)] = batch
-                training_place = None if place < len(self.validation) else place
-                self.hidden[place : place + len(batch)] = teacher.states(batch, training_place).last.cpu()
+                self.hidden[place : place + len(batch)] = teacher.states(batch, place).last.cpu()
             place += len(batch)
         for name in (WINDOWS, HIDDEN):
             sync(self.folder / name)

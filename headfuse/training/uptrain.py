@@ -215,7 +215,7 @@ def _train(
     merge()
     nll_after = run.validations.get(run.best)
     if recipe.train == "lora":  # as it is written: merged
-        nll_after = student_nll(accelerator, wrapped, text.validation)
+        nll_after = student_nll(accelerator, wrapped, text.validation, eos)
     result = UptrainResult(
         output=job.output,
         teacher=job.teacher_name,

@@ -9,13 +9,22 @@ from accelerate import Accelerator
 from torch import nn
 
 from headfuse.models.logits import nll_in_batches
+from headfuse.models.states import document_positions
 
 
-def student_nll(accelerator: Accelerator, wrapped: nn.Module, windows: torch.Tensor) -> float | None:
-    """Mean NLL per token of windows, each process its share; None without windows."""
+def student_nll(accelerator: Accelerator, wrapped: nn.Module, windows: torch.Tensor, eos: int | None) -> float | None:
+    """Mean NLL per token of windows, each process its share; None without windows.
+
+    `eos` ends a document, where documents do not see each other; None where they do.
+    """
+
+    def nll_of(batch: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = wrapped(batch, None, None if eos is None else document_positions(batch, eos), "nll")
+        return found
+
     training = wrapped.training
     wrapped.eval()
-    nll = mean_nll(accelerator, windows, lambda batch: wrapped(batch, None, None, "nll"))
+    nll = mean_nll(accelerator, windows, nll_of)
     wrapped.train(training)
     return nll
 

@@ -184,7 +184,7 @@ def test_separate_documents_are_another_stream_of_losses(fused: Path, data: str,
     joined = train(fused, data, output=tmp_path / "joined", tokens=64)
     separate = train(fused, data, output=tmp_path / "separate", tokens=64, packing="separate")
     assert losses(joined.output) != losses(separate.output)
-    assert joined.nll_before == separate.nll_before
+    assert joined.nll_before != separate.nll_before  # validated as they are trained
 
 
 @pytest.mark.parametrize("kind", [True, "selective"])
