@@ -55,7 +55,7 @@ def measured_counts(heads: int, every: bool) -> list[int]:
 
 def _between(lost: Sequence[float], measured: Mapping[int, float]) -> list[float]:
     """Measured costs; at counts that were not measured, the lost energy scaled like the nearest measured counts
-    (docs/how-it-works/mathematics.md 8.5).
+    (mathematics.md section 8.5).
     """
     scale = {c: math.log((cost + TINY) / (lost[c - 1] + TINY)) for c, cost in measured.items() if cost > 0}
     costs = []
