@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from headfuse.checkpoint.finish import check_companions
 from headfuse.checkpoint.folder import resolve_model
 from headfuse.checkpoint.hub import folder_name
 from headfuse.checkpoint.plan_file import plan_in
@@ -186,10 +187,12 @@ def open_folder(model: str, trust_remote_code: bool = False, *, any_family: bool
             config, and `arch`, `heads` and `assignments` may raise.
 
     Raises:
-        CheckpointError: for a folder that is missing or damaged.
+        CheckpointError: for a folder that is missing or damaged; with `any_family` its files of settings may be.
         UnsupportedModelError: for a family that is not supported, and for quantised weights.
     """
     path = resolve_model(model)
+    if not any_family:
+        check_companions(path)  # before any work
     config = read_config(path, trust_remote_code)
     warn_of_other_code(path)
     if any_family and not is_supported(config):
