@@ -216,10 +216,13 @@ def test_an_adapter_merged_as_the_message_says(model: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "preprocessor_config.json"])
 def test_damaged_settings_are_refused_before_the_work(model: Path, tmp_path: Path, name: str) -> None:
     fuse(model, tmp_path / "fused", "--budget", 0.5)
-    commands: list[tuple[object, ...]] = [("fuse", model, "--dry-run"), ("export", tmp_path / "fused", "--to", "gqa")]
-    commands += [("uptrain", tmp_path / "fused", "--loss", "ce", "--tokens", "1k", "--data", tmp_path / "text.txt")]
-    for command, folder, *options in commands:
-        (folder / name).write_text('{"temperature": 0.7,')  # type: ignore[operator]
+    commands: dict[str, tuple[Path, tuple[object, ...]]] = {
+        "fuse": (model, ("--dry-run",)),
+        "export": (tmp_path / "fused", ("--to", "gqa")),
+        "uptrain": (tmp_path / "fused", ("--loss", "ce", "--tokens", "1k", "--data", tmp_path / "text.txt")),
+    }
+    for command, (folder, options) in commands.items():
+        (folder / name).write_text('{"temperature": 0.7,')
         error = failure(run(command, folder, *options, "-o", tmp_path / "out", "--json", code=1))
         assert error["where"] == str(folder / name)
         assert "is not valid JSON" in error["what"]
