@@ -43,17 +43,18 @@ SERIES = {
 
 
 def points(model: str) -> Iterator[tuple[tuple[str, str], list[tuple[float, float]]]]:
-    """Of each series, the share of the cache and the mean gap over samples; for the allocated plan alone."""
+    """Of each series, the share of the cache and the mean gap over samples of the most windows; of allocated plans."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     own = [row for row in rows if row["model"] == model]
     (source,) = (row["nll"][TEXT] for row in own if row["conversion"] == "source")
-    gaps: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    gaps: dict[tuple[str, str], dict[float, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
     for row in own:
         if "+" not in row["allocator"] and TEXT in row["nll"] and row["conversion"] != "source":
             share = float(Fraction(row["budget"]))
-            gaps[row["layout"], row["conversion"]][share].append(row["nll"][TEXT] - source)
+            by_windows = gaps[row["layout"], row["conversion"]][share]
+            by_windows.setdefault(row["samples"], []).append(row["nll"][TEXT] - source)
     for series in SERIES:
-        yield series, sorted((share, statistics.mean(each)) for share, each in gaps[series].items())
+        yield series, sorted((share, statistics.mean(each[max(each)])) for share, each in gaps[series].items())
 
 
 def quality(path: Path) -> None:
@@ -64,7 +65,7 @@ def quality(path: Path) -> None:
             label, colour, marker = SERIES[series]
             if drawn:
                 axis.plot(*zip(*drawn, strict=True), marker=marker, color=colour, label=label)
-        shares = {"mha-6m": ("1/8", "1/4", "1/2"), "smollm2-135m": ("1/3", "1/2")}[model]
+        shares = {"mha-6m": ("1/8", "1/4", "1/2"), "smollm2-135m": ("1/4", "1/3", "1/2")}[model]
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xticks([float(Fraction(share)) for share in shares], shares)
