@@ -110,11 +110,12 @@ def _as_fault(faults: list[Fault], what: str, fix: str) -> Iterator[None]:
 
 def _memory() -> dict[str, int] | None:
     """Main memory in bytes: all of it, and what is free for a new process, within limits of its container."""
-    try:
-        import psutil  # comes with accelerate
-    except ImportError:
+    available = free_host_bytes()
+    if available is None:
         return None
-    return {"total": psutil.virtual_memory().total, "available": free_host_bytes() or 0}
+    import psutil
+
+    return {"total": psutil.virtual_memory().total, "available": available}
 
 
 def _package_faults() -> list[Fault]:

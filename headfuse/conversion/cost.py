@@ -11,6 +11,7 @@ import torch
 from headfuse.choices import Placement
 from headfuse.config.fuse import FuseConfig
 from headfuse.config.presets import PRESETS
+from headfuse.conversion.refine import refinement_passes
 from headfuse.dha.loop import training_memory
 from headfuse.fusion import FUSION_METHODS
 from headfuse.layouts import LAYOUTS
@@ -64,7 +65,7 @@ def estimate(source: Source, config: FuseConfig, speed: Speed, device: torch.dev
         placement: what stays there.
     """
     memory = count(source, config)[0]
-    if _refines(config):
+    if refinement_passes(config.preset, config.method):
         needed = _device_memory(source, device)
         place = optimizer_device(needed.choose(placement, device), device, needed.optimizer)
         memory += needed.optimizer if place is not None and place.type == "cpu" else 0
@@ -96,17 +97,12 @@ def count(source: Source, config: FuseConfig, price: float = 1.0) -> tuple[int, 
         work += _comparing_work(sizes, len(candidates))
     if config.budget.cross_layer:
         work += _reading_work(sizes, _channels_read(config, sizes.heads))
-    if _refines(config):
-        passes = PRESETS[config.preset].model_passes
+    if passes := refinement_passes(config.preset, config.method):
         work += passes * sizes.text * (REFINED * sizes.once + 3 * 2 * sizes.price * sizes.head)
         work += sizes.held_out * (sizes.once + 2 * sizes.head)
         states = (sizes.layers * sizes.length + sizes.seen + 16 * sizes.length) * sizes.width
         memory += 4 * (states + 3 * sizes.length * sizes.vocabulary // 4)
     return int(memory), work
-
-
-def _refines(config: FuseConfig) -> bool:
-    return bool(PRESETS[config.preset].model_passes) and FUSION_METHODS[config.method].refits_output
 
 
 def _device_memory(source: Source, device: torch.device) -> DeviceMemory:

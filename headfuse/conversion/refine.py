@@ -23,7 +23,7 @@ from headfuse.fusion import FUSION_METHODS
 from headfuse.models.decoder_layers import DecoderLayers
 from headfuse.models.heap import release_freed_blocks
 from headfuse.models.logits import kl_divergence
-from headfuse.models.placement import optimizer_device
+from headfuse.models.placement import REFINED_BYTES, optimizer_device
 from headfuse.models.streamed import StreamedModel
 from headfuse.plan import FusionPlan
 
@@ -159,15 +159,15 @@ class Refinement:
     preset: str
     seed: int
 
-    @property
-    def passes(self) -> float:
-        """How often each window is used; 0 leaves the closed form."""
-        return PRESETS[self.preset].model_passes
+
+def refinement_passes(preset: str, method: str) -> float:
+    """How often each window is used; 0 leaves the closed form, and published baselines as they are."""
+    return PRESETS[preset].model_passes if FUSION_METHODS[method].refits_output else 0.0
 
 
 def refines(refinement: Refinement, plan: FusionPlan, held_out: tuple[float, ...], closed_form: Stage) -> bool:
     """Whether this model is refined: published baselines, and models that lost nothing, are not."""
-    if not refinement.passes or not FUSION_METHODS[plan.method].refits_output:
+    if not refinement_passes(refinement.preset, plan.method):
         return False
     before = average(held_out)
     if before is None or closed_form.nll is None:
@@ -198,7 +198,7 @@ def refine(
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    size = 12 * sum(map(math.prod, shapes.values()))
+    size = REFINED_BYTES * sum(map(math.prod, shapes.values()))
     place = optimizer_device(conversion.streamed.placement, conversion.streamed.device, size)
     optimizer = Adam(folder, shapes, place)
     if not record.exists():
@@ -210,7 +210,8 @@ def refine(
 
         source, layers = conversion.streamed, fused.layers
         wide = any(layer.wide for layer in fused.plan.layers)
-        refine_model(source, layers, optimizer, targets, refinement.passes, refinement.seed, on_step, wide)
+        passes = refinement_passes(refinement.preset, fused.plan.method)
+        refine_model(source, layers, optimizer, targets, passes, refinement.seed, on_step, wide)
         refined = _held_out_nll(conversion, layers, writer, optimizer.weights)
         optimizer.sync()
         write_whole(record, json.dumps({"closed form": closed_form.held_out, "refined": refined}))

@@ -100,6 +100,8 @@ def batch_windows(device: torch.device, windows: int, length: int, tokens: int) 
     return most if device.type == "cpu" else min(most, -(-windows // BATCHES))
 
 
+REFINED_BYTES = 12
+"""Bytes of a refined weight: in float32, with its two moments."""
 USABLE = 0.85
 """Share of the free memory that plans may use; the rest allows for fragmentation."""
 
@@ -133,7 +135,7 @@ class DeviceMemory:
         refined = sum(inside[name] for name in attention)
         stored = sum(count * dtypes[name].itemsize for name, count in inside.items())
         again = sum(inside[name] * dtypes[name].itemsize for name in attention)
-        return cls(4 * (outer + 3 * first) + WORK_PER_TOKEN * batch, 12 * refined, stored + again)
+        return cls(4 * (outer + 3 * first) + WORK_PER_TOKEN * batch, REFINED_BYTES * refined, stored + again)
 
     def needed(self, placement: Placement) -> int:
         """Bytes that a placement takes."""

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headfuse.checkpoint.folder import resolve_model
-from headfuse.checkpoint.plan_file import read_plan
+from headfuse.checkpoint.plan_file import plan_in
 from headfuse.checkpoint.reader import DTYPE_NAMES, Checkpoint, fingerprint
 from headfuse.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headfuse.models.config import read_config
@@ -54,18 +54,17 @@ def find_teacher(folder: Path, teacher: str | None) -> tuple[Path, str, str]:
     Raises:
         ConfigError: when there is none.
     """
+    plan = plan_in(folder)
     if teacher is not None:
         chosen, name = resolve_model(teacher), model_name(teacher)
         content = fingerprint(chosen)
-        if (folder / "plan.json").exists():
-            source = read_plan(folder).source
-            if content != source.fingerprint:
-                logger.warning("the teacher %s is not the source named in plan.json, %s", name, source.name)
+        if plan is not None and content != plan.source.fingerprint:
+            logger.warning("the teacher %s is not the source named in plan.json, %s", name, plan.source.name)
         return chosen, name, content
-    if not (folder / "plan.json").exists():
+    if plan is None:
         fix = "give the source model with --teacher, or train without one with --loss ce"
         raise ConfigError("has no plan.json that names its source", where=folder, fix=fix)
-    source = read_plan(folder).source
+    source = plan.source
     short = source.name.rsplit("/", 1)[-1]
     tried = []
     for candidate in dict.fromkeys((folder.resolve().parent / short, Path(short), Path(source.name))):

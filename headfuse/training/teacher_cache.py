@@ -196,7 +196,7 @@ class CachedTeacher:
         for number, batch in enumerate((*self.validation.split(8), *training())):
             if number % accelerator.num_processes == accelerator.process_index:
                 self.windows[place : place + len(batch)] = batch
-                self.hidden[place : place + len(batch)] = teacher.states(batch, place).last.cpu()
+                self.hidden[place : place + len(batch)] = teacher.states(batch, None).last.cpu()
             place += len(batch)
         for name in (WINDOWS, HIDDEN):
             sync(self.folder / name)

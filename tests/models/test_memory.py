@@ -19,6 +19,7 @@ from headfuse.checkpoint import plan_file
 from headfuse.checkpoint.reader import Checkpoint
 from headfuse.checkpoint.writer import SafetensorsWriter
 from headfuse.layouts import LAYOUTS
+from headfuse.models import heap
 from headfuse.models.attention import AttentionWeights
 from headfuse.models.source import Source
 from headfuse.models.streamed import StreamedModel
@@ -122,11 +123,11 @@ tensor = torch.ones(2**26, dtype=torch.uint8)
 with open("/proc/self/smaps_rollup") as maps:
     print(next(int(line.split()[1]) for line in maps if line.startswith("AnonHugePages")))
 """
-_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.mark.skipif(
-    not _ENABLED.exists() or "[madvise]" not in _ENABLED.read_text(), reason="the system gives no huge pages on request"
+    not heap._HUGE_PAGES.exists() or "[madvise]" not in heap._HUGE_PAGES.read_text(),
+    reason="the system gives no huge pages on request",
 )
 @pytest.mark.parametrize(("decided", "least"), [({}, 32 * 1024), ({"THP_MEM_ALLOC_ENABLE": "0"}, 0)])
 def test_large_tensors_lie_in_huge_pages(decided: dict[str, str], least: int) -> None:

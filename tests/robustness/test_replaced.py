@@ -24,22 +24,31 @@ def test_an_output_that_is_replaced_stays_until_the_new_one_is_complete(
     assert {path.name for path in place.out.parent.iterdir()} == {"out"}
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (PermissionError(errno.EACCES, "held"), 1)])
-def test_nothing_is_lost_when_the_exchange_fails(
-    source: Workplace, place: Workplace, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+def an_exchange_that_fails(
+    source: Workplace, place: Workplace, context: pytest.MonkeyPatch, error: BaseException, taken: bool = False
 ) -> None:
-    """The old output comes back, and the finished one needs a rename only."""
+    """An old output with a file of its own, in whose place the new one cannot go; `taken`: by another process."""
     shutil.copytree(source.whole, place.out)
     (place.out / "mine").write_text("mine")
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if self == place.partial:
-            raise error
-        return rename(self, target)
+        if self != place.partial:
+            return rename(self, target)
+        if taken:
+            place.out.mkdir()
+        raise error
 
+    context.setattr(Path, "rename", failing)
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (PermissionError(errno.EACCES, "held"), 1)])
+def test_nothing_is_lost_when_the_exchange_fails(
+    source: Workplace, place: Workplace, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    """The old output comes back, and the finished one needs a rename only."""
     with monkeypatch.context() as context:
-        context.setattr(Path, "rename", failing)
+        an_exchange_that_fails(source, place, context, error)
         place.fuse("--overwrite", code=code)
     assert (place.out / "mine").read_text() == "mine"
     assert {path.name for path in place.out.parent.iterdir()} == {"out", "out.partial"}
@@ -83,17 +92,7 @@ def test_an_old_output_that_cannot_go_back_stays_aside(
     source: Workplace, place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process takes the name in the moment of the exchange."""
-    shutil.copytree(source.whole, place.out)
-    (place.out / "mine").write_text("mine")
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if self == place.partial:
-            place.out.mkdir()
-            raise PermissionError(errno.EACCES, "taken")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
+    an_exchange_that_fails(source, place, monkeypatch, PermissionError(errno.EACCES, "taken"), taken=True)
     place.fuse("--overwrite", code=1)
     (old,) = place.out.parent.glob("out.old-*")
     assert (old / "out/mine").read_text() == "mine"
